@@ -1,0 +1,48 @@
+# Everything that a fresh machine needs is made here: Python 3.11 or later with its venv module, and make, are enough.
+# Each target installs into a virtual environment of its own, once; the stamp inside says for which pins.
+
+PYTHON ?= $(shell command -v python3 || command -v python)
+export PEFT_DYNAMIC_CACHE ?= $(HOME)/.cache/peft_dynamic
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help test lint pytest models demo format clean
+
+help:
+	@echo "make test    lint, type-check and test, in .venv-test"
+	@echo "make demo    train and look at a small adapter, in .venv-demo"
+	@echo "make lint    ruff and mypy alone"
+	@echo "make pytest  the tests alone; ARGS='-k name' is passed on"
+	@echo "make format  let ruff mend and format the code"
+	@echo "make models  fetch the models that some tests need, into $(PEFT_DYNAMIC_CACHE)"
+	@echo "make clean   remove the environments, builds and caches, but no models"
+
+.venv-test/.stamp: EXTRA := dev
+.venv-demo/.stamp: EXTRA := demo
+.venv-%/.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRA)]"
+	@touch $@
+
+test: lint pytest
+
+lint: .venv-test/.stamp
+	.venv-test/bin/ruff check .
+	.venv-test/bin/ruff format --check .
+	.venv-test/bin/mypy
+
+pytest: .venv-test/.stamp models
+	.venv-test/bin/python -m pytest -n 2 $(ARGS)
+
+models: .venv-test/.stamp
+	.venv-test/bin/python -m peft_dynamic.cli.models smollm2
+
+demo: .venv-demo/.stamp
+	.venv-demo/bin/peft-dynamic train --demo
+
+format: .venv-test/.stamp
+	.venv-test/bin/ruff check --fix .
+	.venv-test/bin/ruff format .
+
+clean:
+	rm -rf .venv-test .venv-demo build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -1,0 +1,5 @@
+"""`python -m peft_dynamic.cli` is `peft-dynamic`."""
+
+from . import main
+
+main()

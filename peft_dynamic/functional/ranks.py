@@ -1,0 +1,84 @@
+"""Rank slicing, scale rules and rank sampling of DyLoRA (Valipour et al., EACL 2023, arXiv 2210.07558).
+
+Notation: A is (r, in), B is (out, r), and at rank b the update is `scale(b) * B[:, :b] @ A[:b]`.
+"""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+
+# The `lora_alpha` that a stock LoRA of rank b needs for DyLoRA's scale at rank b: that scale is alpha_at(b) / b. Kept
+# in this form so that a rank-b layer *is* a stock LoRA layer, also in PEFT's own arithmetic and after an export.
+SCALING_RULES: dict[str, Callable[[float, int, int], float]] = {
+    "alpha/b": lambda alpha, rank, max_rank: alpha,  # the paper's, eq. 7
+    "alpha/r": lambda alpha, rank, max_rank: alpha * rank / max_rank,  # one scale for all ranks
+    "alpha/sqrt(b)": lambda alpha, rank, max_rank: alpha * math.sqrt(rank),  # rank-stabilised, as rsLoRA at each b
+    "alpha/sqrt(r*b)": lambda alpha, rank, max_rank: alpha * math.sqrt(rank / max_rank),  # halfway of the first two
+}
+
+
+def alpha_at(rule: str, lora_alpha: float, rank: int, max_rank: int) -> float:
+    """`lora_alpha` of the stock LoRA that equals DyLoRA at `rank`; its scale is the result divided by `rank`.
+
+    Args:
+        rule: a key of `SCALING_RULES`.
+        lora_alpha: the configured alpha.
+        rank: b, from 1 to `max_rank`.
+        max_rank: r of this layer.
+    """
+    return SCALING_RULES[rule](lora_alpha, rank, max_rank)
+
+
+def slice_rank(
+    weight: torch.Tensor, dim: int, rank: int, max_rank: int, groups: tuple[int, int] = (1, 1), frozen_below: int = 0
+) -> torch.Tensor:
+    """The first `rank` components of a LoRA factor.
+
+    Args:
+        weight: a factor whose `dim` has `outer * max_rank * inner` entries.
+        dim: where the rank lies: 0 for A, 1 for B.
+        rank: components to keep, from 1 to `max_rank`.
+        max_rank: components in all.
+        groups: (outer, inner): how many ranks' worth of entries lie around the rank inside `dim`. PEFT stores the
+            experts of a 3-D parameter as (experts, r) in A and as (r, experts) in B, a grouped convolution's A as
+            (groups, r / groups); everything else is (1, 1).
+        frozen_below: components before this one get no gradient (DyLoRA's FROZEN update).
+
+    Returns:
+        `weight` itself at full rank with nothing frozen, else a view where the layout allows one.
+    """
+    if rank == max_rank and not frozen_below:
+        return weight
+    outer, inner = groups
+    grouped = outer > 1 or inner > 1
+    if grouped:
+        weight, dim = weight.unflatten(dim, (outer, max_rank, inner)), dim + 1
+    if frozen_below:
+        # Not a mask on the gradient: a sum of a detached and a live part has no gradient for the first by construction.
+        frozen = min(frozen_below, rank)
+        kept, moving = weight.narrow(dim, 0, frozen).detach(), weight.narrow(dim, frozen, rank - frozen)
+        weight = torch.cat([kept, moving], dim)
+    else:
+        weight = weight.narrow(dim, 0, rank)
+    return weight.flatten(dim - 1, dim + 1) if grouped else weight
+
+
+def rank_weights(ranks: Sequence[int], sampling: str | Sequence[float], geometric_p: float) -> tuple[float, ...]:
+    """Probability of each rank: uniform, geometric over places in the list (p (1 - p)^i, normalised), or as given."""
+    if sampling == "uniform":
+        weights = [1.0] * len(ranks)
+    elif sampling == "geometric":
+        weights = [geometric_p * (1 - geometric_p) ** i for i in range(len(ranks))]
+    else:
+        weights = [float(weight) for weight in sampling]
+    total = sum(weights)
+    return tuple(weight / total for weight in weights)
+
+
+@lru_cache(maxsize=64)
+def draw_rank(ranks: tuple[int, ...], weights: tuple[float, ...], seed: int, step: int) -> int:
+    """The rank of optimizer step `step`: a pure function, so that processes, retries and resumed runs agree on it."""
+    return random.Random(f"{seed}/{step}").choices(ranks, weights)[0]

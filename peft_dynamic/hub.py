@@ -1,0 +1,173 @@
+"""Model cards that say what an adapter needs, and the push to the Hugging Face Hub.
+
+PEFT stops with a bare `KeyError: 'DYLORA'` when it meets an adapter of ours without our import, so every card we write
+carries the line `import peft_dynamic`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard
+from peft import PeftModel
+from torch import nn
+
+from peft_dynamic.tuners.dylora.layer import ranked_layers
+from peft_dynamic.tuners.dylora.model import get_rank
+
+START, END = "<!-- peft_dynamic: usage -->", "<!-- peft_dynamic: end of usage -->"
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def write_model_card(directory: str | Path, repo_id: str | None = None) -> Path:
+    """Write how to use an adapter into the README.md beside it: with `import peft_dynamic` for an adapter of ours.
+
+    A README that is there already stays, but for the part that an earlier call wrote: the usage goes to its top, and what
+    its metadata lacks is added.
+
+    Args:
+        directory: a saved adapter, i.e. a folder with an adapter_config.json.
+        repo_id: the name to load it by; None for the folder's own name.
+
+    Returns:
+        The path of the README.md.
+
+    Raises:
+        FileNotFoundError: the folder holds no adapter.
+    """
+    directory = Path(directory)
+    if not (directory / "adapter_config.json").is_file():
+        raise FileNotFoundError(
+            f"directory={str(directory)!r} has no adapter_config.json: pass a folder that save_pretrained or export_lora "
+            "wrote."
+        )
+    config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    path = directory / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else "---\nlibrary_name: peft\n---\n"
+    card = ModelCard(text, ignore_metadata_errors=True)
+    body = re.sub(f"{re.escape(START)}.*?{re.escape(END)}", "", card.text, flags=re.DOTALL).strip()
+    card.text = "\n" + "\n\n".join(
+        part for part in (f"{START}\n{_usage(config, directory, repo_id)}\n{END}", body) if part
+    )
+    card.data.library_name = "peft"
+    base = _base_repo(config)
+    if base and not card.data.base_model:
+        card.data.base_model = base
+    tags = list(card.data.tags or [])
+    card.data.tags = [*tags, *(tag for tag in ("lora", config["peft_type"].lower()) if tag not in tags)]
+    card.save(path)
+    return path
+
+
+def push_adapter(
+    model: nn.Module,
+    repo_id: str,
+    adapter_name: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload adapter",
+    create_pr: bool = False,
+) -> str:
+    """Push an adapter at all its ranks to the Hub, with a model card that says how to load it.
+
+    The repository is made if it does not exist. To push one rank that loads without this package, write it with
+    `export_lora` and upload that folder.
+
+    Args:
+        model: a `PeftModel`, or a transformers model with the adapter added by `add_adapter`.
+        repo_id: the repository, e.g. "me/my-adapter".
+        adapter_name: the adapter; None for the first active one.
+        private: whether a new repository is private; None for the account's default.
+        token: the access token; None for the one that `hf auth login` stored.
+        revision: the branch to push to.
+        commit_message: as in `HfApi.upload_folder`.
+        create_pr: open a pull request instead of pushing.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: the model has no such adapter, or `repo_id` is no repository name.
+    """
+    if not REPO_ID.fullmatch(repo_id):
+        raise ValueError(f"repo_id={repo_id!r} is no repository name: pass 'user/name'.")
+    get_rank(model, adapter_name)  # raises, with the names there are, where there is no such adapter
+    layers = [layer for _, layer in ranked_layers(model)]
+    name = adapter_name or next(n for layer in layers for n in layer.active_adapters if n in layer.lora_ranks)
+    with tempfile.TemporaryDirectory() as work:
+        folder = _save(model, Path(work), name)
+        # what save_pretrained wrote is a form with nothing filled in
+        (folder / "README.md").unlink(missing_ok=True)
+        write_model_card(folder, repo_id)
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
+    return str(getattr(commit, "commit_url", commit))
+
+
+def _save(model: Any, work: Path, name: str) -> Path:
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(work), selected_adapters=[name])
+        return work if name == "default" else work / name
+    if model.active_adapters() != [name]:  # transformers saves the active adapter only
+        raise ValueError(
+            f"adapter_name={name!r} is not the one active adapter: call model.set_adapter({name!r}) first."
+        )
+    model.save_pretrained(work)
+    return work
+
+
+def _base_repo(config: dict[str, Any]) -> str | None:
+    """The base model's name on the Hub; None for a folder, which means nothing elsewhere."""
+    base = config.get("base_model_name_or_path") or ""
+    return base if REPO_ID.fullmatch(base) and not Path(base).exists() else None
+
+
+def _usage(config: dict[str, Any], directory: Path, repo_id: str | None) -> str:
+    source = repo_id or directory.name
+    base = _base_repo(config) or "path/to/the/base/model"
+    auto = AUTO_CLASSES.get(config.get("task_type") or "", "AutoModel")
+    stock = config["peft_type"] == "LORA"
+    if stock:
+        ranks = sorted({config["r"], *(config.get("rank_pattern") or {}).values()})
+        about = f"A LoRA adapter of rank {', '.join(map(str, ranks))}. It loads in PEFT as it is."
+    else:
+        trained = config.get("ranks") or range(1, config["r"] + 1)
+        listed = ", ".join(map(str, trained)) if len(trained) <= 16 else f"1 to {config['r']}"
+        about = (
+            f"A {config['peft_type']} adapter: one training run, usable at the ranks {listed}. It needs the package "
+            f"`peft-dynamic`. Without the line `import peft_dynamic`, PEFT stops with `KeyError: '{config['peft_type']}'`."
+        )
+    code = [
+        *([] if stock else [f"import peft_dynamic  # registers {config['peft_type']} with PEFT"]),
+        "from peft import PeftModel",
+        f"from transformers import {auto}",
+        "",
+        f'base = {auto}.from_pretrained("{base}")',
+        f'model = PeftModel.from_pretrained(base, "{source}")',
+    ]
+    if not stock:
+        rank = config.get("rank") if isinstance(config.get("rank"), int) else config["r"]
+        code += [
+            f"model.set_rank({rank})  # the rank to run at",
+            f'# peft_dynamic.export_lora(model, "lora", rank={rank}) writes that rank as a stock LoRA adapter',
+        ]
+    return "\n".join([f"# {source}", "", about, "", "```python", *code, "```"])

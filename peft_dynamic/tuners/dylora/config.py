@@ -1,0 +1,216 @@
+"""Configuration of DyLoRA; the class docstring says what each field of PEFT's `LoraConfig` means here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
+
+from peft import LoraConfig
+from peft.utils.peft_types import PeftType
+
+from peft_dynamic.functional.ranks import SCALING_RULES
+
+# Fields of LoraConfig that change what an adapter computes in a way that has no meaning at every rank, with the reason.
+REFUSED_FIELDS = {
+    "use_rslora": "DyLoRA's scale follows the rank in use; pass scaling='alpha/sqrt(b)' for the rank-stabilised scale",
+    "use_dora": "DoRA's magnitudes belong to the norm of one merged weight, and each rank has its own",
+    "use_qalora": "its pooled inputs give lora_A another shape than the rank slices expect",
+    "use_bdlora": "its blocks cut across the rank, so a prefix of the rank is not an adapter",
+    "velora_config": "it replaces the forward pass of lora_A that DyLoRA slices",
+    "alora_invocation_tokens": "it replaces the forward pass that DyLoRA slices",
+    "monteclora_config": "it replaces the forward pass that DyLoRA slices",
+    "arrow_config": "it routes between finished adapters; export one rank of each with export_lora and route those",
+    "kasa_config": "its singular values are tied to one rank",
+    "megatron_config": "Megatron's parallel linear layers are not sliced",
+    "loftq_config": "it fits the quantisation error at one rank and one scale",
+    "eva_config": "EVA gives every layer a rank of its own after construction",
+    "corda_config": "CorDA changes the base weights to fit one rank and one scale",
+    "lora_ga_config": "LoRA-GA changes the base weights to fit one rank and one scale",
+}
+# init_lora_weights values whose start is the base model at every rank. The others subtract the full-rank product from
+# the base weights or need it to vanish as a whole, so that at a lower rank training would start from another model.
+ALLOWED_INITS = (True, False, "gaussian")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+@dataclass
+class DyLoRAConfig(LoraConfig):
+    """Configuration of DyLoRA: train one LoRA adapter, use it at any rank.
+
+    Each optimizer step draws one rank b; the forward pass uses `scale(b) * B[:, :b] @ A[:b]` (eq. 7 of the paper, with
+    the paper's scale under `scaling="alpha/b"`). Outside training the rank chosen by `set_rank` is used, r at first.
+
+    Everything of `LoraConfig` keeps its meaning, with these exceptions.
+    Changed: `r` is the largest rank; `rank_pattern` caps a module's rank (at most `r`: a module capped at 4 runs at
+    min(b, 4)); `lora_alpha` and `alpha_pattern` are the alpha that `scaling` turns into a scale. Trained at every step
+    whatever the rank, because they have no rank: `bias`, `lora_bias`, `modules_to_save`, `trainable_token_indices`.
+    Work as in LoRA: `target_modules`, `exclude_modules`, `target_parameters`, `lora_dropout`, `fan_in_fan_out`,
+    `layers_to_transform`, `layers_pattern`, `layer_replication`, `ensure_weight_tying`, `runtime_config`,
+    `init_lora_weights` True, False (a random B: not the base model at the start, as in LoRA) or "gaussian".
+    Refused at construction, each with its reason: `use_rslora`, `use_dora`, `use_qalora`, `use_bdlora`,
+    `velora_config`, `alora_invocation_tokens`, `monteclora_config`, `arrow_config`, `kasa_config`, `megatron_config`,
+    `loftq_config`, `eva_config`, `corda_config`, `lora_ga_config`, other `init_lora_weights` ("orthogonal", "pissa",
+    "olora", "eva", "corda", "loftq", "lora_ga", "mica", ...).
+
+    Args:
+        r: the largest rank, and the rank of the stored matrices.
+        ranks: increasing list of the ranks to train, its largest equal to `r`; None for every integer 1..r.
+        rank_sampling: "uniform"; "geometric" (the i-th rank of the list with probability proportional to
+            `geometric_p * (1 - geometric_p) ** i`); or one weight per rank.
+        geometric_p: p of the geometric distribution; 0.15 in the paper.
+        update: "nested" trains components 1..b of the drawn rank b. "frozen" is the paper's FROZEN: components up to
+            the next smaller rank of the list take part in the forward pass but get no gradient, so only row/column b
+            (with gaps in `ranks`: the block that b adds) is trained. A zero gradient alone does not keep a component
+            still, since AdamW's momentum and weight decay go on moving it; under "frozen" every other component is
+            therefore put back after each optimizer step, so that only row/column b moves. Its moments still
+            decay as with a zero gradient. Under "nested" nothing is put back: components above b have a zero gradient
+            and move by the optimizer's momentum and weight decay alone, as in the authors' code.
+        scaling: the scale of rank b: "alpha/b" (the paper's), "alpha/r", "alpha/sqrt(b)" or "alpha/sqrt(r*b)".
+        rank_seed: seed of the rank draws. The rank of step t depends on this seed and t alone: not on torch's or
+            python's generators, the process, or how often the step is retried.
+        rank: the rank outside training: an int, a dict from module name or pattern to int, or None for r.
+            `model.set_rank` writes it, so that a saved adapter comes back at the rank it was set to.
+
+    Raises:
+        ValueError, TypeError: an argument has no meaning; the message names it, its value, the rule and the fix.
+
+    Source: M. Valipour, M. Rezagholizadeh, I. Kobyzev, A. Ghodsi: DyLoRA: Parameter-Efficient Tuning of Pre-trained
+    Models using Dynamic Search-Free Low-Rank Adaptation, EACL 2023, arXiv 2210.07558, section 4 and algorithm 1.
+    Beyond the paper: explicit `ranks`, `scaling` other than "alpha/b", weights per rank.
+    """
+
+    ranks: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Increasing list of the ranks to train, its largest equal to r; None for every integer 1..r."
+        },
+    )
+    rank_sampling: str | list[float] = field(
+        default="uniform",
+        metadata={"help": "How a step's rank is drawn: 'uniform', 'geometric', or one weight per rank of the list."},
+    )
+    geometric_p: float = field(
+        default=0.15, metadata={"help": "p of rank_sampling='geometric', between 0 and 1. The paper's is 0.15."}
+    )
+    update: str = field(
+        default="nested",
+        metadata={
+            "help": "'nested' trains the components 1..b of the drawn rank b; 'frozen' trains the last of them only."
+        },
+    )
+    scaling: str = field(
+        default="alpha/b",
+        metadata={"help": "Scale at rank b: 'alpha/b' (the paper's), 'alpha/r', 'alpha/sqrt(b)' or 'alpha/sqrt(r*b)'."},
+    )
+    rank_seed: int = field(default=0, metadata={"help": "Seed of the rank draws; the same on every process."})
+    rank: int | dict[str, int] | None = field(
+        default=None,
+        metadata={"help": "The rank outside training: an int, a dict of module patterns to ints, or None for r."},
+    )
+
+    def __post_init__(self) -> None:
+        self._check_refused_fields()
+        super().__post_init__()
+        self.peft_type = PeftType.DYLORA  # the member that _registry adds
+        self._check_ranks()
+        self._check_sampling()
+        self._check_rank()
+
+    @property
+    def trained_ranks(self) -> tuple[int, ...]:
+        """The ranks that training draws from, increasing."""
+        return tuple(self.ranks) if self.ranks is not None else tuple(range(1, self.r + 1))
+
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _check_refused_fields(self) -> None:
+        for name, reason in REFUSED_FIELDS.items():
+            if getattr(self, name, None):
+                raise ValueError(f"{self._name()} does not support {name}={getattr(self, name)!r}: {reason}.")
+        if not any(self.init_lora_weights is allowed or self.init_lora_weights == allowed for allowed in ALLOWED_INITS):
+            raise ValueError(
+                f"{self._name()} does not support init_lora_weights={self.init_lora_weights!r}: that start is the base "
+                "model at the full rank only, and DyLoRA trains every rank. Pass True, False or 'gaussian'."
+            )
+
+    def _check_ranks(self) -> None:
+        name = self._name()
+        if not _is_int(self.r):
+            raise TypeError(f"{name}: r must be an int, got {self.r!r} of type {type(self.r).__name__}.")
+        if self.r < 1:
+            raise ValueError(f"{name}: r must be at least 1, got {self.r}.")
+        if not _is_number(self.lora_alpha) or not self.lora_alpha > 0:
+            raise ValueError(f"{name}: lora_alpha must be a number above 0, got {self.lora_alpha!r}.")
+        if self.ranks is not None:
+            if isinstance(self.ranks, str) or not isinstance(self.ranks, Sequence) or not all(map(_is_int, self.ranks)):
+                raise TypeError(f"{name}: ranks must be a list of ints or None, got {self.ranks!r}.")
+            self.ranks = [int(rank) for rank in self.ranks]
+            increasing = all(a < b for a, b in zip(self.ranks, self.ranks[1:], strict=False))
+            if not self.ranks or self.ranks[0] < 1 or not increasing:
+                raise ValueError(
+                    f"{name}: ranks must be strictly increasing and start at 1 or above, got {self.ranks!r}. "
+                    "Sort the list and drop duplicates, or pass None for every integer 1..r."
+                )
+            if self.ranks[-1] != self.r:
+                raise ValueError(
+                    f"{name}: the largest of ranks must equal r, got ranks={self.ranks!r} and r={self.r}. "
+                    f"Pass r={self.ranks[-1]}, or end the list with {self.r}."
+                )
+        for pattern, rank in (self.rank_pattern or {}).items():
+            if not _is_int(rank) or not 1 <= rank <= self.r:
+                raise ValueError(
+                    f"{name}: rank_pattern caps a module's rank, so each value must lie in 1..r={self.r}; "
+                    f"got {rank!r} for {pattern!r}. Lower it, or raise r."
+                )
+
+    def _check_sampling(self) -> None:
+        name, ranks = self._name(), self.trained_ranks
+        if isinstance(self.rank_sampling, str):
+            if self.rank_sampling not in ("uniform", "geometric"):
+                raise ValueError(
+                    f"{name}: rank_sampling must be 'uniform', 'geometric' or one weight per rank, "
+                    f"got {self.rank_sampling!r}."
+                )
+        else:
+            if not isinstance(self.rank_sampling, Sequence):
+                raise TypeError(
+                    f"{name}: rank_sampling must be 'uniform', 'geometric' or a list of weights, "
+                    f"got {self.rank_sampling!r}."
+                )
+            weights: list[Any] = list(self.rank_sampling)
+            if not all(map(_is_number, weights)) or len(weights) != len(ranks):
+                raise ValueError(
+                    f"{name}: rank_sampling as a list needs one number per rank, got {weights!r} "
+                    f"for the {len(ranks)} ranks {list(ranks)}."
+                )
+            if not all(0 <= weight < float("inf") for weight in weights) or not sum(weights) > 0:
+                raise ValueError(
+                    f"{name}: the weights of rank_sampling must be finite, at least 0 and not all 0, got {weights!r}."
+                )
+            self.rank_sampling = [float(weight) for weight in weights]
+        if not _is_number(self.geometric_p) or not 0 < self.geometric_p < 1:
+            raise ValueError(f"{name}: geometric_p must be a number between 0 and 1, got {self.geometric_p!r}.")
+        if self.update not in ("nested", "frozen"):
+            raise ValueError(f"{name}: update must be 'nested' or 'frozen', got {self.update!r}.")
+        if not isinstance(self.scaling, str) or self.scaling not in SCALING_RULES:
+            raise ValueError(f"{name}: scaling must be one of {list(SCALING_RULES)}, got {self.scaling!r}.")
+        if not _is_int(self.rank_seed):
+            raise TypeError(f"{name}: rank_seed must be an int, got {self.rank_seed!r}.")
+
+    def _check_rank(self) -> None:
+        if self.rank is None:
+            return
+        values = list(self.rank.values()) if isinstance(self.rank, dict) else [self.rank]
+        for value in values:
+            if not _is_int(value) or not 1 <= value <= self.r:
+                raise ValueError(
+                    f"{self._name()}: rank must be an int in 1..r={self.r}, a dict of such, or None; got {self.rank!r}."
+                )

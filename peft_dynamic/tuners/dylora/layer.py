@@ -1,0 +1,326 @@
+"""The layers of DyLoRA: PEFT's own LoRA layers, whose factors show a prefix of their rank.
+
+Notable: there is no copy of PEFT's layer classes. `lora_A` and `lora_B` become subclasses of what they are, whose
+`weight` is the part that belongs to the rank in use, and the layer's `r`, `lora_alpha` and `scaling` follow.
+At rank b a layer thus *is* a stock LoRA layer of rank b for everything in PEFT that reads it: forward, merge, unmerge,
+`get_delta_weight`, mixed batches, on every backend whose LoRA layer calls `lora_A` and `lora_B`. The whole matrices
+stay where the optimizer, `state_dict` and FSDP look for them, in `_parameters`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
+from torch import nn
+
+from peft_dynamic.functional.ranks import alpha_at, slice_rank
+
+from .config import DyLoRAConfig
+from .schedule import LIVE_RANKS, RankSchedule
+
+
+class RankView:
+    """How much of one factor is shown.
+
+    Args:
+        dim: where the rank lies in the factor: 0 for A, 1 for B.
+        max_rank: r of the layer.
+        groups: (outer, inner) as in `slice_rank`.
+        divisor: a grouped convolution has `1 / divisor` of the rank in each group.
+    """
+
+    def __init__(self, dim: int, max_rank: int, groups: tuple[int, int] = (1, 1), divisor: int = 1) -> None:
+        self.dim = dim
+        self.max_rank = max_rank // divisor
+        self.groups = groups
+        self.divisor = divisor
+        self.rank = self.max_rank
+        self.frozen_below = 0
+
+    def show(self, rank: int, frozen_below: int = 0) -> None:
+        self.rank = rank // self.divisor
+        self.frozen_below = frozen_below // self.divisor
+
+    def of(self, full: torch.Tensor) -> torch.Tensor:
+        return slice_rank(full, self.dim, self.rank, self.max_rank, self.groups, self.frozen_below)
+
+    def block_mask(self, full: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Bool tensor of `full`'s shape: True at the components start..stop-1."""
+        mask = torch.zeros(full.shape, dtype=torch.bool, device=full.device)
+        outer, inner = self.groups
+        parts = mask.unflatten(self.dim, (outer, self.max_rank, inner))
+        parts.narrow(self.dim + 1, start // self.divisor, (stop - start) // self.divisor).fill_(True)
+        return mask
+
+
+class _RankedModule(nn.Module):
+    """A LoRA factor whose `weight` is the part that its `rank_view` shows."""
+
+    rank_view: RankView
+
+    @property
+    def weight(self) -> torch.Tensor:
+        full = whole_factor(self, "weight")
+        if full is None:
+            raise AttributeError("weight")
+        return self.rank_view.of(full)
+
+    # FSDP1 takes the parameter out and puts plain tensors in its place.
+    @weight.setter
+    def weight(self, value: torch.Tensor) -> None:
+        self.__dict__["weight"] = value
+
+    @weight.deleter
+    def weight(self) -> None:
+        del self.__dict__["weight"]
+
+
+def whole_factor(holder: nn.Module, name: str) -> torch.Tensor | None:
+    """The factor at full rank: the parameter, or the tensor that FSDP1 put in its place."""
+    parameter = holder._parameters.get(name)
+    return holder.__dict__.get(name) if parameter is None else parameter
+
+
+class RankedLinear(_RankedModule, nn.Linear):
+    """`nn.Linear` that computes with a prefix of its rank."""
+
+
+class RankedConv1d(_RankedModule, nn.Conv1d):
+    """`nn.Conv1d` that computes with a prefix of its rank."""
+
+
+class RankedConv2d(_RankedModule, nn.Conv2d):
+    """`nn.Conv2d` that computes with a prefix of its rank."""
+
+
+class RankedConv3d(_RankedModule, nn.Conv3d):
+    """`nn.Conv3d` that computes with a prefix of its rank."""
+
+
+RANKED_CLASSES: dict[type[nn.Module], type[_RankedModule]] = {
+    nn.Linear: RankedLinear,
+    nn.Conv1d: RankedConv1d,
+    nn.Conv2d: RankedConv2d,
+    nn.Conv3d: RankedConv3d,
+}
+
+
+class RankedParameterDict(nn.ParameterDict):
+    """Embedding factors: `factors[name]` is the part in use; `items()` and `values()` are the whole parameters."""
+
+    rank_views: dict[str, RankView]
+
+    def whole(self, key: str) -> nn.Parameter:
+        return super().__getitem__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        view = self.rank_views.get(key)
+        return self.whole(key) if view is None else view.of(self.whole(key))
+
+    def __setitem__(self, key: str, parameter: Any) -> None:
+        if key in self.rank_views and parameter.shape != self.whole(key).shape:
+            raise ValueError(
+                f"the adapter {key!r} holds a factor of shape {tuple(self.whole(key).shape)}, got one of shape "
+                f"{tuple(parameter.shape)}: set the full rank with set_rank before replacing it."
+            )
+        super().__setitem__(key, parameter)
+
+    def __delitem__(self, key: str) -> None:
+        super().__delitem__(key)
+        self.rank_views.pop(key, None)
+
+    # PEFT sets requires_grad through these two, which only a whole parameter allows.
+    def items(self) -> Any:
+        return ((key, self.whole(key)) for key in self.keys())
+
+    def values(self) -> Any:
+        return (self.whole(key) for key in self.keys())
+
+
+class AdapterRanks:
+    """The rank state of one adapter in one layer.
+
+    Attributes:
+        max_rank: r of this layer: the config's, or its cap in `rank_pattern`.
+        rank: the set rank, in use everywhere but in a training forward pass.
+        asked: the rank that was asked for; above `rank` where the layer is capped.
+    """
+
+    def __init__(
+        self,
+        schedule: RankSchedule,
+        rule: str,
+        lora_alpha: float,
+        max_rank: int,
+        parts: tuple[tuple[nn.Module, str, RankView], tuple[nn.Module, str, RankView]],
+    ) -> None:
+        self.schedule = schedule
+        self.rule = rule
+        self.lora_alpha = lora_alpha
+        self.max_rank = max_rank
+        self.parts = parts  # (module that holds the parameter, the parameter's name there, its view) for A and for B
+        self.rank = self.asked = max_rank
+        self.outside_training: tuple[int, float, Any] | None = None  # r, lora_alpha, scaling to go back to
+        LIVE_RANKS.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        LIVE_RANKS.add(self)  # a deep copy or an unpickled one
+
+    def factors(self) -> list[torch.Tensor]:
+        """The whole A and B."""
+        return [factor for holder, name, _ in self.parts if (factor := whole_factor(holder, name)) is not None]
+
+    def is_trained(self) -> bool:
+        return any(factor.requires_grad for factor in self.factors())
+
+    def moving_parts(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Each factor with the mask of the components that this step trains under update="frozen"."""
+        stop = min(self.schedule.drawn, self.max_rank)
+        start = min(self.schedule.below(self.schedule.drawn), self.max_rank)
+        return [
+            (factor, view.block_mask(factor, start, stop))
+            for factor, (_, _, view) in zip(self.factors(), self.parts, strict=True)
+        ]
+
+
+def make_ranked(layer: LoraLayer, adapter_name: str, schedule: RankSchedule, config: DyLoRAConfig) -> None:
+    """Turn the adapter's factors in a LoRA layer into ranked ones, at full rank.
+
+    Raises:
+        ValueError: the layer's backend keeps its factors in modules that cannot be sliced, or a grouped convolution
+            cannot split a rank.
+    """
+    max_rank = layer.r[adapter_name]
+    groups_a, groups_b, divisor = (1, 1), (1, 1), 1
+    base_layer = layer.get_base_layer()
+    if isinstance(layer, ParamWrapper):
+        groups_a, groups_b = (layer.num_experts, 1), (1, layer.num_experts)
+    elif getattr(base_layer, "groups", 1) > 1:
+        divisor = base_layer.groups
+        groups_a = (divisor, 1)
+        indivisible = [min(rank, max_rank) for rank in schedule.ranks if min(rank, max_rank) % divisor]
+        if indivisible:
+            raise ValueError(
+                f"DyLoRA cannot use the ranks {indivisible} on {type(base_layer).__name__} with groups={divisor}: each "
+                f"group takes an equal part of the rank. Pass ranks divisible by {divisor}, or leave the layer out."
+            )
+    view_a = RankView(0, max_rank, groups_a, divisor)
+    view_b = RankView(1, max_rank, groups_b, divisor)
+    if adapter_name in layer.lora_A:
+        modules = (layer.lora_A[adapter_name], layer.lora_B[adapter_name])
+        for module, view in zip(modules, (view_a, view_b), strict=True):
+            ranked = RANKED_CLASSES.get(type(module))
+            if ranked is None or getattr(base_layer, "_hf_tp_plan", None) is not None:
+                raise ValueError(
+                    f"DyLoRA does not support {type(layer).__name__} over {type(base_layer).__name__}: its LoRA "
+                    f"factors are {type(module).__name__} modules, possibly sharded, which cannot be cut to a rank. "
+                    "Leave the layer out of target_modules."
+                )
+            module.rank_view = view
+            module.__class__ = ranked
+        parts = ((modules[0], "weight", view_a), (modules[1], "weight", view_b))
+    else:
+        dicts = (layer.lora_embedding_A, layer.lora_embedding_B)
+        for factors, view in zip(dicts, (view_a, view_b), strict=True):
+            if not isinstance(factors, RankedParameterDict):
+                factors.rank_views = {}
+                factors.__class__ = RankedParameterDict
+            factors.rank_views[adapter_name] = view
+        parts = ((dicts[0], adapter_name, view_a), (dicts[1], adapter_name, view_b))
+    if not hasattr(layer, "lora_ranks"):
+        layer.lora_ranks = {}
+        layer.other_param_names = (*layer.other_param_names, "lora_ranks")
+        layer.register_forward_pre_hook(_enter_training_rank)
+        layer.register_forward_hook(_leave_training_rank, always_call=True)
+    layer.lora_ranks[adapter_name] = AdapterRanks(
+        schedule, config.scaling, layer.lora_alpha[adapter_name], max_rank, parts
+    )
+    _show(layer, adapter_name, max_rank)
+    _set_scaling(layer, adapter_name, layer.lora_alpha[adapter_name] / layer.r[adapter_name])
+
+
+def set_layer_rank(layer: LoraLayer, adapter_name: str, asked: int) -> None:
+    """Use rank `asked`, or the layer's cap if smaller, outside training. A factor set by `scale_layer` stays."""
+    ranks: AdapterRanks = layer.lora_ranks[adapter_name]
+    if adapter_name in layer.merged_adapters:
+        raise ValueError(
+            f"the adapter {adapter_name!r} is merged at rank {ranks.rank}, so its rank cannot change to {asked}: "
+            "unmerging would take out another update than was put in. Call unmerge_adapter() first."
+        )
+    factors = layer.lora_A if adapter_name in layer.lora_A else layer.lora_embedding_A
+    intact = factors if isinstance(factors, RankedParameterDict) else factors[adapter_name]
+    if intact is not ranks.parts[0][0]:
+        raise ValueError(
+            f"the factors of the adapter {adapter_name!r} were replaced (prepare_model_for_compiled_hotswap pads "
+            "them), so its rank can no longer change. Set the rank before, or export it with export_lora."
+        )
+    multiplier = layer.scaling[adapter_name] / (layer.lora_alpha[adapter_name] / layer.r[adapter_name])
+    ranks.asked, ranks.rank = asked, min(asked, ranks.max_rank)
+    _show(layer, adapter_name, ranks.rank)
+    scale = layer.lora_alpha[adapter_name] / ranks.rank
+    _set_scaling(layer, adapter_name, scale if multiplier == 1 else scale * float(multiplier))
+
+
+def _show(layer: LoraLayer, adapter_name: str, rank: int, frozen_below: int = 0) -> None:
+    ranks: AdapterRanks = layer.lora_ranks[adapter_name]
+    for _, _, view in ranks.parts:
+        view.show(rank, frozen_below)
+    layer.r[adapter_name] = rank
+    layer.lora_alpha[adapter_name] = alpha_at(ranks.rule, ranks.lora_alpha, rank, ranks.max_rank)
+
+
+def _set_scaling(layer: LoraLayer, adapter_name: str, value: float) -> None:
+    if isinstance(layer.scaling[adapter_name], torch.Tensor):  # after prepare_model_for_compiled_hotswap
+        layer.scaling[adapter_name].fill_(value)
+    else:
+        layer.scaling[adapter_name] = value
+
+
+def _layers_of(layer: LoraLayer) -> tuple[LoraLayer, ...]:
+    # MultiheadAttention computes with its out_proj's factors without calling out_proj.
+    return (layer, layer.get_base_layer().out_proj) if isinstance(layer, MultiheadAttention) else (layer,)
+
+
+def _enter_training_rank(layer: LoraLayer, args: Any) -> None:
+    """Forward pre-hook: use the drawn rank while the layer trains.
+
+    Per layer rather than for the whole model, since gradient checkpointing calls the layers again in the backward pass,
+    when the model's own forward pass is over.
+    """
+    if not layer.training or layer.merged:
+        return
+    for part in _layers_of(layer):
+        for name, ranks in part.lora_ranks.items():
+            schedule = ranks.schedule
+            if schedule.suspended or not ranks.is_trained():
+                continue
+            ranks.outside_training = (part.r[name], part.lora_alpha[name], part.scaling[name])
+            multiplier = part.scaling[name] / (part.lora_alpha[name] / part.r[name])
+            rank = min(schedule.drawn, ranks.max_rank)
+            frozen = min(schedule.below(schedule.drawn), rank) if schedule.update == "frozen" else 0
+            _show(part, name, rank, frozen)
+            scale = part.lora_alpha[name] / rank
+            part.scaling[name] = scale if multiplier == 1 else scale * multiplier
+
+
+def _leave_training_rank(layer: LoraLayer, args: Any, output: Any) -> None:
+    """Forward hook, runs after an error too: back to the set rank."""
+    for part in _layers_of(layer):
+        for name, ranks in part.lora_ranks.items():
+            if ranks.outside_training is not None:
+                for _, _, view in ranks.parts:
+                    view.show(ranks.rank)
+                part.r[name], part.lora_alpha[name], part.scaling[name] = ranks.outside_training
+                ranks.outside_training = None
+
+
+def ranked_layers(model: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, Any]]:
+    """(name, layer) of each layer of `model` with the DyLoRA adapter, or with any."""
+    for name, module in model.named_modules():
+        names = getattr(module, "lora_ranks", {})
+        if names and (adapter_name is None or adapter_name in names):
+            yield name, module

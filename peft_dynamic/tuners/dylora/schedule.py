@@ -1,0 +1,157 @@
+"""Which rank a training step uses: drawn once per optimizer step, the same everywhere, continued after a resume.
+
+Notable: nothing has to be called. torch tells us of every optimizer step (a global hook), so plain loops, Trainer,
+SFTTrainer, gradient accumulation and a GradScaler that skips a step all count the same thing. The draw happens there,
+not in a forward pass: a forward pass may be repeated (gradient checkpointing, accumulation) or compiled.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from peft_dynamic.functional.ranks import draw_rank, rank_weights
+
+if TYPE_CHECKING:
+    from .config import DyLoRAConfig
+    from .layer import AdapterRanks
+
+
+class RankSchedule(nn.Module):
+    """The rank draws of one adapter, shared by all its layers.
+
+    The number of optimizer steps is a buffer (`step`, int64, shape ()), so that it travels with the adapter's
+    checkpoint: `resume_from_checkpoint` and `load_adapter` continue the sequence of ranks where it stopped.
+
+    Attributes:
+        drawn: the rank of the current training step.
+        suspended: above 0 while the model runs without gradients (generation in train mode): nothing is sampled then.
+    """
+
+    step: torch.Tensor
+
+    def __init__(self, config: DyLoRAConfig) -> None:
+        super().__init__()
+        self.ranks = config.trained_ranks
+        self.weights = rank_weights(self.ranks, config.rank_sampling, config.geometric_p)
+        self.seed = config.rank_seed
+        self.update = config.update
+        self.suspended = 0
+        self.warned: set[int] = set()
+        self._entered_training = False
+        self._unseen_steps = 0  # steps of optimizers without our factors, as long as none with them was seen
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device="cpu"))
+        self._seen: tuple[int, int] | None = None
+        self._steps = 0
+        self.drawn = self._draw()
+
+    def _draw(self) -> int:
+        return draw_rank(self.ranks, self.weights, self.seed, self._steps)
+
+    def refresh(self) -> None:
+        """Take over a step number that was loaded from a checkpoint."""
+        seen = (id(self.step), self.step._version)
+        if seen != self._seen:  # reading the number is a device synchronisation: only when the buffer has changed
+            self._seen, self._steps = seen, int(self.step)
+            self.drawn = self._draw()
+
+    def advance(self) -> None:
+        """One optimizer step has been taken: draw the next rank."""
+        self.refresh()
+        self._steps += 1
+        with torch.no_grad():
+            self.step.fill_(self._steps)
+        self._seen = (id(self.step), self.step._version)
+        self.drawn = self._draw()
+
+    def count_foreign_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Warn when training goes on and no optimizer that steps holds the factors: their rank would never change."""
+        if self._steps or not self._entered_training:
+            return
+        self._unseen_steps += 1
+        if self._unseen_steps == 3:
+            warnings.warn(
+                f"{type(optimizer).__name__} has stepped 3 times and holds none of the DyLoRA adapter's factors, so "
+                f"the adapter still trains its first rank, {self.drawn}. Optimizers over copies or flat buffers of the "
+                "parameters (DeepSpeed ZeRO, FSDP1 with use_orig_params=False) are not supported: use DDP or FSDP2.",
+                stacklevel=3,
+            )
+
+    def below(self, rank: int) -> int:
+        """The next smaller trained rank, 0 below the smallest."""
+        return max((trained for trained in self.ranks if trained < rank), default=0)
+
+    def enter_model(self, module: nn.Module, args: Any) -> None:
+        """Forward pre-hook of the whole model."""
+        if not torch.is_grad_enabled():
+            self.suspended += 1
+        elif not torch.compiler.is_compiling():
+            self.refresh()
+            self._entered_training = self._entered_training or module.training
+
+    def leave_model(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the whole model; runs after an error too."""
+        if self.suspended and not torch.is_grad_enabled():
+            self.suspended -= 1
+
+
+# Every (layer, adapter) alive. Weak, and filled when one is made, copied or unpickled: a copied model's schedule
+# follows the copy's optimizer.
+LIVE_RANKS: WeakSet[AdapterRanks] = WeakSet()
+_before_step: dict[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
+
+
+def _stepped(optimizer: torch.optim.Optimizer) -> list[AdapterRanks]:
+    """Those whose factors the optimizer holds."""
+    if not LIVE_RANKS:
+        return []
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [ranks for ranks in LIVE_RANKS if any(id(factor) in held for factor in ranks.factors())]
+
+
+def _distribute_like(mask: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    if not hasattr(parameter, "placements"):
+        return mask
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(mask, parameter.device_mesh, parameter.placements)
+
+
+def _keep_frozen(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Before an optimizer step: remember the components that update="frozen" must not move."""
+    saved = []
+    for ranks in _stepped(optimizer):
+        if ranks.schedule.update == "frozen":
+            for factor, mask in ranks.moving_parts():
+                saved.append((factor, factor.detach().clone(), _distribute_like(mask, factor)))
+    _before_step[id(optimizer)] = saved
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """After an optimizer step: put frozen components back and draw the next rank."""
+    stepped = _stepped(optimizer)
+    if stepped and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{type(optimizer).__name__} stepped inside backward (a layer-wise optimizer). DyLoRA draws one rank per "
+            "optimizer step, and a backward pass must finish at the rank it began with. Use an optimizer that steps "
+            "after backward."
+        )
+    with torch.no_grad():
+        for factor, before, moving in _before_step.pop(id(optimizer), []):
+            factor.copy_(torch.where(moving, factor, before))
+    advancing = {ranks.schedule for ranks in stepped}
+    for schedule in advancing:
+        schedule.advance()
+    if not advancing:
+        for schedule in {ranks.schedule for ranks in LIVE_RANKS}:
+            schedule.count_foreign_step(optimizer)
+
+
+register_optimizer_step_pre_hook(_keep_frozen)
+register_optimizer_step_post_hook(_after_step)

@@ -1,0 +1,105 @@
+"""What is built is what is in the tree, under the names and the version that we promise."""
+
+import email
+import sys
+import tarfile
+import tomllib
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from peft_dynamic import __version__
+from tests.packaging.conftest import run
+
+NOT_SHIPPED = {".pyc"}
+
+
+@pytest.fixture(scope="module")
+def project(root: Path) -> dict:
+    return tomllib.loads((root / "pyproject.toml").read_text())
+
+
+def tree_files(root: Path) -> set[str]:
+    """The files that a wheel should have: all under peft_dynamic/ (the link aside) and trainers/ under its new name."""
+    places = {"peft_dynamic": root / "peft_dynamic", "peft_dynamic/trainers": root / "trainers"}
+    return {
+        f"{name}/{path.relative_to(folder).as_posix()}"
+        for name, folder in places.items()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix not in NOT_SHIPPED and (root / "peft_dynamic/trainers") not in path.parents
+    }
+
+
+def test_the_wheel_has_the_files_of_the_tree_and_no_others(root: Path, wheel_names: set[str]) -> None:
+    shipped = {name for name in wheel_names if ".dist-info/" not in name}
+    expected = tree_files(root)
+    assert shipped == expected, (
+        f"only in the tree: {sorted(expected - shipped)}, only in the wheel: {sorted(shipped - expected)}; "
+        "a package is one line in [tool.setuptools] packages, a data file one pattern in package-data"
+    )
+
+
+def test_every_package_of_the_tree_is_listed(root: Path, project: dict) -> None:
+    folders = {name.rpartition("/")[0] for name in tree_files(root) if name.endswith("/__init__.py")}
+    assert sorted(project["tool"]["setuptools"]["packages"]) == sorted(folder.replace("/", ".") for folder in folders)
+
+
+def test_the_link_to_the_trainers_is_relative(root: Path) -> None:
+    assert (root / "peft_dynamic/trainers").readlink() == Path("../trainers")
+
+
+def test_the_sdist_has_the_sources_once(checkout: Path, wheel: Path) -> None:
+    (sdist,) = (checkout / "dist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert "trainers/__init__.py" in names
+    assert not {name for name in names if name.startswith("peft_dynamic/trainers")}
+
+
+def test_the_metadata(wheel: Path, wheel_names: set[str]) -> None:
+    info = f"peft_dynamic-{__version__}.dist-info"
+    assert {f"{info}/licenses/LICENSE", f"{info}/entry_points.txt", "peft_dynamic/py.typed"} <= wheel_names
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
+        entry_points = archive.read(f"{info}/entry_points.txt").decode()
+    assert metadata["Name"] == "peft-dynamic"
+    assert metadata["Version"] == __version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert "peft-dynamic = peft_dynamic.cli:main" in entry_points
+
+
+def test_the_installed_wheel_is_whole(python: Callable[[str], str], installed: Path) -> None:
+    code = """
+import importlib.metadata, peft_dynamic.trainers
+print(importlib.metadata.version("peft-dynamic"), peft_dynamic.__version__, peft_dynamic.trainers.__file__)
+"""
+    in_metadata, in_package, trainers = python(code).split(maxsplit=2)
+    assert in_metadata == in_package == __version__
+    assert Path(trainers).is_relative_to(installed)
+    top_level = {path.name for path in installed.iterdir() if path.suffix != ".dist-info"}
+    assert top_level - {"bin"} == {"peft_dynamic"}
+
+
+@pytest.mark.parametrize("first", ["trainers", "peft_dynamic.trainers"])
+def test_a_bare_import_of_trainers_makes_no_second_set_of_classes(checkout: Path, first: str) -> None:
+    probe = checkout / "trainers" / "probe"
+    probe.mkdir(exist_ok=True)
+    (probe / "__init__.py").write_text("class Probe: pass\n")
+    code = f"""
+import {first}.probe
+import sys, pickle, trainers, trainers.probe, peft_dynamic.trainers
+from trainers.probe import Probe
+assert trainers is peft_dynamic.trainers and trainers.__name__ == "peft_dynamic.trainers"
+assert trainers.probe is peft_dynamic.trainers.probe is sys.modules["trainers.probe"]
+assert Probe is peft_dynamic.trainers.probe.Probe and Probe.__module__ == "peft_dynamic.trainers.probe"
+assert pickle.loads(pickle.dumps(Probe)) is Probe
+try:
+    import trainers.absent
+except ModuleNotFoundError as error:
+    assert error.name == "trainers.absent"
+else:
+    raise AssertionError("found a module that is not there")
+"""
+    run(sys.executable, "-c", code, cwd=checkout)

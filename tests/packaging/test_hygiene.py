@@ -1,0 +1,71 @@
+"""Rules that a linter has no name for: tolerances below 1, and a README whose examples can be run."""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<body>.*?)^(?P=indent)```", re.M | re.S)
+
+
+def tolerances(tree: ast.AST) -> Iterator[tuple[int, float]]:
+    """Line and value of each literal that is given as a tolerance, by keyword, by position or by assignment."""
+    for node in ast.walk(tree):
+        given: list[ast.expr] = []
+        if isinstance(node, ast.Call):
+            function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            names = {"rtol", "atol", "tol"} | ({"rel", "abs"} if function == "approx" else set())
+            given = [keyword.value for keyword in node.keywords if keyword.arg in names]
+            given += node.args[2:4] if function in {"allclose", "isclose"} else node.args[1:3] * (function == "approx")
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            named = {getattr(target, "id", getattr(target, "attr", "")).lower() for target in targets}
+            given = [node.value] * bool(named & {"rtol", "atol", "tol"})
+        for value in given:
+            if isinstance(value, ast.Constant) and isinstance(value.value, int | float):
+                yield value.lineno, value.value
+
+
+@pytest.mark.parametrize(
+    "line", ["assert_close(a, b, rtol=1e6)", "allclose(a, b, 1.0)", "x == pytest.approx(2, 3)", "atol: float = 1"]
+)
+def test_the_lint_sees_a_tolerance_that_accepts_anything(line: str) -> None:
+    assert [value >= 1 for _, value in tolerances(ast.parse(line))] == [True]
+
+
+def test_no_tolerance_reaches_one(root: Path) -> None:
+    found = [
+        f"{path.relative_to(root)}:{line}: {value}"
+        for path in sorted((root / "tests").rglob("*.py"))
+        for line, value in tolerances(ast.parse(path.read_text(encoding="utf-8")))
+        if value >= 1
+    ]
+    assert not found, f"a tolerance of 1 or more accepts anything: {found}"
+
+
+def readme_blocks(root: Path, *languages: str) -> list[str]:
+    """The README's fenced blocks in one of the languages, freed of their indentation."""
+    return [
+        re.sub(rf"^{block['indent']}", "", block["body"], flags=re.M)
+        for block in FENCE.finditer((root / "README.md").read_text(encoding="utf-8"))
+        if block["language"] in languages
+    ]
+
+
+def test_the_python_in_the_readme_compiles(root: Path) -> None:
+    for number, block in enumerate(readme_blocks(root, "python", "py"), start=1):
+        compile(block, f"README.md, python block {number}", "exec")
+
+
+def test_the_commands_in_the_readme_are_commands(root: Path) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (root / "Makefile").read_text(), flags=re.M))
+    for block in readme_blocks(root, "bash", "sh", "shell", "console"):
+        # With a prompt in it, a block shows a session: only the lines after `$` are commands.
+        prompted = re.findall(r"^\$ (.*(?:(?<=\\)\n.*)*)", block, flags=re.M)
+        script = "\n".join(prompted) or block
+        done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+        assert done.returncode == 0, f"{script}\n{done.stderr}"
+        assert set(re.findall(r"^make ([a-z]+)", script, flags=re.M)) <= targets, script

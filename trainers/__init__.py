@@ -1,0 +1,37 @@
+"""Trainers that go with the adapters, for use with any PEFT adapter or none.
+
+This folder is installed, and meant to be imported, as `peft_dynamic.trainers`. There are no trainers in it yet.
+
+From a checkout's root Python also finds it as a bare `trainers`. To keep that from making every class twice, the bare
+name, and every module below it, is turned into the one under `peft_dynamic.trainers`.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+__all__: list[str] = []
+
+
+class _Alias(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Answers `import trainers.x` with the module `peft_dynamic.trainers.x`."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if not fullname.startswith("trainers.") or importlib.util.find_spec("peft_dynamic." + fullname) is None:
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self)
+
+    def exec_module(self, module: ModuleType) -> None:
+        # The import system hands out what it finds in sys.modules after this, not the empty `module`.
+        sys.modules[module.__name__] = importlib.import_module("peft_dynamic." + module.__name__)
+
+
+if __name__ == "trainers":
+    sys.modules[__name__] = importlib.import_module("peft_dynamic.trainers")
+    sys.meta_path.insert(0, _Alias())
