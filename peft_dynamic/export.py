@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from peft_dynamic.hub import write_model_card
-from peft_dynamic.tuners.dylora.layer import ranked_layers
+from peft_dynamic.tuners.dylora.layer import ranked_layers, whole_factor
 from peft_dynamic.tuners.dylora.model import at_rank, get_rank
 
 PEFT_PREFIX = "base_model.model."
@@ -40,9 +40,9 @@ def export_lora(
     `lora_alpha` is such that PEFT's scale lora_alpha / r is ours. Biases, `modules_to_save` and trainable tokens come
     along. A factor set by PEFT's `set_scale` or `scale_layer` does not, as in `save_pretrained`.
 
-    The three files (adapter_config.json, adapter_model.safetensors, README.md) are made beside the target and moved at the
-    end, so that a failure leaves what was there before. A stock LoRA adapter in the target is replaced, other files
-    stay.
+    The three files (adapter_config.json, adapter_model.safetensors, README.md) are made beside the target and moved at
+    the end, so that a failure leaves what was there before. A stock LoRA adapter in the target is replaced, other
+    files stay.
 
     Args:
         model: a `PeftModel`, or a transformers model with the adapter added by `add_adapter` or `load_adapter`.
@@ -89,7 +89,7 @@ def _check_target(target: Path) -> None:
         return  # no adapter, or none that could be loaded
     if there != "LORA":
         raise FileExistsError(
-            f"save_directory={str(target)!r} holds a {there} adapter, and an export over it would lose its other ranks. "
+            f"save_directory={str(target)!r} holds a {there} adapter; an export over it would lose its other ranks. "
             "Pass another folder, or delete that one first."
         )
 
@@ -105,14 +105,15 @@ def _tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
             else (f"{prefix}.lora_embedding_A", f"{prefix}.lora_embedding_B")
         )
         for key, (holder, parameter, view) in zip(keys, ranks.parts, strict=True):
-            if tensors[key].shape == holder._parameters[parameter].shape:
+            factor = whole_factor(holder, parameter)
+            if factor is not None and tensors[key].shape == factor.shape:
                 tensors[key] = view.of(tensors[key])
             elif view.groups == (1, 1):
                 # prepare_model_for_compiled_hotswap put a copy of the part in use there, with zeros behind it
                 tensors[key] = tensors[key].narrow(view.dim, 0, layer.r[name])
             else:
                 raise ValueError(
-                    f"{prefix}: its factors were replaced by prepare_model_for_compiled_hotswap. Export before that call."
+                    f"{prefix}: prepare_model_for_compiled_hotswap replaced its factors. Export before that call."
                 )
     prefix = "" if isinstance(model, PeftModel) else PEFT_PREFIX
     return {
@@ -151,8 +152,8 @@ def _named_layers(model: nn.Module, name: str) -> list[tuple[str, LoraLayer]]:
             owner = inner[id(layer)]
             if (layer.r[name], layer.lora_alpha[name]) != (owner.r[name], owner.lora_alpha[name]):
                 raise ValueError(
-                    f"{key} is at rank {layer.r[name]} and the attention around it at {owner.r[name]}: a LoRA checkpoint "
-                    "has one rank for both. Set them alike before the export."
+                    f"{key} is at rank {layer.r[name]} and the attention around it at {owner.r[name]}: a LoRA "
+                    "checkpoint has one rank for both. Set them alike before the export."
                 )
             continue
         if isinstance(layer, MultiheadAttention):

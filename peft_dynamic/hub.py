@@ -33,8 +33,8 @@ REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 def write_model_card(directory: str | Path, repo_id: str | None = None) -> Path:
     """Write how to use an adapter into the README.md beside it: with `import peft_dynamic` for an adapter of ours.
 
-    A README that is there already stays, but for the part that an earlier call wrote: the usage goes to its top, and what
-    its metadata lacks is added.
+    A README that is there already stays, but for the part that an earlier call wrote: the usage goes to its top, and
+    what its metadata lacks is added.
 
     Args:
         directory: a saved adapter, i.e. a folder with an adapter_config.json.
@@ -49,8 +49,8 @@ def write_model_card(directory: str | Path, repo_id: str | None = None) -> Path:
     directory = Path(directory)
     if not (directory / "adapter_config.json").is_file():
         raise FileNotFoundError(
-            f"directory={str(directory)!r} has no adapter_config.json: pass a folder that save_pretrained or export_lora "
-            "wrote."
+            f"directory={str(directory)!r} has no adapter_config.json: pass a folder that save_pretrained or "
+            "export_lora wrote."
         )
     config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
     path = directory / "README.md"
@@ -60,12 +60,13 @@ def write_model_card(directory: str | Path, repo_id: str | None = None) -> Path:
     card.text = "\n" + "\n\n".join(
         part for part in (f"{START}\n{_usage(config, directory, repo_id)}\n{END}", body) if part
     )
-    card.data.library_name = "peft"
+    data: Any = card.data
+    data.library_name = "peft"
     base = _base_repo(config)
-    if base and not card.data.base_model:
-        card.data.base_model = base
-    tags = list(card.data.tags or [])
-    card.data.tags = [*tags, *(tag for tag in ("lora", config["peft_type"].lower()) if tag not in tags)]
+    if base and not data.base_model:
+        data.base_model = base
+    tags = list(data.tags or [])
+    data.tags = [*tags, *(tag for tag in ("lora", config["peft_type"].lower()) if tag not in tags)]
     card.save(path)
     return path
 
@@ -154,7 +155,8 @@ def _usage(config: dict[str, Any], directory: Path, repo_id: str | None) -> str:
         listed = ", ".join(map(str, trained)) if len(trained) <= 16 else f"1 to {config['r']}"
         about = (
             f"A {config['peft_type']} adapter: one training run, usable at the ranks {listed}. It needs the package "
-            f"`peft-dynamic`. Without the line `import peft_dynamic`, PEFT stops with `KeyError: '{config['peft_type']}'`."
+            "`peft-dynamic`: without the line `import peft_dynamic`, PEFT stops with "
+            f"`KeyError: '{config['peft_type']}'`."
         )
     code = [
         *([] if stock else [f"import peft_dynamic  # registers {config['peft_type']} with PEFT"]),
@@ -165,9 +167,8 @@ def _usage(config: dict[str, Any], directory: Path, repo_id: str | None) -> str:
         f'model = PeftModel.from_pretrained(base, "{source}")',
     ]
     if not stock:
-        rank = config.get("rank") if isinstance(config.get("rank"), int) else config["r"]
         code += [
-            f"model.set_rank({rank})  # the rank to run at",
-            f'# peft_dynamic.export_lora(model, "lora", rank={rank}) writes that rank as a stock LoRA adapter',
+            f"model.set_rank({config['r']})  # the rank to run at, up to {config['r']}",
+            f'# peft_dynamic.export_lora(model, "lora", rank={config["r"]}) writes that rank as a stock LoRA adapter',
         ]
     return "\n".join([f"# {source}", "", about, "", "```python", *code, "```"])

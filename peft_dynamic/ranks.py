@@ -22,20 +22,22 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from peft_dynamic.tuners.dylora.layer import ranked_layers
 from peft_dynamic.tuners.dylora.model import at_rank, get_rank
 
 # Directions that nobody disputes, without the prefixes that trainers put before them.
-LOWER_IS_BETTER = frozenset(
-    "loss nll perplexity ppl bits_per_byte bpb bits_per_character bpc error error_rate wer cer ter mae mse rmse".split()
-)
-GREATER_IS_BETTER = frozenset(
-    "accuracy acc exact_match em f1 f1_macro f1_micro precision recall matthews_correlation mcc pearson pearsonr spearman "
-    "spearmanr auc roc_auc map mrr ndcg r2 bleu sacrebleu chrf meteor nist cider rouge1 rouge2 rougel rougelsum bertscore "
-    "reward win_rate pass_rate".split()
-)
+LOWER_IS_BETTER = {
+    *("loss", "nll", "perplexity", "ppl", "bits_per_byte", "bpb", "bits_per_character", "bpc"),
+    *("error", "error_rate", "wer", "cer", "ter", "mae", "mse", "rmse"),
+}
+GREATER_IS_BETTER = {
+    *("accuracy", "acc", "exact_match", "em", "f1", "f1_macro", "f1_micro", "precision", "recall"),
+    *("matthews_correlation", "mcc", "pearson", "pearsonr", "spearman", "spearmanr", "r2", "auc", "roc_auc"),
+    *("map", "mrr", "ndcg", "bleu", "sacrebleu", "chrf", "meteor", "nist", "cider", "bertscore"),
+    *("rouge1", "rouge2", "rougel", "rougelsum", "reward", "pass_rate", "win_rate"),
+}
 PREFIXES = ("eval_", "test_", "validation_", "val_", "mean_")
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -118,7 +120,7 @@ class RankCurve:
             from matplotlib.figure import Figure  # not pyplot: no global state, no display
         except ImportError as error:
             raise ImportError(
-                "RankCurve.plot needs matplotlib: pip install 'peft-dynamic[plot]'. RankCurve.table() needs nothing more."
+                "RankCurve.plot needs matplotlib: pip install 'peft-dynamic[plot]'. RankCurve.table() does without."
             ) from error
 
         figure = Figure(figsize=(4.6 * len(self.metrics), 3.6), layout="constrained")
@@ -275,7 +277,8 @@ def rank_curve(
     for rank in wanted:  # before hours of evaluation, not after some of it
         with at_rank(model, rank, name):
             pass
-    bias = getattr(model.peft_config[name], "bias", "none")
+    configs: Any = model.peft_config
+    bias = getattr(configs[name], "bias", "none")
     if base and bias != "none":
         base = False
         warnings.warn(

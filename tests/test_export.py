@@ -167,7 +167,7 @@ def test_the_adapter_with_all_ranks_is_not_overwritten(tmp_path: Path) -> None:
     model, _ = adapted("linear")
     model.save_pretrained(tmp_path)
     before = (tmp_path / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(FileExistsError, match="holds a DYLORA adapter.*Pass another folder"):
+    with pytest.raises(FileExistsError, match=r"holds a DYLORA adapter.*Pass another folder"):
         export_lora(model, tmp_path, rank=2)
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
 
@@ -197,7 +197,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("rank", [0, 9])
 def test_a_rank_out_of_range_is_refused(tmp_path: Path, rank: int) -> None:
-    with pytest.raises(ValueError, match="outside 1..8"):
+    with pytest.raises(ValueError, match=r"outside 1\.\.8"):
         export_lora(adapted("linear")[0], tmp_path / "out", rank=rank)
     assert not (tmp_path / "out").exists()
 

@@ -50,7 +50,7 @@ def test_each_row_is_the_model_at_that_rank_and_the_base_without_it() -> None:
 
 
 def test_modes_rank_gradients_and_adapters_are_put_back() -> None:
-    model, inputs = adapted()
+    model, _ = adapted()
     model.set_rank(2)
     model.train()
     model.base_model.model.emb.eval()
@@ -72,7 +72,6 @@ def test_modes_rank_gradients_and_adapters_are_put_back() -> None:
 @pytest.mark.parametrize("fails_at", [1, 3])
 def test_an_error_in_evaluate_leaves_the_model_as_it_was(fails_at: int) -> None:
     model, inputs = adapted()
-    model.train()
     expected = model.eval()(inputs)
     model.train()
     calls = iter(range(10))

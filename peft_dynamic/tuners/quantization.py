@@ -2,11 +2,11 @@
 
 bitsandbytes 0.50 on a CPU with AVX512-BF16 repacks a 4-bit weight in the first eval-mode forward pass without
 gradients. From then on the layer runs a kernel without autograd: training gets no gradient, with only a UserWarning,
-and `model.train()` does not undo it.
+and `model.train()` does not undo it. A weight into which an adapter was merged even gives wrong outputs after packing.
+So we switch the packing off: inference on such a CPU is slower than it could be, and right.
 """
 
 import sys
-from typing import Any
 
 from torch import nn
 
@@ -28,22 +28,15 @@ def is_quantized(module: nn.Module) -> bool:
     )
 
 
-def keep_gradients_after_evaluation(model: nn.Module) -> None:
-    """Make the bitsandbytes 4-bit layers of `model` undo the CPU's packing when they train again."""
+def keep_training_on_cpu(model: nn.Module) -> None:
+    """Keep the bitsandbytes 4-bit layers of `model` from packing weights for CPU inference; unpack packed ones."""
     bnb = sys.modules.get("bitsandbytes")  # a model cannot have its layers without it
     if bnb is None:
         return
     for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit) and _unpack_for_training not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(_unpack_for_training)
-
-
-def _unpack_for_training(layer: Any, args: Any) -> None:
-    if not layer.training:
-        return
-    state = getattr(layer.weight, "quant_state", None)
-    if state is None or not getattr(state, "packing_format_for_cpu", False):
-        return
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-    layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu_inverse(layer.weight.data, state)
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+            state = getattr(module.weight, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                unpack = bnb.functional._convert_weight_packed_for_cpu_inverse
+                module.weight.data, module.weight.quant_state = unpack(module.weight.data, state)

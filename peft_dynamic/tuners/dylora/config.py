@@ -75,8 +75,6 @@ class DyLoRAConfig(LoraConfig):
         scaling: the scale of rank b: "alpha/b" (the paper's), "alpha/r", "alpha/sqrt(b)" or "alpha/sqrt(r*b)".
         rank_seed: seed of the rank draws. The rank of step t depends on this seed and t alone: not on torch's or
             python's generators, the process, or how often the step is retried.
-        rank: the rank outside training: an int, a dict from module name or pattern to int, or None for r.
-            `model.set_rank` writes it, so that a saved adapter comes back at the rank it was set to.
 
     Raises:
         ValueError, TypeError: an argument has no meaning; the message names it, its value, the rule and the fix.
@@ -110,10 +108,6 @@ class DyLoRAConfig(LoraConfig):
         metadata={"help": "Scale at rank b: 'alpha/b' (the paper's), 'alpha/r', 'alpha/sqrt(b)' or 'alpha/sqrt(r*b)'."},
     )
     rank_seed: int = field(default=0, metadata={"help": "Seed of the rank draws; the same on every process."})
-    rank: int | dict[str, int] | None = field(
-        default=None,
-        metadata={"help": "The rank outside training: an int, a dict of module patterns to ints, or None for r."},
-    )
 
     def __post_init__(self) -> None:
         self._check_refused_fields()
@@ -121,7 +115,6 @@ class DyLoRAConfig(LoraConfig):
         self.peft_type = PeftType.DYLORA  # the member that _registry adds
         self._check_ranks()
         self._check_sampling()
-        self._check_rank()
 
     @property
     def trained_ranks(self) -> tuple[int, ...]:
@@ -204,13 +197,3 @@ class DyLoRAConfig(LoraConfig):
             raise ValueError(f"{name}: scaling must be one of {list(SCALING_RULES)}, got {self.scaling!r}.")
         if not _is_int(self.rank_seed):
             raise TypeError(f"{name}: rank_seed must be an int, got {self.rank_seed!r}.")
-
-    def _check_rank(self) -> None:
-        if self.rank is None:
-            return
-        values = list(self.rank.values()) if isinstance(self.rank, dict) else [self.rank]
-        for value in values:
-            if not _is_int(value) or not 1 <= value <= self.r:
-                raise ValueError(
-                    f"{self._name()}: rank must be an int in 1..r={self.r}, a dict of such, or None; got {self.rank!r}."
-                )

@@ -175,7 +175,11 @@ class AdapterRanks:
         return [factor for holder, name, _ in self.parts if (factor := whole_factor(holder, name)) is not None]
 
     def is_trained(self) -> bool:
-        return any(factor.requires_grad for factor in self.factors())
+        for holder, name, _ in self.parts:  # no generator: torch.compile breaks its graph at one
+            factor = whole_factor(holder, name)
+            if factor is not None and factor.requires_grad:
+                return True
+        return False
 
     def moving_parts(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Each factor with the mask of the components that this step trains under update="frozen"."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from peft_dynamic.tuners.quantization import keep_gradients_after_evaluation
+from peft_dynamic.tuners.quantization import keep_training_on_cpu
 
 from .config import DyLoRAConfig
 from .layer import make_ranked, ranked_layers, set_layer_rank
@@ -42,10 +42,7 @@ class DyLoRAModel(LoraModel):
             model.register_forward_pre_hook(schedule.enter_model),
             model.register_forward_hook(schedule.leave_model, always_call=True),
         ]
-        keep_gradients_after_evaluation(model)
-        rank = self.peft_config[adapter_name].rank
-        if rank is not None:
-            _apply_rank(model, rank, adapter_name)
+        keep_training_on_cpu(model)
 
     def _create_and_replace(
         self,
@@ -121,11 +118,6 @@ class DyLoRAModel(LoraModel):
             self._forget(adapter_name)
         return model
 
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        whole = any(True for _ in ranked_layers(self.model, adapter_name))
-        with at_rank(self.model, self.peft_config[adapter_name].r, adapter_name) if whole else nullcontext():
-            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
@@ -168,7 +160,6 @@ class DyLoRAModel(LoraModel):
                     r=max(ranks),
                     ranks=None,
                     rank_sampling="uniform",
-                    rank=None,
                     rank_pattern={},
                     scaling="alpha/r",
                 )
@@ -242,6 +233,8 @@ def _ranks_of_layers(model: nn.Module, rank: int | dict[str, int], adapter_name:
 def set_rank(model: nn.Module, rank: int | dict[str, int], adapter_name: str | None = None) -> None:
     """Use `rank` for evaluation, generation, merging and export from now on; training goes on drawing its own.
 
+    The rank is a setting of the model at hand and is not saved: an adapter holds all its ranks and loads at r.
+
     Works on a `PeftModel` and on a transformers model with adapters added by `add_adapter` or `load_adapter`.
 
     Args:
@@ -259,8 +252,6 @@ def set_rank(model: nn.Module, rank: int | dict[str, int], adapter_name: str | N
     """
     for name in _dynamic_adapters(model, adapter_name):
         _apply_rank(model, rank, name)
-        configs: Any = model.peft_config
-        configs[name].rank = rank
 
 
 def _apply_rank(model: nn.Module, rank: int | dict[str, int], adapter_name: str) -> None:

@@ -84,7 +84,11 @@ class RankSchedule(nn.Module):
 
     def below(self, rank: int) -> int:
         """The next smaller trained rank, 0 below the smallest."""
-        return max((trained for trained in self.ranks if trained < rank), default=0)
+        below = 0
+        for trained in self.ranks:
+            if trained < rank:
+                below = trained
+        return below
 
     def enter_model(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of the whole model."""
@@ -120,7 +124,7 @@ def _distribute_like(mask: torch.Tensor, parameter: torch.Tensor) -> torch.Tenso
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(parameter, DTensor)
-    return distribute_tensor(mask, parameter.device_mesh, parameter.placements)
+    return distribute_tensor(mask, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def _keep_frozen(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

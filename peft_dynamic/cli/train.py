@@ -1,0 +1,232 @@
+"""`peft-dynamic train`: fine-tune once with DyLoRA, measure every rank, export the one to keep.
+
+Everything that can be checked without a model is checked before one is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ._data import Columns, Example, read_rows, to_examples
+
+DEMO_INSTRUCTION = "Describe this place in a sentence or two."
+# Sized for a few minutes on two cores; where others use them too, the minutes bound the training instead.
+DEMO_STEPS, DEMO_RATE, DEMO_MINUTES = 60, 1e-3, 4.0
+
+
+@dataclass
+class Job:
+    """One training run, checked."""
+
+    model: str
+    data: str
+    examples: list[Example]
+    held_out: list[Example]
+    config: Any  # a DyLoRAConfig
+    four_bit: bool
+    steps: int  # -1: as many as the epochs have
+    epochs: float
+    batch_size: int
+    learning_rate: float
+    max_length: int
+    seed: int
+    tolerance: float
+    max_minutes: float | None
+    save_steps: int
+    resume: bool
+    output: Path
+
+
+def train(
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Train SmolLM2-135M-Instruct on the E2E NLG excerpt that comes along.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="The base model: a folder, or a name on the Hub.", show_default=False)
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A file of JSON lines, or a Hub dataset (user/name).", show_default=False)
+    ] = None,
+    eval_data: Annotated[
+        str | None, typer.Option(help="Held-out rows, as --data. Default: a tenth of --data, at most 200 rows.")
+    ] = None,
+    prompt_column: Annotated[str, typer.Option(help="Column of what is given.")] = "prompt",
+    completion_column: Annotated[str, typer.Option(help="Column of what is learnt.")] = "completion",
+    text_column: Annotated[str | None, typer.Option(help="Column of plain text, all of which is learnt.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="A line to put before each prompt.")] = None,
+    r: Annotated[int | None, typer.Option("--r", help="The largest rank. Default: the last of --ranks.")] = None,
+    ranks: Annotated[
+        str | None, typer.Option(help="The ranks to train, as 1,2,4. Default: powers of two up to --r, or to 32.")
+    ] = None,
+    lora_alpha: Annotated[float, typer.Option(help="As in LoRA.")] = 16,
+    target_modules: Annotated[str, typer.Option(help="all-linear, or names as q_proj,v_proj.")] = "all-linear",
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: as many as --epochs have.")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the data, if --steps is not given.")] = 3.0,
+    batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = 8,
+    learning_rate: Annotated[float | None, typer.Option(help="The peak. Default: 5e-4; 1e-3 in the demo.")] = None,
+    max_length: Annotated[int, typer.Option(help="Longer examples are cut to this many tokens.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of the data's order, the adapter's start and the ranks.")] = 0,
+    four_bit: Annotated[bool, typer.Option("--4bit", help="Quantise the base model to 4 bits (QDyLoRA).")] = False,
+    tolerance: Annotated[float, typer.Option(help="How far the recommended rank may be from the best.")] = 0.01,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="End the training after this time. Default: no limit; 4 in the demo.")
+    ] = None,
+    save_steps: Annotated[int, typer.Option(help="Write a checkpoint every so many steps; 0 for none.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
+    output: Annotated[Path, typer.Option(help="The folder to write.")] = Path("peft-dynamic-out"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the adapter in --output.")] = False,
+) -> None:
+    """Fine-tune a model once, see how good each rank is, and export the smallest that is good enough."""
+    started = time.perf_counter()
+    _require(steps is None or steps >= 1, "--steps", steps, "at least 1")
+    _require(epochs > 0, "--epochs", epochs, "above 0")
+    _require(batch_size >= 1, "--batch-size", batch_size, "at least 1")
+    _require(learning_rate is None or learning_rate > 0, "--learning-rate", learning_rate, "above 0")
+    _require(max_length >= 8, "--max-length", max_length, "at least 8 tokens")
+    _require(0 <= tolerance < math.inf, "--tolerance", tolerance, "at least 0; 0.01 is one per cent")
+    _require(max_minutes is None or max_minutes > 0, "--max-minutes", max_minutes, "above 0")
+    _require(save_steps >= 0, "--save-steps", save_steps, "at least 0")
+    if output.exists() and not output.is_dir():
+        raise typer.BadParameter(f"{output} is a file; pass a folder.", param_hint="--output")
+    if (output / "adapter").exists() and not (overwrite or demo or resume):
+        raise typer.BadParameter(
+            f"{output} holds an adapter already. Pass another folder, or --overwrite to replace it.",
+            param_hint="--output",
+        )
+    if resume and not list(output.glob("checkpoints/checkpoint-*")):
+        raise typer.BadParameter(
+            f"{output} has no checkpoints to go on from; they are written where --save-steps is given.",
+            param_hint="--resume",
+        )
+    for value, option in ((data, "--data"), (model, "--model")):
+        if value is None and not demo:
+            raise typer.BadParameter("missing. Pass one, or --demo to see how it works.", param_hint=option)
+    _require_package("matplotlib", "the plot", "plot")
+    if four_bit:
+        _require_package("bitsandbytes", "--4bit", "quant")
+    columns = Columns(prompt_column, completion_column, text_column, instruction)
+    if data is None:
+        from peft_dynamic.data import E2E_TRAIN, E2E_VALIDATION
+
+        data, eval_data = str(E2E_TRAIN), eval_data or str(E2E_VALIDATION)
+        columns = Columns("mr", "ref", None, instruction or DEMO_INSTRUCTION)
+    examples = to_examples(read_rows(data, "--data"), columns, data, "--data")
+    if eval_data is None:
+        examples, held_out = _split(examples, seed)
+    else:
+        held_out = to_examples(read_rows(eval_data, "--eval-data"), columns, eval_data, "--eval-data")
+    if demo:
+        steps = steps or DEMO_STEPS
+        learning_rate = learning_rate or DEMO_RATE
+        max_minutes = max_minutes or DEMO_MINUTES
+    job = Job(
+        model=_model(model),
+        data=data,
+        examples=examples,
+        held_out=held_out,
+        config=_config(r, ranks, lora_alpha, target_modules, seed, four_bit),
+        four_bit=four_bit,
+        steps=steps or -1,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate or 5e-4,
+        max_length=max_length,
+        seed=seed,
+        tolerance=tolerance,
+        max_minutes=max_minutes,
+        save_steps=save_steps,
+        resume=resume,
+        output=output,
+    )
+    from ._run import run
+
+    try:
+        run(job, started)
+    except UserError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+class UserError(RuntimeError):
+    """Something that only shows once the model is there; the message says what to do."""
+
+
+def _require(fine: bool, option: str, value: object, rule: str) -> None:
+    if not fine:
+        raise typer.BadParameter(f"{value}: must be {rule}.", param_hint=option)
+
+
+def _require_package(name: str, what: str, extra: str) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec(name) is None:
+        typer.echo(f"Error: {what} needs {name}: pip install 'peft-dynamic[{extra}]'", err=True)
+        raise typer.Exit(1)
+
+
+def _split(examples: list[Example], seed: int) -> tuple[list[Example], list[Example]]:
+    """Nine tenths to train on, and one tenth, at most 200, to measure with."""
+    import random
+
+    if len(examples) < 2:
+        raise typer.BadParameter(
+            "one row is not enough to hold some out. Add rows, or pass --eval-data.", param_hint="--data"
+        )
+    shuffled = random.Random(seed).sample(examples, len(examples))
+    held = min(max(len(examples) // 10, 1), 200)
+    return shuffled[held:], shuffled[:held]
+
+
+def _config(r: int | None, ranks: str | None, lora_alpha: float, target_modules: str, seed: int, four_bit: bool) -> Any:
+    from peft_dynamic import DyLoRAConfig, QDyLoRAConfig
+
+    listed = None
+    if ranks is not None:
+        try:
+            listed = [int(rank) for rank in ranks.split(",")]
+        except ValueError as error:
+            raise typer.BadParameter(
+                f"{ranks!r}: must be whole numbers, such as 1,2,4,8.", param_hint="--ranks"
+            ) from error
+    largest = r if r is not None else listed[-1] if listed else 32
+    if listed is None and largest >= 1:
+        listed = [*(2**i for i in range(largest.bit_length()) if 2**i < largest), largest]
+    modules = target_modules if target_modules == "all-linear" else [name.strip() for name in target_modules.split(",")]
+    alpha: Any = int(lora_alpha) if float(lora_alpha).is_integer() else lora_alpha  # typed as int, any number works
+    try:
+        return (QDyLoRAConfig if four_bit else DyLoRAConfig)(
+            r=largest,
+            ranks=listed,
+            lora_alpha=alpha,
+            target_modules=modules,
+            rank_seed=seed,
+            task_type="CAUSAL_LM",
+        )
+    except (ValueError, TypeError) as error:  # its message names the field, the value and the rule
+        raise typer.BadParameter(str(error), param_hint="--ranks, --r or --lora-alpha") from error
+
+
+def _model(model: str | None) -> str:
+    """The base model as `from_pretrained` takes it, fetched where it is the demo's."""
+    if model is None:
+        from .models import FetchError, fetch
+
+        try:
+            return str(fetch("smollm2"))
+        except FetchError as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(1) from error
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise typer.BadParameter(f"{model} is a folder without a config.json, so no model.", param_hint="--model")
+        return str(path)
+    if path.exists() or model.startswith((".", "/", "~")):
+        raise typer.BadParameter(f"{model} is not a folder with a model in it.", param_hint="--model")
+    return model

