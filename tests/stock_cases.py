@@ -87,8 +87,8 @@ def tiny_llama() -> nn.Module:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
+            hidden_size=64,  # at least 64, the block size of 4-bit kernels
+            intermediate_size=128,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,

@@ -58,20 +58,20 @@ class DyLoRAModel(LoraModel):
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
         )
         schedule = self._schedule(adapter_name)
-        layer = getattr(parent, target_name)
         made = 0
-        # more than one: MultiheadAttention holds a LoRA layer for its out_proj, ParamWrappers are nested
-        for module in layer.modules():
-            if isinstance(module, LoraLayer) and adapter_name not in getattr(module, "lora_ranks", ()):
-                if adapter_name not in module.lora_A and adapter_name not in module.lora_embedding_A:
-                    continue
+        # Two roots: a further adapter goes into `target`, which may lie inside nested ParamWrappers. And all modules
+        # below, since MultiheadAttention holds a LoRA layer for its out_proj.
+        for module in (*target.modules(), *getattr(parent, target_name).modules()):
+            if not isinstance(module, LoraLayer) or adapter_name in getattr(module, "lora_ranks", ()):
+                continue
+            if adapter_name in module.lora_A or adapter_name in module.lora_embedding_A:
                 make_ranked(module, adapter_name, schedule, lora_config)
                 self._keep_in_state_dict(schedule, module, adapter_name)
                 made += 1
         if not made:
             raise ValueError(
-                f"DyLoRA cannot cut {type(layer).__name__} at {current_key!r} to a rank: it has no lora_A and lora_B. "
-                "Leave the module out of target_modules."
+                f"DyLoRA cannot cut {type(getattr(parent, target_name)).__name__} at {current_key!r} to a rank: it has no "
+                "lora_A and lora_B. Leave the module out of target_modules."
             )
 
     def _keep_in_state_dict(self, schedule: RankSchedule, layer: LoraLayer, adapter_name: str) -> None:

@@ -1,0 +1,264 @@
+"""What every adapter of ours must do, on every kind of layer. Facts about a method live in its case."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from safetensors.torch import load_file
+from torch import nn
+
+from tests.conformance.cases import CASES, Case, perturb
+from tests.stock_cases import build, compute
+
+pytestmark = [
+    # PEFT says these for a stock LoRA of the same settings too.
+    pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Could not identify embedding layer:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Already unmerged:UserWarning"),
+    pytest.mark.filterwarnings("ignore:All adapters are already merged:UserWarning"),
+]
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def layers_of(model: nn.Module, adapter: str = "default") -> dict[str, Any]:
+    return {name: module for name, module in model.named_modules() if adapter in getattr(module, "lora_ranks", ())}
+
+
+def factors_of(layer: Any, adapter: str = "default") -> tuple[torch.Tensor, torch.Tensor]:
+    """The whole A and B, past the views that the tests are about."""
+    if adapter in layer.lora_A:
+        return tuple(getattr(layer, name)[adapter]._parameters["weight"] for name in ("lora_A", "lora_B"))
+    return tuple(getattr(layer, name)._parameters[adapter] for name in ("lora_embedding_A", "lora_embedding_B"))
+
+
+def keep_only(layer: Any, rank: int, adapter: str = "default") -> None:
+    """Zero all components but the first `rank`, by PEFT's documented layouts: the tests' own idea of a truncation."""
+    a, b = factors_of(layer, adapter)
+    r = layer.lora_ranks[adapter].max_rank
+    rank = min(rank, r)
+    experts = layer.num_experts if isinstance(layer, ParamWrapper) else 1
+    groups = getattr(layer.get_base_layer(), "groups", 1)
+    with torch.no_grad():
+        if experts > 1:  # (experts, r) rows of A, (r, experts) columns of B
+            a.view(experts, r, -1)[:, rank:] = 0
+            b.view(b.shape[0], r, experts)[:, rank:] = 0
+        elif groups > 1:  # each group has its own r / groups rows
+            a.view(groups, r // groups, -1)[:, rank // groups :] = 0
+            b[:, rank // groups :] = 0
+        else:
+            a[rank:] = 0
+            b[:, rank:] = 0
+
+
+@every_case
+def test_a_fresh_adapter_leaves_the_base_output_bit_for_bit(case: Case) -> None:
+    base, inputs = build(case.layers)
+    expected = compute(base, inputs)
+    model, _ = case.adapted()
+    model.eval()
+    for rank in case.ranks:
+        with model.at_rank(rank):
+            assert torch.equal(compute(model, inputs), expected)
+
+
+@every_case
+def test_a_rank_is_the_zeroed_full_matrices_times_the_rule(case: Case) -> None:
+    """The reference: components above b set to zero by hand, run at full rank, scale corrected."""
+    outputs = []
+    for rank in case.ranks:
+        model, inputs = case.perturbed()
+        with model.at_rank(rank):
+            sliced = compute(model, inputs)
+            scales = {name: layer.scaling["default"] for name, layer in layers_of(model).items()}
+        reference, _ = case.perturbed()
+        for name, layer in layers_of(reference).items():
+            keep_only(layer, rank)
+            config = reference.peft_config["default"]
+            alpha, r = layer.lora_ranks["default"].lora_alpha, layer.lora_ranks["default"].max_rank
+            b = min(rank, r)
+            expected_scale = {
+                "alpha/b": alpha / b,
+                "alpha/r": alpha / r,
+                "alpha/sqrt(r*b)": alpha / (r * b) ** 0.5,
+            }[config.scaling]
+            assert scales[name] == pytest.approx(expected_scale, rel=1e-12)
+            layer.scaling["default"] = expected_scale
+        assert torch.allclose(sliced, compute(reference, inputs), atol=case.tolerance, rtol=1e-4)
+        outputs.append(sliced)
+    for i, first in enumerate(outputs):  # and no two ranks compute the same
+        assert all(not torch.allclose(first, second, atol=1e-3) for second in outputs[i + 1 :])
+
+
+@every_case
+def test_merged_and_unmerged_again_is_the_forward_pass_at_every_rank(case: Case) -> None:
+    if not case.mergeable:
+        model, _ = case.perturbed()
+        with pytest.raises(NotImplementedError):
+            model.merge_adapter()
+        return
+    for rank in case.ranks:
+        model, inputs = case.perturbed()
+        model.set_rank(rank)
+        forward = compute(model, inputs)
+        model.merge_adapter()
+        assert torch.allclose(compute(model, inputs), forward, atol=case.tolerance, rtol=1e-4)
+        with pytest.raises(ValueError, match="is merged at rank"):
+            model.set_rank(case.ranks[0] if rank != case.ranks[0] else case.ranks[-1])
+        model.unmerge_adapter()
+        assert torch.allclose(compute(model, inputs), forward, atol=case.tolerance, rtol=1e-4)
+        unloaded = model.merge_and_unload()
+        assert torch.allclose(compute(unloaded, inputs), forward, atol=case.tolerance, rtol=1e-4)
+        assert not any(isinstance(module, LoraLayer) for module in unloaded.modules())
+        assert not unloaded._forward_pre_hooks
+        assert not unloaded._forward_hooks
+
+
+@every_case
+def test_the_update_has_at_most_the_rank(case: Case) -> None:
+    for rank in case.ranks:
+        model, _ = case.perturbed()
+        model.set_rank(rank)
+        for layer in layers_of(model).values():
+            if getattr(layer.get_base_layer(), "groups", 1) > 1:
+                continue  # block-diagonal: the rank holds per group
+            delta = layer.get_delta_weight("default").detach()
+            matrices = delta if isinstance(layer, ParamWrapper) and delta.ndim == 3 else delta.flatten(1)[None]
+            values = torch.linalg.svdvals(matrices.double())
+            above = values[:, layer.lora_ranks["default"].rank :]
+            assert not len(above[0]) or (above <= 1e-5 * values[:, :1]).all()
+
+
+@every_case
+def test_gradients_are_exactly_zero_above_the_drawn_rank_and_only_there(case: Case) -> None:
+    model, inputs = case.perturbed()
+    model.train()
+    schedules = {layer.lora_ranks["default"].schedule for layer in layers_of(model).values()}
+    (schedule,) = schedules
+    seen = set()
+    while seen != set(case.ranks):
+        seen.add(schedule.drawn)
+        model.zero_grad()
+        output = model(inputs)
+        getattr(output, "logits", output).square().mean().backward()
+        for layer in layers_of(model).values():
+            for factor in factors_of(layer):
+                gradient, whole = factor.grad, factor.detach().clone()
+                with torch.no_grad():
+                    factor.copy_(torch.ones_like(factor))
+                    keep_only(layer, schedule.drawn)
+                    used = factor.bool()
+                    factor.copy_(whole)
+                assert gradient[~used].eq(0).all()
+                assert gradient[used].ne(0).any()
+        schedule.advance()
+
+
+@every_case
+def test_save_and_load_keep_every_rank(case: Case, tmp_path: Any) -> None:
+    model, inputs = case.perturbed()
+    model.save_pretrained(tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors", ".md"}
+    loaded = PeftModel.from_pretrained(build(case.layers)[0], tmp_path)
+    assert not loaded.training
+    for rank in case.ranks:
+        with model.at_rank(rank), loaded.at_rank(rank):
+            assert torch.equal(compute(loaded, inputs), compute(model, inputs))
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    again = get_peft_model_state_dict(loaded)
+    assert saved.keys() == again.keys()
+    assert all(torch.equal(saved[key], again[key].cpu()) for key in saved)
+    assert sum(key.endswith("lora_schedule.step") for key in saved) == 1
+    # whole factors, whatever rank was set when saving
+    model.set_rank(case.ranks[0])
+    assert all(torch.equal(value, saved[key]) for key, value in get_peft_model_state_dict(model).items())
+
+
+@every_case
+def test_two_adapters_have_ranks_of_their_own(case: Case) -> None:
+    if not case.second_adapter:
+        return
+    model, inputs = case.perturbed()
+    model.add_adapter("other", case.config(**case.settings))
+    model.set_adapter("other")
+    perturb(model, seed=2)
+    model.eval()
+    low, high = case.ranks[0], case.ranks[-1]
+    model.set_rank(low, adapter_name="other")
+    assert (model.get_rank("default"), model.get_rank("other")) == (high, low)
+    other = compute(model, inputs)
+    model.set_adapter("default")
+    first = compute(model, inputs)
+    assert not torch.allclose(first, other, atol=1e-3)
+    with model.disable_adapter():
+        plain = compute(model, inputs)
+    model.delete_adapter("other")
+    assert torch.equal(compute(model, inputs), first)
+    assert torch.allclose(plain, compute(build(case.layers)[0], inputs), atol=case.tolerance)
+    with pytest.raises(ValueError, match="is no DyLoRA adapter"):
+        model.set_rank(low, adapter_name="other")
+
+
+@every_case
+def test_mixed_batches_use_each_adapters_rank(case: Case) -> None:
+    if not case.mixed_batches:
+        return
+    model, inputs = case.perturbed()
+    model.add_adapter("other", case.config(**case.settings))
+    model.set_adapter("other")
+    perturb(model, seed=2)
+    model.eval()
+    model.set_rank(case.ranks[0], adapter_name="other")
+    model.set_rank(case.ranks[1], adapter_name="default")
+    expected = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        expected[name] = compute(model, inputs)
+    names = ["default" if i % 2 else "other" for i in range(len(inputs))]
+    with torch.no_grad():
+        output = model(inputs, adapter_names=names)
+    output = getattr(output, "logits", output)
+    for i, name in enumerate(names):
+        assert torch.allclose(output[i], expected[name][i], atol=case.tolerance, rtol=1e-4)
+
+
+@every_case
+def test_copies_are_independent_and_keep_the_rank(case: Case) -> None:
+    model, inputs = case.perturbed()
+    model.set_rank(case.ranks[1])
+    expected = compute(model, inputs)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(compute(other, inputs), expected)
+        other.set_rank(case.ranks[0])
+        assert not torch.allclose(compute(other, inputs), expected, atol=1e-3)
+        assert model.get_rank() == case.ranks[1]
+    assert torch.equal(compute(model, inputs), expected)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_models_run_at_every_rank(case: Case, dtype: torch.dtype) -> None:
+    model, inputs = case.perturbed()
+    single, _ = case.perturbed()
+    low_inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
+    for rank in case.ranks:
+        low, reference = copy.deepcopy(model).to(dtype), copy.deepcopy(model).to(dtype)
+        low.set_rank(rank)
+        output = compute(low, low_inputs)
+        assert output.dtype == dtype
+        # the reference's own error says how much the model amplifies the rounding of this format
+        for name, layer in layers_of(reference).items():
+            keep_only(layer, rank)
+            layer.scaling["default"] = layers_of(low)[name].scaling["default"]
+        with single.at_rank(rank):
+            exact = compute(single, low_inputs.float() if inputs.is_floating_point() else inputs)
+        noise = (compute(reference, low_inputs).float() - exact).abs().max()
+        bound = 2 * noise + 4 * torch.finfo(dtype).eps * exact.abs().max()
+        assert (output.float() - exact).abs().max() <= bound
