@@ -67,9 +67,19 @@ def slice_rank(
 
 
 def rank_weights(ranks: Sequence[int], sampling: str | Sequence[float], geometric_p: float) -> tuple[float, ...]:
-    """Probability of each rank: uniform, geometric over places in the list (p (1 - p)^i, normalised), or as given."""
+    """Probability of each rank.
+
+    Args:
+        ranks: increasing.
+        sampling: "mostly_full" (3/4 for the largest, the rest shared equally), "uniform", "geometric" (over the places
+            i in the list, p (1 - p)^i, normalised), or a weight for each rank.
+        geometric_p: p.
+    """
     if sampling == "uniform":
         weights = [1.0] * len(ranks)
+    elif sampling == "mostly_full":
+        lower = len(ranks) - 1
+        weights = [0.25 / lower] * lower + [0.75] if lower else [1.0]
     elif sampling == "geometric":
         weights = [geometric_p * (1 - geometric_p) ** i for i in range(len(ranks))]
     else:
@@ -82,3 +92,32 @@ def rank_weights(ranks: Sequence[int], sampling: str | Sequence[float], geometri
 def draw_rank(ranks: tuple[int, ...], weights: tuple[float, ...], seed: int, step: int) -> int:
     """The rank of optimizer step `step`: a pure function, so that processes, retries and resumed runs agree on it."""
     return random.Random(f"{seed}/{step}").choices(ranks, weights)[0]
+
+
+def leading_components(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Constants E and F that turn the factors into those of the best low-rank approximations of their product.
+
+    For every rank k, `(B E[:, :k]) (F[:k] A)` is the product B A cut to its k leading singular components (Eckart and
+    Young). With A A^T = L L^T and the eigenvectors V of L^T (B^T B) L, largest first: E = L V, F = V^T L^-1. They live
+    in the r-dimensional space between the factors, so this costs two r x r eigenproblems and no decomposition of B A.
+
+    Args:
+        a: (n, r, in), n products at once.
+        b: (n, out, r).
+
+    Returns:
+        E and F, each (n, r, r), without gradient, in float32 (float64 for such factors). Where A has dependent rows the last rows of F are 0.
+    """
+    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+        wide_a, wide_b = a.detach().double(), b.detach().double()
+        values, vectors = torch.linalg.eigh(wide_a @ wide_a.mT)
+        kept = values > values[..., -1:] * 1e-12
+        root = torch.where(kept, values, 0).sqrt()
+        inverse = torch.where(kept, 1 / root.clamp(min=1e-300), 0)
+        left = vectors * root[..., None, :]
+        _, order = torch.linalg.eigh(left.mT @ (wide_b.mT @ wide_b) @ left)
+        order = order.flip(-1)
+        e = left @ order
+        f = order.mT @ (inverse[..., :, None] * vectors.mT)
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    return e.to(dtype), f.to(dtype)

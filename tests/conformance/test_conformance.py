@@ -69,30 +69,68 @@ def test_a_fresh_adapter_leaves_the_base_output_bit_for_bit(case: Case) -> None:
             assert torch.equal(compute(model, inputs), expected)
 
 
+def scale_by_the_rule(layer: Any, rule: str, rank: int) -> float:
+    """Written out here once more, from the definitions."""
+    alpha, r = layer.lora_ranks["default"].lora_alpha, layer.lora_ranks["default"].max_rank
+    b = min(rank, r)
+    rules = {
+        "alpha/b": alpha / b,
+        "alpha/r": alpha / r,
+        "alpha/sqrt(b)": alpha / b**0.5,
+        "alpha/sqrt(r*b)": alpha / (r * b) ** 0.5,
+    }
+    return rules[rule]
+
+
+def cut_by_hand(layer: Any, rank: int, prefix: bool) -> None:
+    """Change the whole factors so that the layer at full rank computes what it should at `rank`."""
+    if prefix:
+        keep_only(layer, rank)
+        return
+    a, b = factors_of(layer)
+    r = layer.lora_ranks["default"].max_rank
+    rank = min(rank, r)
+    experts = layer.num_experts if isinstance(layer, ParamWrapper) else 1
+    groups = getattr(layer.get_base_layer(), "groups", 1)
+    with torch.no_grad():
+        for n in range(experts * groups):
+            if experts > 1:
+                part_a, part_b = a.view(experts, r, -1)[n], b.view(b.shape[0], r, experts)[:, :, n]
+            else:
+                size = r // groups
+                part_a = a[n * size : (n + 1) * size].flatten(1)
+                part_b = b[n * (len(b) // groups) : (n + 1) * (len(b) // groups)].flatten(1)
+            u, s, vh = torch.linalg.svd(part_b.double() @ part_a.double(), full_matrices=False)
+            kept = min(rank // groups, len(s))
+            new_a, new_b = torch.zeros_like(part_a), torch.zeros_like(part_b)
+            new_a[:kept] = vh[:kept].float()
+            new_b[:, :kept] = (u[:, :kept] * s[:kept]).float()
+            if experts > 1:
+                a.view(experts, r, -1)[n] = new_a
+                b.view(b.shape[0], r, experts)[:, :, n] = new_b
+            else:
+                a[n * size : (n + 1) * size] = new_a.view_as(a[n * size : (n + 1) * size])
+                rows = slice(n * (len(b) // groups), (n + 1) * (len(b) // groups))
+                b[rows] = new_b.view_as(b[rows])
+
+
 @every_case
-def test_a_rank_is_the_zeroed_full_matrices_times_the_rule(case: Case) -> None:
-    """The reference: components above b set to zero by hand, run at full rank, scale corrected."""
+def test_a_rank_computes_its_definition(case: Case) -> None:
+    """The reference: the whole factors changed by hand, run at full rank with the scale written out."""
     outputs = []
     for rank in case.ranks:
         model, inputs = case.perturbed()
         with model.at_rank(rank):
-            sliced = compute(model, inputs)
+            output = compute(model, inputs)
             scales = {name: layer.scaling["default"] for name, layer in layers_of(model).items()}
         reference, _ = case.perturbed()
         for name, layer in layers_of(reference).items():
-            keep_only(layer, rank)
-            config = reference.peft_config["default"]
-            alpha, r = layer.lora_ranks["default"].lora_alpha, layer.lora_ranks["default"].max_rank
-            b = min(rank, r)
-            expected_scale = {
-                "alpha/b": alpha / b,
-                "alpha/r": alpha / r,
-                "alpha/sqrt(r*b)": alpha / (r * b) ** 0.5,
-            }[config.scaling]
-            assert scales[name] == pytest.approx(expected_scale, rel=1e-12)
-            layer.scaling["default"] = expected_scale
-        assert torch.allclose(sliced, compute(reference, inputs), atol=case.tolerance, rtol=1e-4)
-        outputs.append(sliced)
+            expected = scale_by_the_rule(layer, reference.peft_config["default"].scaling, rank)
+            assert scales[name] == pytest.approx(expected, rel=1e-12)
+            cut_by_hand(layer, rank, case.prefix)
+            layer.scaling["default"] = expected
+        assert torch.allclose(output, compute(reference, inputs), atol=case.tolerance, rtol=1e-4)
+        outputs.append(output)
     for i, first in enumerate(outputs):  # and no two ranks compute the same
         assert all(not torch.allclose(first, second, atol=1e-3) for second in outputs[i + 1 :])
 
@@ -137,7 +175,48 @@ def test_the_update_has_at_most_the_rank(case: Case) -> None:
 
 
 @every_case
+def test_gradients_are_those_of_the_drawn_rank(case: Case) -> None:
+    """Central difference along the gradient, in double precision; what a rank is made of stays fixed meanwhile."""
+    if not case.difference_quotient:
+        return
+    model, inputs = case.perturbed()
+    model = model.double()
+    inputs = inputs.double() if inputs.is_floating_point() else inputs
+    schedule = next(iter(layers_of(model).values())).lora_ranks["default"].schedule
+    schedule.refresh()  # else the first forward pass would, and draw
+
+    def loss() -> torch.Tensor:
+        output = model(inputs)
+        return getattr(output, "logits", output).square().mean()
+
+    for rank in case.ranks:
+        schedule.drawn = rank
+        model.train().zero_grad()
+        start = loss()
+        start.backward()
+        trained = [p for p in model.parameters() if p.requires_grad and p.grad is not None]
+        slope = float(sum(p.grad.square().sum() for p in trained))
+        step = 1e-6 * float(start.detach()) / slope
+        for layer in layers_of(model).values():
+            layer.lora_ranks["default"].basis = lambda kept=layer.lora_ranks["default"].basis(): kept
+        ends = []
+        for direction in (1, -2):
+            with torch.no_grad():
+                for p in trained:
+                    p.add_(direction * step * p.grad)
+            ends.append(float(loss().detach()))
+        with torch.no_grad():
+            for p in trained:
+                p.add_(step * p.grad)
+        for layer in layers_of(model).values():
+            del layer.lora_ranks["default"].basis
+        assert ends[0] - ends[1] == pytest.approx(2 * step * slope, rel=1e-3)
+
+
+@every_case
 def test_gradients_are_exactly_zero_above_the_drawn_rank_and_only_there(case: Case) -> None:
+    if not case.prefix:
+        return
     model, inputs = case.perturbed()
     model.train()
     schedules = {layer.lora_ranks["default"].schedule for layer in layers_of(model).values()}
@@ -255,7 +334,9 @@ def test_low_precision_models_run_at_every_rank(case: Case, dtype: torch.dtype) 
         assert output.dtype == dtype
         # the reference's own error says how much the model amplifies the rounding of this format
         for name, layer in layers_of(reference).items():
-            keep_only(layer, rank)
+            layer.to(torch.float32)
+            cut_by_hand(layer, rank, case.prefix)
+            layer.to(dtype)
             layer.scaling["default"] = layers_of(low)[name].scaling["default"]
         with single.at_rank(rank):
             exact = compute(single, low_inputs.float() if inputs.is_floating_point() else inputs)

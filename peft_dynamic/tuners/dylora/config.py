@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Self
 
 from peft import LoraConfig
 from peft.utils.peft_types import PeftType
@@ -44,8 +44,10 @@ def _is_number(value: Any) -> bool:
 class DyLoRAConfig(LoraConfig):
     """Configuration of DyLoRA: train one LoRA adapter, use it at any rank.
 
-    Each optimizer step draws one rank b; the forward pass uses `scale(b) * B[:, :b] @ A[:b]` (eq. 7 of the paper, with
-    the paper's scale under `scaling="alpha/b"`). Outside training the rank chosen by `set_rank` is used, r at first.
+    Each optimizer step draws one rank b, and the forward pass uses an update of rank b made from the whole matrices
+    B (out, r) and A (r, in). Outside training the rank chosen by `set_rank` is used, r at first. The defaults are what
+    we measured best (benchmarks/rank_quality); `DyLoRAConfig.paper(...)` gives the paper's rules, eq. 7:
+    `alpha / b * B[:, :b] @ A[:b]` with every rank equally likely.
 
     Everything of `LoraConfig` keeps its meaning, with these exceptions.
     Changed: `r` is the largest rank; `rank_pattern` caps a module's rank (at most `r`: a module capped at 4 runs at
@@ -62,17 +64,24 @@ class DyLoRAConfig(LoraConfig):
     Args:
         r: the largest rank, and the rank of the stored matrices.
         ranks: increasing list of the ranks to train, its largest equal to `r`; None for every integer 1..r.
-        rank_sampling: "uniform"; "geometric" (the i-th rank of the list with probability proportional to
-            `geometric_p * (1 - geometric_p) ** i`); or one weight per rank.
+        truncation: what rank b keeps of the whole update. "svd": its b leading singular components, so that every rank
+            is the best approximation of the full one; E and F of `functional.ranks.leading_components` give the cut
+            factors `F[:b] A` and `B E[:, :b]`, made anew whenever A and B have changed, and gradients flow through them
+            to all of A and B. "prefix": the first b rows of A and columns of B, the paper's.
+        rank_sampling: "mostly_full" (r with probability 3/4, the other ranks equally); "uniform"; "geometric" (the
+            i-th rank of the list with probability proportional to `geometric_p * (1 - geometric_p) ** i`); or one
+            weight per rank.
         geometric_p: p of the geometric distribution; 0.15 in the paper.
-        update: "nested" trains components 1..b of the drawn rank b. "frozen" is the paper's FROZEN: components up to
-            the next smaller rank of the list take part in the forward pass but get no gradient, so only row/column b
-            (with gaps in `ranks`: the block that b adds) is trained. A zero gradient alone does not keep a component
-            still, since AdamW's momentum and weight decay go on moving it; under "frozen" every other component is
-            therefore put back after each optimizer step, so that only row/column b moves. Its moments still
-            decay as with a zero gradient. Under "nested" nothing is put back: components above b have a zero gradient
-            and move by the optimizer's momentum and weight decay alone, as in the authors' code.
-        scaling: the scale of rank b: "alpha/b" (the paper's), "alpha/r", "alpha/sqrt(b)" or "alpha/sqrt(r*b)".
+        update: "nested" trains everything that the drawn rank b uses. "frozen", with truncation="prefix" only, is the
+            paper's FROZEN: components up to the next smaller rank of the list take part in the forward pass but get no
+            gradient, so only row/column b (with gaps in `ranks`: the block that b adds) is trained. A zero gradient
+            alone does not keep a component still, since AdamW's momentum and weight decay go on moving it; under
+            "frozen" every other component is therefore put back after each optimizer step, so that only row/column b
+            moves. Its moments still decay as with a zero gradient. Under "nested" nothing is put back: with
+            truncation="prefix" the components above b have a zero gradient and move by the optimizer's momentum and
+            weight decay alone, as in the authors' code.
+        scaling: the scale of rank b: "alpha/r" (the same for all), "alpha/b" (the paper's), "alpha/sqrt(b)" or
+            "alpha/sqrt(r*b)".
         rank_seed: seed of the rank draws. The rank of step t depends on this seed and t alone: not on torch's or
             python's generators, the process, or how often the step is retried.
 
@@ -81,7 +90,7 @@ class DyLoRAConfig(LoraConfig):
 
     Source: M. Valipour, M. Rezagholizadeh, I. Kobyzev, A. Ghodsi: DyLoRA: Parameter-Efficient Tuning of Pre-trained
     Models using Dynamic Search-Free Low-Rank Adaptation, EACL 2023, arXiv 2210.07558, section 4 and algorithm 1.
-    Beyond the paper: explicit `ranks`, `scaling` other than "alpha/b", weights per rank.
+    Beyond the paper: truncation="svd", "mostly_full", explicit `ranks`, weights per rank, scales other than "alpha/b".
     """
 
     ranks: list[int] | None = field(
@@ -90,9 +99,16 @@ class DyLoRAConfig(LoraConfig):
             "help": "Increasing list of the ranks to train, its largest equal to r; None for every integer 1..r."
         },
     )
+    truncation: str = field(
+        default="svd",
+        metadata={
+            "help": "What rank b keeps of the update: 'svd', its leading singular components, or 'prefix', the paper's "
+            "first rows and columns."
+        },
+    )
     rank_sampling: str | list[float] = field(
-        default="uniform",
-        metadata={"help": "How a step's rank is drawn: 'uniform', 'geometric', or one weight per rank of the list."},
+        default="mostly_full",
+        metadata={"help": "How a step's rank is drawn: 'mostly_full', 'uniform', 'geometric', or one weight per rank."},
     )
     geometric_p: float = field(
         default=0.15, metadata={"help": "p of rank_sampling='geometric', between 0 and 1. The paper's is 0.15."}
@@ -104,8 +120,8 @@ class DyLoRAConfig(LoraConfig):
         },
     )
     scaling: str = field(
-        default="alpha/b",
-        metadata={"help": "Scale at rank b: 'alpha/b' (the paper's), 'alpha/r', 'alpha/sqrt(b)' or 'alpha/sqrt(r*b)'."},
+        default="alpha/r",
+        metadata={"help": "Scale at rank b: 'alpha/r', 'alpha/b' (the paper's), 'alpha/sqrt(b)' or 'alpha/sqrt(r*b)'."},
     )
     rank_seed: int = field(default=0, metadata={"help": "Seed of the rank draws; the same on every process."})
 
@@ -115,6 +131,11 @@ class DyLoRAConfig(LoraConfig):
         self.peft_type = PeftType.DYLORA  # the member that _registry adds
         self._check_ranks()
         self._check_sampling()
+
+    @classmethod
+    def paper(cls, **kwargs: Any) -> Self:
+        """The paper's rules: truncation="prefix", scaling="alpha/b", rank_sampling="uniform"; `kwargs` as usual."""
+        return cls(**{"truncation": "prefix", "scaling": "alpha/b", "rank_sampling": "uniform", **kwargs})
 
     @property
     def trained_ranks(self) -> tuple[int, ...]:
@@ -167,15 +188,15 @@ class DyLoRAConfig(LoraConfig):
     def _check_sampling(self) -> None:
         name, ranks = self._name(), self.trained_ranks
         if isinstance(self.rank_sampling, str):
-            if self.rank_sampling not in ("uniform", "geometric"):
+            if self.rank_sampling not in ("mostly_full", "uniform", "geometric"):
                 raise ValueError(
-                    f"{name}: rank_sampling must be 'uniform', 'geometric' or one weight per rank, "
+                    f"{name}: rank_sampling must be 'mostly_full', 'uniform', 'geometric' or one weight per rank, "
                     f"got {self.rank_sampling!r}."
                 )
         else:
             if not isinstance(self.rank_sampling, Sequence):
                 raise TypeError(
-                    f"{name}: rank_sampling must be 'uniform', 'geometric' or a list of weights, "
+                    f"{name}: rank_sampling must be a name or a list with one weight per rank, "
                     f"got {self.rank_sampling!r}."
                 )
             weights: list[Any] = list(self.rank_sampling)
@@ -193,6 +214,13 @@ class DyLoRAConfig(LoraConfig):
             raise ValueError(f"{name}: geometric_p must be a number between 0 and 1, got {self.geometric_p!r}.")
         if self.update not in ("nested", "frozen"):
             raise ValueError(f"{name}: update must be 'nested' or 'frozen', got {self.update!r}.")
+        if self.truncation not in ("svd", "prefix"):
+            raise ValueError(f"{name}: truncation must be 'svd' or 'prefix', got {self.truncation!r}.")
+        if self.update == "frozen" and self.truncation != "prefix":
+            raise ValueError(
+                f"{name}: update='frozen' trains single rows and columns, which truncation={self.truncation!r} mixes. "
+                "Pass truncation='prefix', or update='nested'."
+            )
         if not isinstance(self.scaling, str) or self.scaling not in SCALING_RULES:
             raise ValueError(f"{name}: scaling must be one of {list(SCALING_RULES)}, got {self.scaling!r}.")
         if not _is_int(self.rank_seed):

@@ -1,7 +1,7 @@
 """The layers of DyLoRA: PEFT's own LoRA layers, whose factors show a prefix of their rank.
 
 Notable: there is no copy of PEFT's layer classes. `lora_A` and `lora_B` become subclasses of what they are, whose
-`weight` is the part that belongs to the rank in use, and the layer's `r`, `lora_alpha` and `scaling` follow.
+`weight` is the factor at the rank in use, and the layer's `r`, `lora_alpha` and `scaling` follow.
 At rank b a layer thus *is* a stock LoRA layer of rank b for everything in PEFT that reads it: forward, merge, unmerge,
 `get_delta_weight`, mixed batches, on every backend whose LoRA layer calls `lora_A` and `lora_B`. The whole matrices
 stay where the optimizer, `state_dict` and FSDP look for them, in `_parameters`.
@@ -16,14 +16,14 @@ import torch
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from torch import nn
 
-from peft_dynamic.functional.ranks import alpha_at, slice_rank
+from peft_dynamic.functional.ranks import alpha_at, leading_components, slice_rank
 
 from .config import DyLoRAConfig
 from .schedule import LIVE_RANKS, RankSchedule
 
 
 class RankView:
-    """How much of one factor is shown.
+    """How one factor is cut to a rank.
 
     Args:
         dim: where the rank lies in the factor: 0 for A, 1 for B.
@@ -32,6 +32,8 @@ class RankView:
         divisor: a grouped convolution has `1 / divisor` of the rank in each group.
     """
 
+    owner: AdapterRanks
+
     def __init__(self, dim: int, max_rank: int, groups: tuple[int, int] = (1, 1), divisor: int = 1) -> None:
         self.dim = dim
         self.max_rank = max_rank // divisor
@@ -39,13 +41,44 @@ class RankView:
         self.divisor = divisor
         self.rank = self.max_rank
         self.frozen_below = 0
+        self._cut: tuple[Any, torch.Tensor] | None = None
 
     def show(self, rank: int, frozen_below: int = 0) -> None:
         self.rank = rank // self.divisor
         self.frozen_below = frozen_below // self.divisor
 
     def of(self, full: torch.Tensor) -> torch.Tensor:
-        return slice_rank(full, self.dim, self.rank, self.max_rank, self.groups, self.frozen_below)
+        if self.rank == self.max_rank and not self.frozen_below:
+            return full
+        if self.owner.truncation == "prefix":
+            return slice_rank(full, self.dim, self.rank, self.max_rank, self.groups, self.frozen_below)
+        e_and_f = self.owner.basis()
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._leading(full, e_and_f)
+        key = (self.owner.basis_key, self.rank)
+        if self._cut is None or self._cut[0] != key:  # inference: cut once, not in every forward pass
+            self._cut = (key, self._leading(full, e_and_f))
+        return self._cut[1]
+
+    def _leading(self, full: torch.Tensor, e_and_f: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """The factor of the leading singular components: F[:rank] A or B E[:, :rank], back in the factor's layout."""
+        e, f = e_and_f[0].to(full.device), e_and_f[1].to(full.device)  # the model may have moved since
+        matrices = self.matrices(full).to(e.dtype)
+        if self.dim == 0:
+            cut = f[:, : self.rank] @ matrices
+            return cut.reshape(-1, *full.shape[1:]).to(full.dtype)
+        cut = matrices @ e[:, :, : self.rank]
+        if self.groups[1] > 1:
+            cut = cut.permute(1, 2, 0)
+        return cut.reshape(full.shape[0], -1, *full.shape[2:]).to(full.dtype)
+
+    def matrices(self, full: torch.Tensor) -> torch.Tensor:
+        """The factor as matrices: (n, r, in) for A, (n, out, r) for B, n the number of experts or groups."""
+        if self.dim == 0:
+            return full.reshape(self.groups[0], self.max_rank, -1)
+        if self.groups[1] > 1:
+            return full.reshape(full.shape[0], self.max_rank, self.groups[1]).permute(2, 0, 1)
+        return full.reshape(self.divisor, -1, self.max_rank)
 
     def block_mask(self, full: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Bool tensor of `full`'s shape: True at the components start..stop-1."""
@@ -57,7 +90,7 @@ class RankView:
 
 
 class _RankedModule(nn.Module):
-    """A LoRA factor whose `weight` is the part that its `rank_view` shows."""
+    """A LoRA factor whose `weight` is what its `rank_view` makes of the parameter."""
 
     rank_view: RankView
 
@@ -76,6 +109,10 @@ class _RankedModule(nn.Module):
     @weight.deleter
     def weight(self) -> None:
         del self.__dict__["weight"]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.rank_view.owner.forget_basis()
 
 
 def whole_factor(holder: nn.Module, name: str) -> torch.Tensor | None:
@@ -132,12 +169,22 @@ class RankedParameterDict(nn.ParameterDict):
         super().__delitem__(key)
         self.rank_views.pop(key, None)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        for view in self.rank_views.values():
+            view.owner.forget_basis()
+
     # PEFT sets requires_grad through these two, which only a whole parameter allows.
     def items(self) -> Any:
         return ((key, self.whole(key)) for key in self.keys())
 
     def values(self) -> Any:
         return (self.whole(key) for key in self.keys())
+
+
+def is_sharded(factor: torch.Tensor) -> bool:
+    """Whether FSDP2 holds the factor in parts at the moment."""
+    return hasattr(factor, "placements")
 
 
 class AdapterRanks:
@@ -152,27 +199,66 @@ class AdapterRanks:
     def __init__(
         self,
         schedule: RankSchedule,
+        truncation: str,
         rule: str,
         lora_alpha: float,
         max_rank: int,
         parts: tuple[tuple[nn.Module, str, RankView], tuple[nn.Module, str, RankView]],
     ) -> None:
         self.schedule = schedule
+        self.truncation = truncation
         self.rule = rule
         self.lora_alpha = lora_alpha
         self.max_rank = max_rank
         self.parts = parts  # (module that holds the parameter, the parameter's name there, its view) for A and for B
         self.rank = self.asked = max_rank
         self.outside_training: tuple[int, float, Any] | None = None  # r, lora_alpha, scaling to go back to
+        self._basis: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.basis_key: Any = None
+        for _, _, view in parts:
+            view.owner = self
         LIVE_RANKS.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.forget_basis()
         LIVE_RANKS.add(self)  # a deep copy or an unpickled one
 
     def factors(self) -> list[torch.Tensor]:
         """The whole A and B."""
         return [factor for holder, name, _ in self.parts if (factor := whole_factor(holder, name)) is not None]
+
+    def basis(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """E and F of `leading_components` for the factors as they are now."""
+        if self._basis is not None and torch.compiler.is_compiling():
+            return self._basis  # kept up to date outside the graph: see prepare
+        return self._current_basis()
+
+    @torch.compiler.disable
+    def _current_basis(self) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = self.factors()
+        key = (self.schedule.updates, id(a), id(b), a._version, b._version)
+        if self._basis is None or key != self.basis_key:
+            if is_sharded(a) or is_sharded(b):
+                raise RuntimeError(
+                    "truncation='svd' needs both factors of a layer at once, and FSDP has gathered one of them only: "
+                    "wrap whole transformer blocks, not single linear layers, or use truncation='prefix'."
+                )
+            (_, _, view_a), (_, _, view_b) = self.parts
+            self._basis = leading_components(view_a.matrices(a), view_b.matrices(b))
+            self.basis_key = key
+        return self._basis
+
+    def forget_basis(self) -> None:
+        """The factors have changed."""
+        self._basis = self.basis_key = None
+
+    def prepare(self, rank: int) -> None:
+        """Make the basis for `rank` anew, after an optimizer step for one: a compiled forward pass cannot."""
+        self.forget_basis()
+        if self.truncation == "svd" and rank < self.max_rank:
+            if not any(is_sharded(factor) or factor.device.type == "meta" for factor in self.factors()):
+                self._current_basis()
 
     def is_trained(self) -> bool:
         for holder, name, _ in self.parts:  # no generator: torch.compile breaks its graph at one
@@ -241,8 +327,9 @@ def make_ranked(layer: LoraLayer, adapter_name: str, schedule: RankSchedule, con
         layer.register_forward_pre_hook(_enter_training_rank)
         layer.register_forward_hook(_leave_training_rank, always_call=True)
     layer.lora_ranks[adapter_name] = AdapterRanks(
-        schedule, config.scaling, layer.lora_alpha[adapter_name], max_rank, parts
+        schedule, config.truncation, config.scaling, layer.lora_alpha[adapter_name], max_rank, parts
     )
+    layer.lora_ranks[adapter_name].prepare(schedule.drawn)
     _show(layer, adapter_name, max_rank)
     _set_scaling(layer, adapter_name, layer.lora_alpha[adapter_name] / layer.r[adapter_name])
 
@@ -264,6 +351,7 @@ def set_layer_rank(layer: LoraLayer, adapter_name: str, asked: int) -> None:
         )
     multiplier = layer.scaling[adapter_name] / (layer.lora_alpha[adapter_name] / layer.r[adapter_name])
     ranks.asked, ranks.rank = asked, min(asked, ranks.max_rank)
+    ranks.prepare(ranks.rank)
     _show(layer, adapter_name, ranks.rank)
     scale = layer.lora_alpha[adapter_name] / ranks.rank
     _set_scaling(layer, adapter_name, scale if multiplier == 1 else scale * float(multiplier))

@@ -70,8 +70,8 @@ class DyLoRAModel(LoraModel):
                 made += 1
         if not made:
             raise ValueError(
-                f"DyLoRA cannot cut {type(getattr(parent, target_name)).__name__} at {current_key!r} to a rank: it has no "
-                "lora_A and lora_B. Leave the module out of target_modules."
+                f"DyLoRA cannot cut {type(getattr(parent, target_name)).__name__} at {current_key!r} to a rank: it has "
+                "no lora_A and lora_B. Leave the module out of target_modules."
             )
 
     def _keep_in_state_dict(self, schedule: RankSchedule, layer: LoraLayer, adapter_name: str) -> None:

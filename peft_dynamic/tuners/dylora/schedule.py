@@ -48,6 +48,7 @@ class RankSchedule(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device="cpu"))
         self._seen: tuple[int, int] | None = None
         self._steps = 0
+        self.updates = 0  # optimizer steps seen by this process, never set back
         self.drawn = self._draw()
 
     def _draw(self) -> int:
@@ -64,6 +65,7 @@ class RankSchedule(nn.Module):
         """One optimizer step has been taken: draw the next rank."""
         self.refresh()
         self._steps += 1
+        self.updates += 1
         with torch.no_grad():
             self.step.fill_(self._steps)
         self._seen = (id(self.step), self.step._version)
@@ -152,6 +154,8 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     advancing = {ranks.schedule for ranks in stepped}
     for schedule in advancing:
         schedule.advance()
+    for ranks in stepped:
+        ranks.prepare(min(ranks.schedule.drawn, ranks.rank))
     if not advancing:
         for schedule in {ranks.schedule for ranks in LIVE_RANKS}:
             schedule.count_foreign_step(optimizer)
