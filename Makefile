@@ -34,10 +34,10 @@ pytest: .venv-test/.stamp models
 	.venv-test/bin/python -m pytest -n 2 $(ARGS)
 
 models: .venv-test/.stamp
-	.venv-test/bin/python -m peft_dynamic.cli.models smollm2
+	.venv-test/bin/peft-dynamic models smollm2 minilm
 
 demo: .venv-demo/.stamp
-	.venv-demo/bin/peft-dynamic train --demo
+	OMP_WAIT_POLICY=PASSIVE .venv-demo/bin/peft-dynamic train --demo
 
 format: .venv-test/.stamp
 	.venv-test/bin/ruff check --fix .

@@ -1,8 +1,25 @@
 """peft_dynamic: adapters and trainers for Hugging Face PEFT and TRL. Importing it registers the tuners with PEFT."""
 
-from peft_dynamic.tuners.dylora import DyLoRAConfig, DyLoRAModel, get_rank, set_rank
+from peft_dynamic.export import export_lora
+from peft_dynamic.hub import push_adapter
+from peft_dynamic.ranks import RankCurve, rank_curve
+from peft_dynamic.tuners.dylora import DyLoRAConfig, DyLoRAModel, at_rank, get_rank, hotswap_adapter, set_rank
 from peft_dynamic.tuners.qdylora import QDyLoRAConfig, QDyLoRAModel
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["DyLoRAConfig", "DyLoRAModel", "QDyLoRAConfig", "QDyLoRAModel", "__version__", "get_rank", "set_rank"]
+__all__ = [
+    "DyLoRAConfig",
+    "DyLoRAModel",
+    "QDyLoRAConfig",
+    "QDyLoRAModel",
+    "RankCurve",
+    "__version__",
+    "at_rank",
+    "export_lora",
+    "get_rank",
+    "hotswap_adapter",
+    "push_adapter",
+    "rank_curve",
+    "set_rank",
+]

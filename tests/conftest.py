@@ -17,7 +17,7 @@ from hypothesis import settings
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
-MODELS = Path(os.environ.get("PEFT_DYNAMIC_CACHE", "~/.cache/peft_dynamic")).expanduser()
+MODELS = Path(os.environ.get("PEFT_DYNAMIC_CACHE", "~/.cache/peft_dynamic")).expanduser() / "models"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

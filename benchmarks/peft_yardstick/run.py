@@ -2,8 +2,8 @@
 
     python benchmarks/peft_yardstick/run.py --peft-checkout DIR [--config DyLoRAConfig] [--out result.json]
 
-DIR is a checkout of huggingface/peft (its tests are not in the wheel); nothing in it is changed. The twelve cases are MLP
-with one and two targets, modules_to_save, Embedding, Conv1D, Conv1d, Conv2d, Conv3d and MultiheadAttention.
+DIR is a checkout of huggingface/peft (its tests are not in the wheel); nothing in it is changed. The twelve cases are
+MLP with one and two targets, modules_to_save, Embedding, Conv1D, Conv1d, Conv2d, Conv3d and MultiheadAttention.
 `--config LoraConfig` is the yardstick itself.
 """
 

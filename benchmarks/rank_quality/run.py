@@ -58,7 +58,7 @@ class Method:
     """An adapter configuration; its learning rate is in LEARNING_RATES."""
 
     dylora: dict[str, Any] | None = None  # arguments of DyLoRAConfig, or None for LoRA of one rank
-    alpha_per_rank: bool = False  # lora_alpha = 2 r (a scale of 2 at every rank) instead of 16
+    scale: float | None = None  # lora_alpha = scale * r instead of 16
 
 
 TASKS = {
@@ -69,7 +69,8 @@ TASKS = {
 }
 METHODS = {
     "lora": Method(),
-    "lora-2r": Method(alpha_per_rank=True),
+    "lora-2r": Method(scale=2),
+    "lora-r/2": Method(scale=0.5),
     "dylora": Method({}),
     "dylora-paper": Method({"truncation": "prefix", "scaling": "alpha/b", "rank_sampling": "uniform"}),
 }
@@ -199,7 +200,7 @@ def build(task: Task, method: Method, rank: int, seed: int, models: Path) -> tor
     common: dict[str, Any] = {
         "task_type": "SEQ_CLS" if classifies else "CAUSAL_LM",
         "target_modules": list(task.targets),
-        "lora_alpha": 2 * rank if method.alpha_per_rank else 16,
+        "lora_alpha": 16 if method.scale is None else method.scale * rank,
     }
     if method.dylora is None:
         config = LoraConfig(r=rank, **common)

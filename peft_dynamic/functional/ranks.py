@@ -106,7 +106,8 @@ def leading_components(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, 
         b: (n, out, r).
 
     Returns:
-        E and F, each (n, r, r), without gradient, in float32 (float64 for such factors). Where A has dependent rows the last rows of F are 0.
+        E and F, each (n, r, r), without gradient, in float32, or float64 for such factors. Where A has dependent rows
+        the last rows of F are 0.
     """
     with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
         wide_a, wide_b = a.detach().double(), b.detach().double()

@@ -198,7 +198,8 @@ def test_gradients_are_those_of_the_drawn_rank(case: Case) -> None:
         slope = float(sum(p.grad.square().sum() for p in trained))
         step = 1e-6 * float(start.detach()) / slope
         for layer in layers_of(model).values():
-            layer.lora_ranks["default"].basis = lambda kept=layer.lora_ranks["default"].basis(): kept
+            kept = layer.lora_ranks["default"].basis()
+            layer.lora_ranks["default"].basis = lambda kept=kept: kept
         ends = []
         for direction in (1, -2):
             with torch.no_grad():

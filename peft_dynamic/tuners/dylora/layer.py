@@ -256,9 +256,9 @@ class AdapterRanks:
     def prepare(self, rank: int) -> None:
         """Make the basis for `rank` anew, after an optimizer step for one: a compiled forward pass cannot."""
         self.forget_basis()
-        if self.truncation == "svd" and rank < self.max_rank:
-            if not any(is_sharded(factor) or factor.device.type == "meta" for factor in self.factors()):
-                self._current_basis()
+        at_hand = not any(is_sharded(factor) or factor.device.type == "meta" for factor in self.factors())
+        if self.truncation == "svd" and rank < self.max_rank and at_hand:
+            self._current_basis()
 
     def is_trained(self) -> bool:
         for holder, name, _ in self.parts:  # no generator: torch.compile breaks its graph at one
