@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from peft_dynamic.hub import write_model_card
-from peft_dynamic.tuners.dylora.layer import ranked_layers, whole_factor
+from peft_dynamic.tuners.dylora.layer import ranked_layers
 from peft_dynamic.tuners.dylora.model import at_rank, get_rank
 
 PEFT_PREFIX = "base_model.model."
@@ -34,7 +34,7 @@ def export_lora(
     rank: int | dict[str, int] | None = None,
     adapter_name: str | None = None,
 ) -> Path:
-    """Write one rank of an adapter as a stock LoRA checkpoint: `scale(b) * B[:, :b] @ A[:b]` with r = b.
+    """Write one rank of an adapter as a stock LoRA checkpoint with r = b.
 
     Loaded by PEFT in a process that never imports peft_dynamic, it computes what the model computes at that rank.
     `lora_alpha` is such that PEFT's scale lora_alpha / r is ours. Biases, `modules_to_save` and trainable tokens come
@@ -104,9 +104,8 @@ def _tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
             if name in layer.lora_A
             else (f"{prefix}.lora_embedding_A", f"{prefix}.lora_embedding_B")
         )
-        for key, (holder, parameter, view) in zip(keys, ranks.parts, strict=True):
-            factor = whole_factor(holder, parameter)
-            if factor is not None and tensors[key].shape == factor.shape:
+        for key, (holder, _, view) in zip(keys, ranks.parts, strict=True):
+            if holder in layer.modules():
                 tensors[key] = view.of(tensors[key])
             elif view.groups == (1, 1):
                 # prepare_model_for_compiled_hotswap put a copy of the part in use there, with zeros behind it
