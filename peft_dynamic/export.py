@@ -34,7 +34,10 @@ def export_lora(
     rank: int | dict[str, int] | None = None,
     adapter_name: str | None = None,
 ) -> Path:
-    """Write one rank of an adapter as a stock LoRA checkpoint with r = b.
+    """Write one rank b of an adapter as a stock LoRA checkpoint with r = b.
+
+    The factors are those that rank b computes with: `F[:b] A` and `B E[:, :b]` of `functional.ranks.leading_components`
+    under truncation="svd", the first b rows of A and columns of B under truncation="prefix".
 
     Loaded by PEFT in a process that never imports peft_dynamic, it computes what the model computes at that rank.
     `lora_alpha` is such that PEFT's scale lora_alpha / r is ours. Biases, `modules_to_save` and trainable tokens come

@@ -153,8 +153,11 @@ def _usage(config: dict[str, Any], directory: Path, repo_id: str | None) -> str:
     else:
         trained = config.get("ranks") or range(1, config["r"] + 1)
         listed = ", ".join(map(str, trained)) if len(trained) <= 16 else f"1 to {config['r']}"
+        prefix = config.get("truncation") == "prefix"
+        kept = "first b rows and columns of its factors" if prefix else "b leading singular components of its update"
         about = (
-            f"A {config['peft_type']} adapter: one training run, usable at the ranks {listed}. It needs the package "
+            f"A {config['peft_type']} adapter: one training run, usable at the ranks {listed}. Rank b is the {kept}. "
+            "It needs the package "
             "`peft-dynamic`: without the line `import peft_dynamic`, PEFT stops with "
             f"`KeyError: '{config['peft_type']}'`."
         )

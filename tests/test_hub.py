@@ -78,6 +78,15 @@ def test_nothing_is_pushed_under_a_bad_name_or_without_an_adapter(pushed: dict) 
     assert not pushed
 
 
+@pytest.mark.parametrize(
+    ("truncation", "words"),
+    [("svd", "b leading singular components of its update"), ("prefix", "first b rows and columns of its factors")],
+)
+def test_the_card_says_what_a_rank_is(tmp_path: Path, truncation: str, words: str) -> None:
+    adapted(truncation=truncation).save_pretrained(tmp_path)
+    assert f"Rank b is the {words}. It needs" in ModelCard.load(write_model_card(tmp_path)).text
+
+
 def test_a_card_is_written_once_and_leaves_the_users_text(tmp_path: Path) -> None:
     adapted().save_pretrained(tmp_path)
     (tmp_path / "README.md").write_text("---\nlicense: mit\ntags: [poems]\n---\n\n# Poems\n\nTrained with love.\n")

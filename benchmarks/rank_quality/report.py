@@ -16,23 +16,24 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 RANKS = [1, 2, 4, 8, 16, 32]
 SEEDS = [11, 12, 13]
-# Way to a rank: (method of run.py, curve of that run), label, colour, marker.
+# Way to a rank: (methods of run.py, of which a task has one, and the curve of that run), label, colour, marker.
+LORA = ("lora", "lora-r/2")
 WAYS = {
-    "dedicated": (("lora", "trained"), "LoRA, a run per rank (6 runs)", "black", "o"),
-    "dylora": (("dylora", "trained"), "DyLoRA (1 run)", "tab:blue", "s"),
-    "dylora-paper": (("dylora-paper", "trained"), "DyLoRA, the paper's rules (1 run)", "tab:orange", "^"),
-    "lora32-svd": (("lora", "svd"), "LoRA r=32 cut by its singular values", "tab:green", "v"),
-    "lora32-index": (("lora", "index"), "LoRA r=32 cut to its first components", "tab:red", "x"),
+    "dedicated": ((LORA, "trained"), "LoRA, a run per rank (6 runs)", "black", "o"),
+    "dylora": ((("dylora",), "trained"), "DyLoRA (1 run)", "tab:blue", "s"),
+    "dylora-paper": ((("dylora-paper",), "trained"), "DyLoRA, the paper's rules (1 run)", "tab:orange", "^"),
+    "lora32-svd": ((LORA, "svd"), "LoRA r=32 cut by its singular values", "tab:green", "v"),
+    "lora32-index": ((LORA, "index"), "LoRA r=32 cut to its first components", "tab:red", "x"),
 }
 Runs = list[dict[str, Any]]
 
 
 def points(runs: Runs, way: str) -> dict[int, dict[int, dict[str, float]]]:
     """Loss and accuracy by seed and rank."""
-    (method, curve), *_ = WAYS[way]
+    (methods, curve), *_ = WAYS[way]
     found: dict[int, dict[int, dict[str, float]]] = {}
     for run in runs:
-        if run["method"] == method and run["seed"] in SEEDS:
+        if run["method"] in methods and run["seed"] in SEEDS:
             for rank, point in run["curves"].get(curve, {}).items():
                 found.setdefault(run["seed"], {})[int(rank)] = point
     return {seed: by_rank for seed, by_rank in sorted(found.items()) if len(by_rank) == len(RANKS)}
@@ -143,7 +144,7 @@ def main() -> None:
             "adapters": {run["method"]: run["adapter"] for run in reported},
             "versions": reported[-1]["versions"],
             "minutes": sum(run["seconds"] for run in reported) / 60,
-            "median_step_ms": {
+            "step_ms": {
                 method: sorted(run["step_ms"] for run in reported if run["method"] == method)
                 for method in dict.fromkeys(run["method"] for run in reported)
             },

@@ -317,7 +317,8 @@ def _report(
 
 {job.model} on {job.data}: {len(job.examples)} examples, {steps} steps of {job.batch_size},
 learning rate {job.learning_rate:g}, r = {job.config.r}, ranks {job.config.ranks}, lora_alpha {job.config.lora_alpha:g},
-scaling {job.config.scaling}, seed {job.seed},
+truncation {job.config.truncation}, rank sampling {job.config.rank_sampling}, scaling {job.config.scaling},
+seed {job.seed},
 {"4-bit base, " if job.four_bit else ""}{str(dtype).removeprefix("torch.")}, {platform.machine()}.
 
 ## The rank curve

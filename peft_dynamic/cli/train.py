@@ -64,7 +64,15 @@ def train(
     ranks: Annotated[
         str | None, typer.Option(help="The ranks to train, as 1,2,4. Default: powers of two up to --r, or to 32.")
     ] = None,
-    lora_alpha: Annotated[float, typer.Option(help="As in LoRA.")] = 16,
+    lora_alpha: Annotated[float, typer.Option(help="As in LoRA of rank --r; with --paper, over the rank in use.")] = 16,
+    paper: Annotated[
+        bool,
+        typer.Option(
+            "--paper",
+            help="The paper's rules: a rank is the first rows and columns, not the leading singular components; "
+            "the scale is alpha/b; all ranks are drawn equally often, not the largest in 3 steps of 4.",
+        ),
+    ] = False,
     target_modules: Annotated[str, typer.Option(help="all-linear, or names as q_proj,v_proj.")] = "all-linear",
     steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: as many as --epochs have.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data, if --steps is not given.")] = 3.0,
@@ -130,7 +138,7 @@ def train(
         data=data,
         examples=examples,
         held_out=held_out,
-        config=_config(r, ranks, lora_alpha, target_modules, seed, four_bit),
+        config=_config(r, ranks, lora_alpha, target_modules, seed, four_bit, paper),
         four_bit=four_bit,
         steps=steps or -1,
         epochs=epochs,
@@ -183,7 +191,9 @@ def _split(examples: list[Example], seed: int) -> tuple[list[Example], list[Exam
     return shuffled[held:], shuffled[:held]
 
 
-def _config(r: int | None, ranks: str | None, lora_alpha: float, target_modules: str, seed: int, four_bit: bool) -> Any:
+def _config(
+    r: int | None, ranks: str | None, lora_alpha: float, target_modules: str, seed: int, four_bit: bool, paper: bool
+) -> Any:
     from peft_dynamic import DyLoRAConfig, QDyLoRAConfig
 
     listed = None
@@ -199,8 +209,10 @@ def _config(r: int | None, ranks: str | None, lora_alpha: float, target_modules:
         listed = [*(2**i for i in range(largest.bit_length()) if 2**i < largest), largest]
     modules = target_modules if target_modules == "all-linear" else [name.strip() for name in target_modules.split(",")]
     alpha: Any = int(lora_alpha) if float(lora_alpha).is_integer() else lora_alpha  # typed as int, any number works
+    kind = QDyLoRAConfig if four_bit else DyLoRAConfig
+    build: Any = kind.paper if paper else kind
     try:
-        return (QDyLoRAConfig if four_bit else DyLoRAConfig)(
+        return build(
             r=largest,
             ranks=listed,
             lora_alpha=alpha,

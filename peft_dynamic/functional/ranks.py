@@ -1,6 +1,7 @@
-"""Rank slicing, scale rules and rank sampling of DyLoRA (Valipour et al., EACL 2023, arXiv 2210.07558).
+"""Truncation, scale rules and rank sampling of DyLoRA (Valipour et al., EACL 2023, arXiv 2210.07558).
 
-Notation: A is (r, in), B is (out, r), and at rank b the update is `scale(b) * B[:, :b] @ A[:b]`.
+Notation: A is (r, in) and B is (out, r). At rank b the update is `scale(b) * (B @ E[:, :b]) @ (F[:b] @ A)` with E and F
+of `leading_components` under truncation="svd", and `scale(b) * B[:, :b] @ A[:b]` under truncation="prefix" (the paper).
 """
 
 import math
@@ -35,7 +36,7 @@ def alpha_at(rule: str, lora_alpha: float, rank: int, max_rank: int) -> float:
 def slice_rank(
     weight: torch.Tensor, dim: int, rank: int, max_rank: int, groups: tuple[int, int] = (1, 1), frozen_below: int = 0
 ) -> torch.Tensor:
-    """The first `rank` components of a LoRA factor.
+    """The first `rank` components of a LoRA factor, the cut of truncation="prefix".
 
     Args:
         weight: a factor whose `dim` has `outer * max_rank * inner` entries.

@@ -9,7 +9,9 @@ stay where the optimizer, `state_dict` and FSDP look for them, in `_parameters`.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -52,12 +54,11 @@ class RankView:
             return full
         if self.owner.truncation == "prefix":
             return slice_rank(full, self.dim, self.rank, self.max_rank, self.groups, self.frozen_below)
-        e_and_f = self.owner.basis()
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._leading(full, e_and_f)
-        key = (self.owner.basis_key, self.rank)
+            return self._leading(full, self.owner.basis())
+        key = (self.rank, *self.owner.state_key())
         if self._cut is None or self._cut[0] != key:  # inference: cut once, not in every forward pass
-            self._cut = (key, self._leading(full, e_and_f))
+            self._cut = (key, self._leading(full, self.owner.basis()))
         return self._cut[1]
 
     def _leading(self, full: torch.Tensor, e_and_f: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -96,8 +97,8 @@ class _RankedModule(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        full = whole_factor(self, "weight")
-        if full is None:
+        full = self._parameters.get("weight")
+        if full is None and (full := self.__dict__.get("weight")) is None:
             raise AttributeError("weight")
         return self.rank_view.of(full)
 
@@ -115,10 +116,10 @@ class _RankedModule(nn.Module):
         self.rank_view.owner.forget_basis()
 
 
-def whole_factor(holder: nn.Module, name: str) -> torch.Tensor | None:
+def whole_factor(holder: nn.Module, name: str) -> torch.Tensor:
     """The factor at full rank: the parameter, or the tensor that FSDP1 put in its place."""
     parameter = holder._parameters.get(name)
-    return holder.__dict__.get(name) if parameter is None else parameter
+    return parameter if parameter is not None else holder.__dict__.get(name)  # type: ignore[return-value]
 
 
 class RankedLinear(_RankedModule, nn.Linear):
@@ -226,7 +227,8 @@ class AdapterRanks:
 
     def factors(self) -> list[torch.Tensor]:
         """The whole A and B."""
-        return [factor for holder, name, _ in self.parts if (factor := whole_factor(holder, name)) is not None]
+        (holder_a, name_a, _), (holder_b, name_b, _) = self.parts
+        return [whole_factor(holder_a, name_a), whole_factor(holder_b, name_b)]
 
     def basis(self) -> tuple[torch.Tensor, torch.Tensor]:
         """E and F of `leading_components` for the factors as they are now."""
@@ -234,10 +236,15 @@ class AdapterRanks:
             return self._basis  # kept up to date outside the graph: see prepare
         return self._current_basis()
 
+    def state_key(self) -> tuple[int, ...]:
+        """Changes whenever the factors do; the step counter is for optimizers that bypass torch's version counters."""
+        a, b = self.factors()
+        return (self.schedule.updates, id(a), a._version, id(b), b._version)
+
     @torch.compiler.disable
     def _current_basis(self) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = self.factors()
-        key = (self.schedule.updates, id(a), id(b), a._version, b._version)
+        key = self.state_key()
         if self._basis is None or key != self.basis_key:
             if is_sharded(a) or is_sharded(b):
                 raise RuntimeError(
@@ -261,11 +268,8 @@ class AdapterRanks:
             self._current_basis()
 
     def is_trained(self) -> bool:
-        for holder, name, _ in self.parts:  # no generator: torch.compile breaks its graph at one
-            factor = whole_factor(holder, name)
-            if factor is not None and factor.requires_grad:
-                return True
-        return False
+        a, b = self.factors()
+        return a.requires_grad or b.requires_grad
 
     def moving_parts(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Each factor with the mask of the components that this step trains under update="frozen"."""
@@ -324,8 +328,7 @@ def make_ranked(layer: LoraLayer, adapter_name: str, schedule: RankSchedule, con
     if not hasattr(layer, "lora_ranks"):
         layer.lora_ranks = {}
         layer.other_param_names = (*layer.other_param_names, "lora_ranks")
-        layer.register_forward_pre_hook(_enter_training_rank)
-        layer.register_forward_hook(_leave_training_rank, always_call=True)
+        layer.__class__ = ranked_layer_class(type(layer))
     layer.lora_ranks[adapter_name] = AdapterRanks(
         schedule, config.truncation, config.scaling, layer.lora_alpha[adapter_name], max_rank, parts
     )
@@ -372,19 +375,43 @@ def _set_scaling(layer: LoraLayer, adapter_name: str, value: float) -> None:
         layer.scaling[adapter_name] = value
 
 
+class RankedLayer:
+    """Mixed into PEFT's LoRA layer classes: the drawn rank holds while the layer trains.
+
+    Per layer rather than for the whole model, since gradient checkpointing calls the layers again in the backward pass,
+    when the model's own forward pass is over.
+    """
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.training or self.merged:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        _enter_training_rank(self)
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            _leave_training_rank(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, which pickle and deepcopy cannot find by name; its base can be.
+        return _empty_ranked_layer, (type(self).__mro__[2],), self.__dict__
+
+
+def _empty_ranked_layer(base: type) -> Any:
+    return object.__new__(ranked_layer_class(base))
+
+
+@cache
+def ranked_layer_class(base: type) -> type:
+    """`base` with `RankedLayer` in front; under the same name, by which PEFT looks for some of its classes."""
+    return types.new_class(base.__name__, (RankedLayer, base), exec_body=lambda body: body.update(__module__=__name__))
+
+
 def _layers_of(layer: LoraLayer) -> tuple[LoraLayer, ...]:
     # MultiheadAttention computes with its out_proj's factors without calling out_proj.
     return (layer, layer.get_base_layer().out_proj) if isinstance(layer, MultiheadAttention) else (layer,)
 
 
-def _enter_training_rank(layer: LoraLayer, args: Any) -> None:
-    """Forward pre-hook: use the drawn rank while the layer trains.
-
-    Per layer rather than for the whole model, since gradient checkpointing calls the layers again in the backward pass,
-    when the model's own forward pass is over.
-    """
-    if not layer.training or layer.merged:
-        return
+def _enter_training_rank(layer: LoraLayer) -> None:
     for part in _layers_of(layer):
         for name, ranks in part.lora_ranks.items():
             schedule = ranks.schedule
@@ -399,8 +426,7 @@ def _enter_training_rank(layer: LoraLayer, args: Any) -> None:
             part.scaling[name] = scale if multiplier == 1 else scale * multiplier
 
 
-def _leave_training_rank(layer: LoraLayer, args: Any, output: Any) -> None:
-    """Forward hook, runs after an error too: back to the set rank."""
+def _leave_training_rank(layer: LoraLayer) -> None:
     for part in _layers_of(layer):
         for name, ranks in part.lora_ranks.items():
             if ranks.outside_training is not None:
