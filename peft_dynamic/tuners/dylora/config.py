@@ -14,14 +14,14 @@ from peft_dynamic.functional.ranks import SCALING_RULES
 REFUSED_FIELDS = {
     "use_rslora": "DyLoRA's scale follows the rank in use; pass scaling='alpha/sqrt(b)' for the rank-stabilised scale",
     "use_dora": "DoRA's magnitudes belong to the norm of one merged weight, and each rank has its own",
-    "use_qalora": "its pooled inputs give lora_A another shape than the rank slices expect",
-    "use_bdlora": "its blocks cut across the rank, so a prefix of the rank is not an adapter",
-    "velora_config": "it replaces the forward pass of lora_A that DyLoRA slices",
-    "alora_invocation_tokens": "it replaces the forward pass that DyLoRA slices",
-    "monteclora_config": "it replaces the forward pass that DyLoRA slices",
+    "use_qalora": "its pooled inputs give lora_A another shape than the cut to a rank expects",
+    "use_bdlora": "its blocks cut across the rank, so a part of the rank is not an adapter",
+    "velora_config": "it replaces the forward pass of lora_A, which DyLoRA cuts to a rank",
+    "alora_invocation_tokens": "it replaces the forward pass of the layer that DyLoRA cuts to a rank",
+    "monteclora_config": "it replaces the forward pass of the layer that DyLoRA cuts to a rank",
     "arrow_config": "it routes between finished adapters; export one rank of each with export_lora and route those",
     "kasa_config": "its singular values are tied to one rank",
-    "megatron_config": "Megatron's parallel linear layers are not sliced",
+    "megatron_config": "Megatron's parallel linear layers cannot be cut to a rank",
     "loftq_config": "it fits the quantisation error at one rank and one scale",
     "eva_config": "EVA gives every layer a rank of its own after construction",
     "corda_config": "CorDA changes the base weights to fit one rank and one scale",
@@ -116,7 +116,7 @@ class DyLoRAConfig(LoraConfig):
     update: str = field(
         default="nested",
         metadata={
-            "help": "'nested' trains the components 1..b of the drawn rank b; 'frozen' trains the last of them only."
+            "help": "'nested' trains all that the drawn rank uses; 'frozen' (truncation='prefix') only its last row and column."
         },
     )
     scaling: str = field(

@@ -39,7 +39,7 @@ def hotswap_adapter(
         kwargs: passed on to `PeftConfig.from_pretrained` and the download.
 
     Raises:
-        ValueError: the new adapter has another type, r, target or scaling, or lacks tensors.
+        ValueError: the new adapter has another type, r, target, truncation or scaling, or lacks tensors.
     """
     configs: Any = model.peft_config
     old = configs[adapter_name]

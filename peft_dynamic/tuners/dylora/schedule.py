@@ -73,7 +73,7 @@ class RankSchedule(nn.Module):
 
     def count_foreign_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Warn when training goes on and no optimizer that steps holds the factors: their rank would never change."""
-        if self._steps or not self._entered_training:
+        if self.updates or not self._entered_training:
             return
         self._unseen_steps += 1
         if self._unseen_steps == 3:
