@@ -115,9 +115,7 @@ class DyLoRAConfig(LoraConfig):
     )
     update: str = field(
         default="nested",
-        metadata={
-            "help": "'nested' trains all that the drawn rank uses; 'frozen' (truncation='prefix') only its last row and column."
-        },
+        metadata={"help": "'nested' trains all that the drawn rank uses, 'frozen' only its last row and column."},
     )
     scaling: str = field(
         default="alpha/r",
