@@ -21,7 +21,7 @@ from torch import nn
 
 from peft_dynamic.hub import write_model_card
 from peft_dynamic.tuners.dylora.layer import ranked_layers
-from peft_dynamic.tuners.dylora.model import at_rank, get_rank
+from peft_dynamic.tuners.dylora.model import active_adapter, at_rank
 
 PEFT_PREFIX = "base_model.model."
 # In this order into the target: without a config a folder is no adapter, so a half-written one never loads.
@@ -65,9 +65,7 @@ def export_lora(
     target = Path(save_directory)
     _check_target(target)
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    get_rank(model, adapter_name)  # raises, with the names there are, where there is no such adapter
-    layers = [layer for _, layer in ranked_layers(model)]
-    name = adapter_name or next(n for layer in layers for n in layer.active_adapters if n in layer.lora_ranks)
+    name = active_adapter(model, adapter_name)
     with nullcontext() if rank is None else at_rank(model, rank, name):
         tensors = _tensors(model, name)
         config, auto_mapping = _config(model, name)

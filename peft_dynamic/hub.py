@@ -16,8 +16,7 @@ from huggingface_hub import HfApi, ModelCard
 from peft import PeftModel
 from torch import nn
 
-from peft_dynamic.tuners.dylora.layer import ranked_layers
-from peft_dynamic.tuners.dylora.model import get_rank
+from peft_dynamic.tuners.dylora.model import active_adapter
 
 START, END = "<!-- peft_dynamic: usage -->", "<!-- peft_dynamic: end of usage -->"
 AUTO_CLASSES = {
@@ -104,9 +103,7 @@ def push_adapter(
     """
     if not REPO_ID.fullmatch(repo_id):
         raise ValueError(f"repo_id={repo_id!r} is no repository name: pass 'user/name'.")
-    get_rank(model, adapter_name)  # raises, with the names there are, where there is no such adapter
-    layers = [layer for _, layer in ranked_layers(model)]
-    name = adapter_name or next(n for layer in layers for n in layer.active_adapters if n in layer.lora_ranks)
+    name = active_adapter(model, adapter_name)
     with tempfile.TemporaryDirectory() as work:
         folder = _save(model, Path(work), name)
         # what save_pretrained wrote is a form with nothing filled in

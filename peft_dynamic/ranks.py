@@ -25,7 +25,7 @@ from torch import nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from peft_dynamic.tuners.dylora.layer import ranked_layers
-from peft_dynamic.tuners.dylora.model import at_rank, get_rank
+from peft_dynamic.tuners.dylora.model import active_adapter, at_rank
 
 # Directions that nobody disputes, without the prefixes that trainers put before them.
 LOWER_IS_BETTER = {
@@ -261,10 +261,8 @@ def rank_curve(
         TypeError: `evaluate` returned something else than a dict of numbers.
         ValueError: the model has no such adapter, the adapters are disabled or merged, or a rank is out of range.
     """
-    get_rank(model, adapter_name)  # raises, with the names there are, where there is no such adapter
-    layers = [layer for _, layer in ranked_layers(model)]
-    name = adapter_name or next(n for layer in layers for n in layer.active_adapters if n in layer.lora_ranks)
-    layers = [layer for layer in layers if name in layer.lora_ranks]
+    name = active_adapter(model, adapter_name)
+    layers = [layer for _, layer in ranked_layers(model, name)]
     if any(layer.disable_adapters for layer in layers):
         raise ValueError("the model's adapters are disabled, so every rank would be the base model. Enable them first.")
     if any(name not in layer.active_adapters for layer in layers):

@@ -29,71 +29,74 @@ Runs = list[dict[str, Any]]
 
 
 def points(runs: Runs, way: str) -> dict[int, dict[int, dict[str, float]]]:
-    """Loss and accuracy by seed and rank."""
+    """Loss and accuracy by rank and seed."""
     (methods, curve), *_ = WAYS[way]
     found: dict[int, dict[int, dict[str, float]]] = {}
-    for run in runs:
-        if run["method"] in methods and run["seed"] in SEEDS:
+    for run in sorted(runs, key=lambda run: run["seed"]):
+        if run["method"] in methods:
             for rank, point in run["curves"].get(curve, {}).items():
-                found.setdefault(run["seed"], {})[int(rank)] = point
-    return {seed: by_rank for seed, by_rank in sorted(found.items()) if len(by_rank) == len(RANKS)}
+                found.setdefault(int(rank), {})[run["seed"]] = point
+    return dict(sorted(found.items()))
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else 0.0}
+    return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else 0.0, "seeds": len(values)}
+
+
+def over_ranks(by_rank: dict[int, dict[int, dict[str, float]]], metric: str) -> dict[int, float]:
+    """The mean over the ranks, by seed, of the seeds that have all ranks."""
+    seeds = [seed for seed in SEEDS if all(seed in by_rank.get(rank, {}) for rank in RANKS)]
+    return {seed: mean(by_rank[rank][seed][metric] for rank in RANKS) for seed in seeds}
 
 
 def summarise(runs: Runs) -> dict[str, Any]:
-    """Mean and deviation over the seeds, by rank and over the ranks, and each way's distance to the dedicated LoRAs."""
+    """Mean and deviation over the seeds, by rank and over the ranks, and each way's distance to the dedicated LoRAs.
+
+    Distances are of the means over the seeds that both have.
+    """
     summary: dict[str, Any] = {}
+    dedicated = points(runs, "dedicated")
     for way in WAYS:
-        seeds = points(runs, way)
-        if not seeds:
+        own = points(runs, way)
+        if not own:
             continue
-        summary[way] = {"seeds": list(seeds)}
+        entry: dict[str, Any] = {}
         for metric in ("loss", "accuracy"):
-            table = {rank: spread([by_rank[rank][metric] for by_rank in seeds.values()]) for rank in RANKS}
-            overall = spread([mean(by_rank[rank][metric] for rank in RANKS) for by_rank in seeds.values()])
-            summary[way][metric] = {"by_rank": table, "over_ranks": overall}
-    for way, entry in summary.items():
-        own, other = summary.get("dedicated"), entry
-        if own is None or way == "dedicated" or own["seeds"] != other["seeds"]:
-            continue
-        losses = {r: other["loss"]["by_rank"][r]["mean"] / own["loss"]["by_rank"][r]["mean"] - 1 for r in RANKS}
-        points_behind = {
-            r: 100 * (own["accuracy"]["by_rank"][r]["mean"] - other["accuracy"]["by_rank"][r]["mean"]) for r in RANKS
-        }
-        entry["behind_dedicated"] = {
-            "mean_loss": other["loss"]["over_ranks"]["mean"] - own["loss"]["over_ranks"]["mean"],
-            "mean_accuracy_points": 100
-            * (own["accuracy"]["over_ranks"]["mean"] - other["accuracy"]["over_ranks"]["mean"]),
-            "loss_percent": {r: 100 * value for r, value in losses.items()},
-            "accuracy_points": points_behind,
-            "worst_loss_percent": 100 * max(losses.values()),
-            "worst_accuracy_points": max(points_behind.values()),
-        }
+            table = {rank: spread([point[metric] for point in seeds.values()]) for rank, seeds in own.items()}
+            means = over_ranks(own, metric)
+            entry[metric] = {"by_rank": table, "over_ranks": spread(list(means.values())) if means else None}
+            if way == "dedicated":
+                continue
+            behind = {}
+            for rank in own.keys() & dedicated.keys():
+                both = own[rank].keys() & dedicated[rank].keys()
+                if both:
+                    ours = mean(own[rank][seed][metric] for seed in both)
+                    theirs = mean(dedicated[rank][seed][metric] for seed in both)
+                    behind[rank] = 100 * (ours / theirs - 1 if metric == "loss" else theirs - ours)
+            target = over_ranks(dedicated, metric)
+            paired = [means[seed] - target[seed] for seed in means.keys() & target.keys()]
+            entry[metric]["behind_dedicated"] = {
+                "unit": "percent" if metric == "loss" else "points",
+                "by_rank": dict(sorted(behind.items())),
+                "worst": max(behind.values(), default=None),
+                "over_ranks_minus_dedicated": spread(paired) if paired else None,
+            }
+        summary[way] = entry
     return summary
 
 
 def table(task: str, summary: dict[str, Any]) -> str:
     lines = []
     for metric, unit, digits in (("loss", 1, 3), ("accuracy", 100, 1)):
-        lines += [
-            f"| {task}, {metric} | " + " | ".join(f"r={r}" for r in RANKS) + " | mean | worst rank behind own LoRA |"
-        ]
-        lines += ["|---" * (len(RANKS) + 3) + "|"]
+        ranks = " | ".join(f"r={rank}" for rank in RANKS)
+        lines += [f"| {task}, {metric} | {ranks} | mean | worst rank behind its own LoRA |", "|---" * 9 + "|"]
         for way, entry in summary.items():
-            cells = [
-                f"{unit * cell['mean']:.{digits}f} ± {unit * cell['std']:.{digits}f}"
-                for cell in [*entry[metric]["by_rank"].values(), entry[metric]["over_ranks"]]
-            ]
-            behind = entry.get("behind_dedicated")
-            if behind is None:
-                gap = ""
-            else:
-                gap = f"{behind['worst_loss_percent']:+.1f} %" if metric == "loss" else ""
-                gap = gap or f"{behind['worst_accuracy_points']:+.1f} points"
-            lines.append(f"| {way} | " + " | ".join(cells) + f" | {gap} |")
+            cells = [entry[metric]["by_rank"].get(rank) for rank in RANKS] + [entry[metric]["over_ranks"]]
+            shown = [f"{unit * c['mean']:.{digits}f} ± {unit * c['std']:.{digits}f}" if c else "" for c in cells]
+            behind = entry[metric].get("behind_dedicated")
+            gap = "" if behind is None or behind["worst"] is None else f"{behind['worst']:+.1f} {behind['unit']}"
+            lines.append(f"| {way} | {' | '.join(shown)} | {gap} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -106,17 +109,17 @@ def plot(task: str, setting: dict[str, Any], summary: dict[str, Any], path: Path
             if way == "lora32-index":
                 continue  # far off the scale; in the table
             _, label, colour, marker = WAYS[way]
-            cells = entry[metric]["by_rank"].values()
-            means, stds = ([unit * cell[key] for cell in cells] for key in ("mean", "std"))
-            axis.errorbar(range(len(RANKS)), means, stds, label=label, color=colour, marker=marker, capsize=3, lw=1.5)
-        axis.set_xticks(range(len(RANKS)), RANKS)
+            cells = entry[metric]["by_rank"]
+            means, stds = ([unit * cell[key] for cell in cells.values()] for key in ("mean", "std"))
+            axis.errorbar(list(cells), means, stds, label=label, color=colour, marker=marker, capsize=3, lw=1.5)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(RANKS, RANKS)
         axis.set_xlabel("rank")
         axis.set_ylabel(name)
         axis.grid(alpha=0.3)
-    seeds = len(next(iter(summary.values()))["seeds"])
     figure.suptitle(
-        f"{task}: {setting['steps']} steps of {setting['batch_size']}, {setting['model']}, "
-        f"mean and deviation of {seeds} seeds"
+        f"{task}: {setting['model']}, {setting['steps']} steps of {setting['batch_size']}, "
+        f"mean and standard deviation of {len(SEEDS)} seeds"
     )
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=2, frameon=False)

@@ -200,6 +200,11 @@ def _dynamic_adapters(model: nn.Module, adapter_name: str | None) -> list[str]:
     return [adapter_name]
 
 
+def active_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
+    """The named DyLoRA adapter, or the first active one; raises ValueError, with the names there are, for none."""
+    return _dynamic_adapters(model, adapter_name)[0]
+
+
 def _ranks_of_layers(model: nn.Module, rank: int | dict[str, int], adapter_name: str) -> dict[str, int]:
     """Module name -> rank asked for, checked in whole before anything is changed."""
     layers: dict[str, Any] = dict(ranked_layers(model, adapter_name))
@@ -280,7 +285,7 @@ def get_rank(model: nn.Module, adapter_name: str | None = None) -> int | dict[st
         model: the model with DyLoRA adapters.
         adapter_name: the adapter, or None for the first active one.
     """
-    name = _dynamic_adapters(model, adapter_name)[0]
+    name = active_adapter(model, adapter_name)
     layers: list[tuple[str, Any]] = list(ranked_layers(model, name))
     asked = {layer.lora_ranks[name].asked for _, layer in layers}
     # At full rank a capped module was asked for its cap or for r: both mean the same.
