@@ -351,4 +351,18 @@ def test_inference_cuts_once_and_sees_new_weights() -> None:
         first = model(IDS)
         layer.lora_B["default"]._parameters["weight"].mul_(2)
         second = model(IDS)
+        layer.lora_B["default"]._parameters["weight"].data.mul_(2)  # unseen by torch's version counter, until
+        model.set_rank(2)
+        third = model(IDS)
     assert not torch.allclose(first, second, atol=1e-3)
+    assert not torch.allclose(second, third, atol=1e-3)
+
+
+def test_a_model_that_moves_to_another_dtype_is_cut_again() -> None:
+    model = mlp()
+    model.set_rank(2)
+    with torch.no_grad():
+        single = model(IDS)
+        double = model.double()(IDS)
+    assert double.dtype == torch.float64
+    assert torch.allclose(single.double(), double, atol=1e-5)

@@ -32,7 +32,7 @@ class RankView:
         self.divisor = divisor
         self.rank = self.max_rank
         self.frozen_below = 0
-        self._cut: tuple[Any, torch.Tensor] | None = None
+        self.kept: tuple[Any, torch.Tensor] | None = None  # (state, the cut factor) of the last inference
 
     def show(self, rank: int, frozen_below: int = 0) -> None:
         self.rank = rank // self.divisor
@@ -46,9 +46,9 @@ class RankView:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._leading(full, self.owner.basis())
         key = (self.rank, *self.owner.state_key())
-        if self._cut is None or self._cut[0] != key:  # inference: cut once, not in every forward pass
-            self._cut = (key, self._leading(full, self.owner.basis()))
-        return self._cut[1]
+        if self.kept is None or self.kept[0] != key:  # inference: cut once, not in every forward pass
+            self.kept = (key, self._leading(full, self.owner.basis()))
+        return self.kept[1]
 
     def _leading(self, full: torch.Tensor, e_and_f: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """The factor of the leading singular components: F[:rank] A or B E[:, :rank], back in the factor's layout."""
@@ -100,9 +100,15 @@ class _RankedModule(nn.Module):
     def weight(self) -> None:
         del self.__dict__["weight"]
 
+    # Two ways to change the parameter that no version counter shows for sure.
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.rank_view.owner.forget_basis()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:  # .to(), .half(), .cuda()
+        super()._apply(*args, **kwargs)
+        self.rank_view.owner.forget_basis()
+        return self
 
 
 def whole_factor(holder: nn.Module, name: str) -> torch.Tensor:
@@ -163,6 +169,12 @@ class RankedParameterDict(nn.ParameterDict):
         super()._load_from_state_dict(*args, **kwargs)
         for view in self.rank_views.values():
             view.owner.forget_basis()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        super()._apply(*args, **kwargs)
+        for view in self.rank_views.values():
+            view.owner.forget_basis()
+        return self
 
     # PEFT sets requires_grad through these two, which only a whole parameter allows.
     def items(self) -> Any:

@@ -101,6 +101,8 @@ class AdapterRanks:
     def forget_basis(self) -> None:
         """The factors have changed."""
         self._basis = self.basis_key = None
+        for _, _, view in self.parts:
+            view.kept = None
 
     def prepare(self, rank: int) -> None:
         """Make the basis for `rank` anew, after an optimizer step for one: a compiled forward pass cannot."""
