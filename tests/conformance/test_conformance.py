@@ -256,6 +256,12 @@ def test_save_and_load_keep_every_rank(case: Case, tmp_path: Any) -> None:
     assert saved.keys() == again.keys()
     assert all(torch.equal(saved[key], again[key].cpu()) for key in saved)
     assert sum(key.endswith("lora_schedule.step") for key in saved) == 1
+    if case.second_adapter:  # the same file as a further adapter
+        result = loaded.load_adapter(tmp_path, "second")
+        assert not [key for key in result.missing_keys if ".second" in key]
+        assert not result.unexpected_keys
+        loaded.set_adapter("second")
+        assert torch.equal(compute(loaded, inputs), compute(model, inputs))
     # whole factors, whatever rank was set when saving
     model.set_rank(case.ranks[0])
     assert all(torch.equal(value, saved[key]) for key, value in get_peft_model_state_dict(model).items())

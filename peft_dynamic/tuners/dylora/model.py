@@ -60,8 +60,9 @@ class DyLoRAModel(LoraModel):
         schedule = self._schedule(adapter_name)
         made = 0
         # Two roots: a further adapter goes into `target`, which may lie inside nested ParamWrappers. And all modules
-        # below, since MultiheadAttention holds a LoRA layer for its out_proj.
-        for module in (*target.modules(), *getattr(parent, target_name).modules()):
+        # below, since MultiheadAttention holds a LoRA layer for its out_proj. In this order the first layer, which
+        # carries the step number, is the same one for each adapter, so that checkpoints fit.
+        for module in (*getattr(parent, target_name).modules(), *target.modules()):
             if not isinstance(module, LoraLayer) or adapter_name in getattr(module, "lora_ranks", ()):
                 continue
             if adapter_name in module.lora_A or adapter_name in module.lora_embedding_A:
