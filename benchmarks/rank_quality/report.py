@@ -86,6 +86,16 @@ def summarise(runs: Runs) -> dict[str, Any]:
     return summary
 
 
+def cell_text(cell: dict[str, float] | None, unit: int, digits: int) -> str:
+    """With the number of seeds where it is not that of the study."""
+    if cell is None:
+        return ""
+    text = f"{unit * cell['mean']:.{digits}f}"
+    if cell["seeds"] > 1:
+        text += f" ± {unit * cell['std']:.{digits}f}"
+    return text if cell["seeds"] == len(SEEDS) else f"{text} ({cell['seeds']} of {len(SEEDS)} seeds)"
+
+
 def table(task: str, summary: dict[str, Any]) -> str:
     lines = []
     for metric, unit, digits in (("loss", 1, 3), ("accuracy", 100, 1)):
@@ -93,7 +103,7 @@ def table(task: str, summary: dict[str, Any]) -> str:
         lines += [f"| {task}, {metric} | {ranks} | mean | worst rank behind its own LoRA |", "|---" * 9 + "|"]
         for way, entry in summary.items():
             cells = [entry[metric]["by_rank"].get(rank) for rank in RANKS] + [entry[metric]["over_ranks"]]
-            shown = [f"{unit * c['mean']:.{digits}f} ± {unit * c['std']:.{digits}f}" if c else "" for c in cells]
+            shown = [cell_text(cell, unit, digits) for cell in cells]
             behind = entry[metric].get("behind_dedicated")
             gap = "" if behind is None or behind["worst"] is None else f"{behind['worst']:+.1f} {behind['unit']}"
             lines.append(f"| {way} | {' | '.join(shown)} | {gap} |")
@@ -119,7 +129,7 @@ def plot(task: str, setting: dict[str, Any], summary: dict[str, Any], path: Path
         axis.grid(alpha=0.3)
     figure.suptitle(
         f"{task}: {setting['model']}, {setting['steps']} steps of {setting['batch_size']}, "
-        f"mean and standard deviation of {len(SEEDS)} seeds"
+        f"mean and standard deviation of up to {len(SEEDS)} seeds"
     )
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=2, frameon=False)

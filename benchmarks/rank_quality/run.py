@@ -63,7 +63,7 @@ class Method:
 
 TASKS = {
     "sst2": Task("minilm", ("query", "value"), 64, 200, 32, 400),
-    "mrpc": Task("minilm", ("query", "value"), 80, 120, 16, 200),
+    "mrpc": Task("minilm", ("query", "value"), 80, 200, 16, 200),
     "rte": Task("minilm", ("query", "value"), 96, 40, 16, 200),
     "e2e_nlg": Task("smollm2", ("q_proj", "v_proj"), 128, 30, 8, 0, 48),
 }

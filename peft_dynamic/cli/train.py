@@ -17,7 +17,7 @@ from ._data import Columns, Example, read_rows, to_examples
 
 DEMO_INSTRUCTION = "Describe this place in a sentence or two."
 # Sized for a few minutes on two cores; where others use them too, the minutes bound the training instead.
-DEMO_STEPS, DEMO_RATE, DEMO_MINUTES = 60, 1e-3, 4.0
+DEMO_STEPS, DEMO_RATE, DEMO_MINUTES = 60, 3e-3, 4.0
 
 
 @dataclass
@@ -77,7 +77,7 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: as many as --epochs have.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data, if --steps is not given.")] = 3.0,
     batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = 8,
-    learning_rate: Annotated[float | None, typer.Option(help="The peak. Default: 5e-4; 1e-3 in the demo.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The peak. Default: 5e-4; 3e-3 in the demo.")] = None,
     max_length: Annotated[int, typer.Option(help="Longer examples are cut to this many tokens.")] = 512,
     seed: Annotated[int, typer.Option(help="Of the data's order, the adapter's start and the ranks.")] = 0,
     four_bit: Annotated[bool, typer.Option("--4bit", help="Quantise the base model to 4 bits (QDyLoRA).")] = False,
