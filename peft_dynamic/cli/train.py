@@ -17,7 +17,7 @@ from ._data import Columns, Example, read_rows, to_examples
 
 DEMO_INSTRUCTION = "Describe this place in a sentence or two."
 # Sized for a few minutes on two cores; where others use them too, the minutes bound the training instead.
-DEMO_STEPS, DEMO_RATE, DEMO_MINUTES = 60, 3e-3, 4.0
+DEMO_STEPS, DEMO_RATE, DEMO_MINUTES = 50, 3e-3, 4.0
 
 
 @dataclass

@@ -45,8 +45,8 @@ class DyLoRAConfig(LoraConfig):
     """Configuration of DyLoRA: train one LoRA adapter, use it at any rank.
 
     Each optimizer step draws one rank b, and the forward pass uses an update of rank b made from the whole matrices
-    B (out, r) and A (r, in). Outside training the rank chosen by `set_rank` is used, r at first. The defaults are what
-    we measured best (benchmarks/rank_quality); `DyLoRAConfig.paper(...)` gives the paper's rules, eq. 7:
+    B (out, r) and A (r, in). Outside training the rank chosen by `set_rank` is used, r at first. The defaults are
+    what we measured best (benchmarks/LOG.md); `DyLoRAConfig.paper(...)` gives the paper's rules, eq. 7:
     `alpha / b * B[:, :b] @ A[:b]` with every rank equally likely.
 
     Everything of `LoraConfig` keeps its meaning, with these exceptions.
