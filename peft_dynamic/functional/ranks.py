@@ -110,7 +110,8 @@ def leading_components(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, 
         E and F, each (n, r, r), without gradient, in float32, or float64 for such factors. Where A has dependent rows
         the last rows of F are 0.
     """
-    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+    # Ordinary tensors even from an evaluation under inference_mode: training may use them next.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(a.device.type, enabled=False):
         wide_a, wide_b = a.detach().double(), b.detach().double()
         values, vectors = torch.linalg.eigh(wide_a @ wide_a.mT)
         kept = values > values[..., -1:] * 1e-12
@@ -121,5 +122,5 @@ def leading_components(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, 
         order = order.flip(-1)
         e = left @ order
         f = order.mT @ (inverse[..., :, None] * vectors.mT)
-    dtype = torch.promote_types(a.dtype, torch.float32)
-    return e.to(dtype), f.to(dtype)
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        return e.to(dtype), f.to(dtype)

@@ -152,6 +152,20 @@ def test_a_backbone_called_past_its_root_trains_at_the_drawn_rank() -> None:
     assert recorder.training == [schedule_of(model).drawn]
 
 
+def test_training_after_an_evaluation_under_inference_mode() -> None:
+    model = adapted()
+    train(model, steps=2)
+    schedule_of(model).drawn = 2
+    model.set_rank(2)
+    for layer in model.modules():
+        for ranks in getattr(layer, "lora_ranks", {}).values():
+            ranks.forget_basis()
+    with torch.inference_mode():
+        model.eval()(input_ids=rows(2))
+    model.train()(input_ids=rows(2), labels=rows(2)).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 def test_an_error_in_the_forward_pass_leaves_the_set_rank() -> None:
     model = adapted()
     model.set_rank(2)
