@@ -175,6 +175,20 @@ def test_the_update_has_at_most_the_rank(case: Case) -> None:
 
 
 @every_case
+def test_a_training_pass_computes_what_evaluation_does_at_that_rank(case: Case) -> None:
+    model, inputs = case.perturbed()
+    schedule = next(iter(layers_of(model).values())).lora_ranks["default"].schedule
+    schedule.refresh()  # else the first forward pass would, and draw
+    for rank in case.ranks:
+        with model.at_rank(rank):
+            expected = compute(model.eval(), inputs)
+        schedule.drawn = rank
+        output = model.train()(inputs)
+        output = getattr(output, "logits", output).detach()
+        assert torch.allclose(output, expected, atol=case.tolerance, rtol=1e-4)
+
+
+@every_case
 def test_gradients_are_those_of_the_drawn_rank(case: Case) -> None:
     """Central difference along the gradient, in double precision; what a rank is made of stays fixed meanwhile."""
     if not case.difference_quotient:
