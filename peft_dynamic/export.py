@@ -21,7 +21,8 @@ from torch import nn
 
 from peft_dynamic.hub import write_model_card
 from peft_dynamic.tuners.dylora.layer import ranked_layers
-from peft_dynamic.tuners.dylora.model import active_adapter, at_rank
+from peft_dynamic.tuners.dylora.model import at_rank
+from peft_dynamic.tuners.factors import active_adapter, viewed_layers
 
 PEFT_PREFIX = "base_model.model."
 # In this order into the target: without a config a folder is no adapter, so a half-written one never loads.
@@ -34,10 +35,11 @@ def export_lora(
     rank: int | dict[str, int] | None = None,
     adapter_name: str | None = None,
 ) -> Path:
-    """Write one rank b of an adapter as a stock LoRA checkpoint with r = b.
+    """Write an adapter of ours as a stock LoRA checkpoint: of a DyLoRA adapter one rank b, with r = b.
 
-    The factors are those that rank b computes with: `F[:b] A` and `B E[:, :b]` of `functional.ranks.leading_components`
-    under truncation="svd", the first b rows of A and columns of B under truncation="prefix".
+    The factors are those that the layers compute with: at rank b of DyLoRA `F[:b] A` and `B E[:, :b]` of
+    `functional.ranks.leading_components` under truncation="svd", the first b rows of A and columns of B under
+    truncation="prefix"; for MoSLoRA M A and B.
 
     Loaded by PEFT in a process that never imports peft_dynamic, it computes what the model computes at that rank.
     `lora_alpha` is such that PEFT's scale lora_alpha / r is ours. Biases, `modules_to_save` and trainable tokens come
@@ -50,15 +52,16 @@ def export_lora(
     Args:
         model: a `PeftModel`, or a transformers model with the adapter added by `add_adapter` or `load_adapter`.
         save_directory: the folder to write; made if missing.
-        rank: the rank, or a dict from module names or patterns to ranks as in `set_rank`; None for the rank in use.
+        rank: of a DyLoRA adapter: the rank, or a dict from module names or patterns to ranks as in `set_rank`; None for
+            the rank in use. Adapters of other methods have one, so None.
         adapter_name: the adapter; None for the first active one.
 
     Returns:
         `save_directory`.
 
     Raises:
-        FileExistsError: the target is a file, or holds an adapter that is more than a stock LoRA: writing one rank over
-            it would lose the others.
+        FileExistsError: the target is a file, or holds an adapter that is more than a stock LoRA: writing over it would
+            lose what that lacks.
         ValueError: the model has no such adapter, the rank is out of range, or the ranks cannot be written as
             `rank_pattern`.
     """
@@ -66,6 +69,9 @@ def export_lora(
     _check_target(target)
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     name = active_adapter(model, adapter_name)
+    if rank is not None and not list(ranked_layers(model, name)):
+        method = type(model.peft_config[name]).__name__.removesuffix("Config")  # type: ignore[index]  # a dict of PEFT's
+        raise ValueError(f"rank={rank!r}: the adapter {name!r} is of {method}, which has one rank. Pass rank=None.")
     with nullcontext() if rank is None else at_rank(model, rank, name):
         tensors = _tensors(model, name)
         config, auto_mapping = _config(model, name)
@@ -90,24 +96,23 @@ def _check_target(target: Path) -> None:
         return  # no adapter, or none that could be loaded
     if there != "LORA":
         raise FileExistsError(
-            f"save_directory={str(target)!r} holds a {there} adapter; an export over it would lose its other ranks. "
+            f"save_directory={str(target)!r} holds a {there} adapter; an export over it would lose what a LoRA lacks. "
             "Pass another folder, or delete that one first."
         )
 
 
 def _tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """The adapter's checkpoint as PEFT would save it, each factor cut to the rank in use."""
+    """The adapter's checkpoint as PEFT would save it, but with each factor as the layer shows it."""
     tensors = get_peft_model_state_dict(model, adapter_name=name)
-    for prefix, layer in ranked_layers(model, name):
-        ranks = layer.lora_ranks[name]
+    for prefix, layer in viewed_layers(model, name):
         keys = (
             (f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight")
             if name in layer.lora_A
             else (f"{prefix}.lora_embedding_A", f"{prefix}.lora_embedding_B")
         )
-        for key, (holder, _, view) in zip(keys, ranks.parts, strict=True):
+        for key, (holder, _, view) in zip(keys, layer.lora_views[name].parts, strict=True):
             if holder in layer.modules():
-                tensors[key] = view.of(tensors[key])
+                tensors[key] = view.anew(tensors[key])
             elif view.groups == (1, 1):
                 # prepare_model_for_compiled_hotswap put a copy of the part in use there, with zeros behind it
                 tensors[key] = tensors[key].narrow(view.dim, 0, layer.r[name])
@@ -119,7 +124,7 @@ def _tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     return {
         prefix + key: tensor.detach().cpu().contiguous().clone()  # a file holds no views and no tensor twice
         for key, tensor in tensors.items()
-        if ".lora_schedule." not in key
+        if ".lora_schedule." not in key and ".lora_mixer." not in key
     }
 
 
@@ -147,7 +152,7 @@ def _named_layers(model: nn.Module, name: str) -> list[tuple[str, LoraLayer]]:
     """Each layer that takes its rank from the config, under the name that PEFT looks up in `rank_pattern`."""
     found: list[tuple[str, LoraLayer]] = []
     inner: dict[int, LoraLayer] = {}
-    for key, layer in ranked_layers(model, name):
+    for key, layer in viewed_layers(model, name):
         if id(layer) in inner:  # MultiheadAttention's out_proj has its owner's rank
             owner = inner[id(layer)]
             if (layer.r[name], layer.lora_alpha[name]) != (owner.r[name], owner.lora_alpha[name]):

@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, ModelCard
 from peft import PeftModel
 from torch import nn
 
-from peft_dynamic.tuners.dylora.model import active_adapter
+from peft_dynamic.tuners.factors import active_adapter
 
 START, END = "<!-- peft_dynamic: usage -->", "<!-- peft_dynamic: end of usage -->"
 AUTO_CLASSES = {
@@ -80,7 +80,7 @@ def push_adapter(
     commit_message: str = "Upload adapter",
     create_pr: bool = False,
 ) -> str:
-    """Push an adapter at all its ranks to the Hub, with a model card that says how to load it.
+    """Push an adapter, a DyLoRA adapter at all its ranks, to the Hub, with a model card that says how to load it.
 
     The repository is made if it does not exist. To push one rank that loads without this package, write it with
     `export_lora` and upload that folder.
@@ -139,23 +139,27 @@ def _base_repo(config: dict[str, Any]) -> str | None:
     return base if REPO_ID.fullmatch(base) and not Path(base).exists() else None
 
 
+def _ranks(config: dict[str, Any]) -> str:
+    trained = config.get("ranks") or range(1, config["r"] + 1)
+    listed = ", ".join(map(str, trained)) if len(trained) <= 16 else f"1 to {config['r']}"
+    prefix = config.get("truncation") == "prefix"
+    kept = "first b rows and columns of its factors" if prefix else "b leading singular components of its update"
+    return f": one training run, usable at the ranks {listed}. Rank b is the {kept}."
+
+
 def _usage(config: dict[str, Any], directory: Path, repo_id: str | None) -> str:
     source = repo_id or directory.name
     base = _base_repo(config) or "path/to/the/base/model"
     auto = AUTO_CLASSES.get(config.get("task_type") or "", "AutoModel")
     stock = config["peft_type"] == "LORA"
+    ranked = config["peft_type"] in ("DYLORA", "QDYLORA")
     if stock:
         ranks = sorted({config["r"], *(config.get("rank_pattern") or {}).values()})
         about = f"A LoRA adapter of rank {', '.join(map(str, ranks))}. It loads in PEFT as it is."
     else:
-        trained = config.get("ranks") or range(1, config["r"] + 1)
-        listed = ", ".join(map(str, trained)) if len(trained) <= 16 else f"1 to {config['r']}"
-        prefix = config.get("truncation") == "prefix"
-        kept = "first b rows and columns of its factors" if prefix else "b leading singular components of its update"
         about = (
-            f"A {config['peft_type']} adapter: one training run, usable at the ranks {listed}. Rank b is the {kept}. "
-            "It needs the package "
-            "`peft-dynamic`: without the line `import peft_dynamic`, PEFT stops with "
+            f"A {config['peft_type']} adapter{_ranks(config) if ranked else '.'} It needs the package `peft-dynamic`: "
+            "without the line `import peft_dynamic`, PEFT stops with "
             f"`KeyError: '{config['peft_type']}'`."
         )
     code = [
@@ -166,7 +170,7 @@ def _usage(config: dict[str, Any], directory: Path, repo_id: str | None) -> str:
         f'base = {auto}.from_pretrained("{base}")',
         f'model = PeftModel.from_pretrained(base, "{source}")',
     ]
-    if not stock:
+    if ranked:
         code += [
             f"model.set_rank({config['r']})  # the rank to run at, up to {config['r']}",
             f'# peft_dynamic.export_lora(model, "lora", rank={config["r"]}) writes that rank as a stock LoRA adapter',

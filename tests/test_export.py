@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_dynamic import DyLoRAConfig
+from peft_dynamic import DyLoRAConfig, MoSLoRAConfig
 from peft_dynamic.export import export_lora
 from tests.stock_cases import CASES, build, compute
 
@@ -49,10 +49,21 @@ def adapted(name: str, **settings: object) -> tuple[nn.Module, torch.Tensor]:
     return model.eval(), inputs
 
 
+def mixed(name: str) -> tuple[nn.Module, torch.Tensor]:
+    base, inputs = build(name)
+    model = get_peft_model(base, MoSLoRAConfig(**({"r": 8, "lora_alpha": 16} | CASES[name].config)))
+    perturb(model)
+    return model.eval(), inputs
+
+
 @pytest.fixture(scope="session")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """case-index -> (what we compute, what stock PEFT computes), all in one other process."""
     folder, ours = tmp_path_factory.mktemp("stock"), {}
+    for name in CASES:
+        model, inputs = mixed(name)
+        export_lora(model, folder / f"{name}-moslora")
+        ours[f"{name}-moslora"] = compute(model, inputs)
     for name, case in CASES.items():
         for i, rank in enumerate(case.ranks):
             model, inputs = adapted(name)  # anew: PEFT's attention merges and unmerges in each forward, which rounds
@@ -69,6 +80,27 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[torch.Ten
 def test_stock_peft_computes_the_same_bits(stock: dict, name: str, i: int) -> None:
     ours, theirs = stock[f"{name}-{i}"]
     assert torch.equal(ours, theirs), f"greatest difference {(ours - theirs).abs().max():.3g}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_stock_peft_computes_the_same_bits_as_a_mixer_folded_into_a(stock: dict, name: str) -> None:
+    ours, theirs = stock[f"{name}-moslora"]
+    assert torch.equal(ours, theirs), f"greatest difference {(ours - theirs).abs().max():.3g}"
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1:UserWarning")
+def test_a_mixer_export_has_no_mixer_and_one_rank(tmp_path: Path) -> None:
+    model, _ = mixed("linear")
+    with pytest.raises(ValueError, match="rank=4: the adapter 'default' is of MoSLoRA, which has one rank"):
+        export_lora(model, tmp_path / "out", rank=4)
+    assert not (tmp_path / "out").exists()
+    export_lora(model, tmp_path / "out")
+    tensors = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert not [key for key in tensors if "mixer" in key]
+    layer = model.base_model.model.a
+    m, a = layer.lora_mixer["default"].weight[0], layer.lora_A["default"]._parameters["weight"]
+    assert torch.allclose(tensors["base_model.model.a.lora_A.weight"], (m @ a).detach(), atol=1e-6)
+    assert "peft_dynamic  #" not in (tmp_path / "out/README.md").read_text()
 
 
 def test_the_files_are_a_stock_checkpoint(tmp_path: Path) -> None:
@@ -204,7 +236,7 @@ def test_a_rank_out_of_range_is_refused(tmp_path: Path, rank: int) -> None:
 
 def test_a_model_without_our_adapter_is_refused(tmp_path: Path) -> None:
     model = get_peft_model(build("linear")[0], LoraConfig(target_modules=["a"]))
-    with pytest.raises(ValueError, match="has no DyLoRA adapter"):
+    with pytest.raises(ValueError, match="has no adapter of peft_dynamic"):
         export_lora(model, tmp_path / "out")
 
 

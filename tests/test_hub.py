@@ -73,7 +73,7 @@ def test_push_of_a_named_adapter_and_of_an_added_one(pushed: dict) -> None:
 def test_nothing_is_pushed_under_a_bad_name_or_without_an_adapter(pushed: dict) -> None:
     with pytest.raises(ValueError, match="repo_id='a/b/c' is no repository name"):
         push_adapter(adapted(), "a/b/c")
-    with pytest.raises(ValueError, match="no DyLoRA adapter"):
+    with pytest.raises(ValueError, match="no adapter of peft_dynamic"):
         push_adapter(build("llama")[0], "me/poet")
     assert not pushed
 

@@ -99,8 +99,8 @@ def leading_components(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, 
     """Constants E and F that turn the factors into those of the best low-rank approximations of their product.
 
     For every rank k, `(B E[:, :k]) (F[:k] A)` is the product B A cut to its k leading singular components (Eckart and
-    Young). With A A^T = L L^T and the eigenvectors V of L^T (B^T B) L, largest first: E = L V, F = V^T L^-1. They live
-    in the r-dimensional space between the factors, so this costs two r x r eigenproblems and no decomposition of B A.
+    Young). They live in the r-dimensional space between the factors, so this costs r x r problems and no decomposition
+    of B A.
 
     Args:
         a: (n, r, in), n products at once.
@@ -110,17 +110,61 @@ def leading_components(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, 
         E and F, each (n, r, r), without gradient, in float32, or float64 for such factors. Where A has dependent rows
         the last rows of F are 0.
     """
-    # Ordinary tensors even from an evaluation under inference_mode: training may use them next.
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    e, f = bases_of(*gram_matrices(a, b))
+    return e.to(dtype), f.to(dtype)
+
+
+def gram_matrices(
+    a: torch.Tensor, b: torch.Tensor, mixer: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A A^T (M A A^T M^T with a mixer M) and B^T B, all that `bases_of` needs of the factors.
+
+    Args:
+        a: (n, r, in).
+        b: (n, out, r).
+        mixer: (n, r, r) or None.
+
+    Returns:
+        Two tensors (n, r, r), without gradient, in float64: they square the condition number.
+    """
+    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
         wide_a, wide_b = a.detach().double(), b.detach().double()
-        values, vectors = torch.linalg.eigh(wide_a @ wide_a.mT)
-        kept = values > values[..., -1:] * 1e-12
-        root = torch.where(kept, values, 0).sqrt()
-        inverse = torch.where(kept, 1 / root.clamp(min=1e-300), 0)
-        left = vectors * root[..., None, :]
-        _, order = torch.linalg.eigh(left.mT @ (wide_b.mT @ wide_b) @ left)
+        gram_a = wide_a @ wide_a.mT
+        if mixer is not None:
+            m = mixer.detach().double()
+            gram_a = m @ gram_a @ m.mT
+        return gram_a, wide_b.mT @ wide_b
+
+
+def bases_of(gram_a: torch.Tensor, gram_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """E and F of `leading_components` from the Gram matrices of the factors.
+
+    With A A^T = L L^T and the eigenvectors V of L^T (B^T B) L, largest first: E = L V, F = V^T L^-1. L is Cholesky's
+    factor; where A's rows are dependent, or nearly so, it is made from the eigenvectors of A A^T instead, with the
+    inverse on their span.
+
+    Args:
+        gram_a: A A^T, (n, r, r), float64.
+        gram_b: B^T B, (n, r, r), float64.
+    """
+    with torch.no_grad(), torch.autocast(gram_a.device.type, enabled=False):
+        left, failed = torch.linalg.cholesky_ex(gram_a)
+        diagonal = left.diagonal(dim1=-2, dim2=-1)
+        dependent = (failed != 0) | (diagonal.amin(-1) < 1e-5 * diagonal.amax(-1))
+        if dependent.any():
+            return _bases_of_dependent(gram_a, gram_b)
+        _, order = torch.linalg.eigh(left.mT @ gram_b @ left)
         order = order.flip(-1)
-        e = left @ order
-        f = order.mT @ (inverse[..., :, None] * vectors.mT)
-        dtype = torch.promote_types(a.dtype, torch.float32)
-        return e.to(dtype), f.to(dtype)
+        return left @ order, torch.linalg.solve_triangular(left, order.mT, upper=False, left=False)
+
+
+def _bases_of_dependent(gram_a: torch.Tensor, gram_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values, vectors = torch.linalg.eigh(gram_a)
+    kept = values > values[..., -1:] * 1e-12
+    root = torch.where(kept, values, 0).sqrt()
+    inverse = torch.where(kept, 1 / root.clamp(min=1e-300), 0)
+    left = vectors * root[..., None, :]
+    _, order = torch.linalg.eigh(left.mT @ gram_b @ left)
+    order = order.flip(-1)
+    return left @ order, order.mT @ (inverse[..., :, None] * vectors.mT)

@@ -4,6 +4,7 @@ A test never asks which method it has; what differs between methods stands in a 
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from peft import PeftConfig, get_peft_model
 from torch import nn
 
-from peft_dynamic import DyLoRAConfig
+from peft_dynamic import DyLoRAConfig, MoSLoRAConfig
 from tests.stock_cases import CASES as LAYER_KINDS
 from tests.stock_cases import build
 
@@ -25,7 +26,8 @@ class Case:
     Attributes:
         config: makes the configuration; its keyword arguments override the case's.
         layers: a key of `tests.stock_cases.CASES`.
-        ranks: the ranks that training draws from; each is checked.
+        ranks: the ranks that training draws from; each is checked. One for a method without a choice.
+        ranked: the model has `set_rank`.
         prefix: a rank is a prefix of the stored factors; otherwise it is the best approximation of the full update.
         mergeable: merging changes outputs by rounding only.
         second_adapter: PEFT lets the model have another one.
@@ -38,6 +40,7 @@ class Case:
     layers: str
     config: Callable[..., PeftConfig]
     ranks: tuple[int, ...] = (1, 2, 4, 8)
+    ranked: bool = True
     prefix: bool = False
     mergeable: bool = True
     second_adapter: bool = True
@@ -50,6 +53,10 @@ class Case:
         """The model with a fresh adapter, and an input."""
         base, inputs = build(self.layers)
         return get_peft_model(base, self.config(**(self.settings | overrides))), inputs
+
+    def at(self, model: Any, rank: int) -> Any:
+        """`with case.at(model, rank):` the model computes at that rank."""
+        return model.at_rank(rank) if self.ranked else nullcontext()
 
     def perturbed(self, **overrides: Any) -> tuple[nn.Module, torch.Tensor]:
         """The model with an adapter that does something, in eval mode."""
@@ -75,6 +82,18 @@ def _paper(**settings: Any) -> PeftConfig:
     return DyLoRAConfig.paper(**({"r": R, "ranks": [1, 2, 4, 8], "lora_alpha": 16} | settings))
 
 
+def _mixed(**settings: Any) -> PeftConfig:
+    return _dylora(use_mixer=True, **settings)
+
+
+def _mixed_paper(**settings: Any) -> PeftConfig:
+    return _paper(use_mixer=True, mixer_init="orthogonal", **settings)
+
+
+def _moslora(**settings: Any) -> PeftConfig:
+    return MoSLoRAConfig(**({"r": R, "lora_alpha": 16} | settings))
+
+
 _FACTS: dict[str, dict[str, Any]] = {
     "convolutions": {  # grouped ones among them, which PEFT does not merge, and which cannot use rank 1
         "ranks": (2, 4, 8),
@@ -94,7 +113,10 @@ _FACTS: dict[str, dict[str, Any]] = {
 
 def _case(name: str, layers: str, config: Callable[..., PeftConfig], **facts: Any) -> Case:
     facts = _FACTS.get(layers, {}) | facts
-    ranks = {"ranks": list(facts["ranks"])} if "ranks" in facts else {}
+    ranked = facts.get("ranked", True)
+    if not ranked:
+        facts["ranks"] = (R,)
+    ranks = {"ranks": list(facts["ranks"])} if ranked and "ranks" in facts else {}
     settings = LAYER_KINDS[layers].config | ranks | facts.pop("settings", {})
     return Case(f"{name}-{layers}", layers, config, settings=settings, **facts)
 
@@ -105,4 +127,13 @@ CASES += [
     _case(f"dylora-{rule}", layers, _paper, prefix=True, settings={"scaling": rule})
     for rule in ("alpha/r", "alpha/sqrt(b)", "alpha/sqrt(r*b)")
     for layers in ("linear", "patterns")
+]
+# The mixer, with DyLoRA's two truncations and alone.
+CASES += [_case("dylora-mixer", layers, _mixed) for layers in LAYER_KINDS]
+CASES += [_case("dylora-paper-mixer", layers, _mixed_paper, prefix=True) for layers in LAYER_KINDS]
+CASES += [_case("moslora", layers, _moslora, ranked=False) for layers in LAYER_KINDS]
+CASES += [
+    _case(f"moslora-{init}", layers, _moslora, ranked=False, settings={"mixer_init": init})
+    for init in ("orthogonal", "identity", "butterfly")
+    for layers in ("linear", "patterns", "embedding", "convolutions", "experts")
 ]

@@ -40,11 +40,11 @@ def rows(number: int = 32, length: int = 10, seed: int = 3) -> torch.Tensor:
 
 
 def a_layer(model: Any) -> Any:
-    return next(module for module in model.modules() if hasattr(module, "lora_ranks"))
+    return next(module for module in model.modules() if hasattr(module, "lora_views"))
 
 
 def schedule_of(model: Any, adapter: str = "default") -> Any:
-    return a_layer(model).lora_ranks[adapter].schedule
+    return a_layer(model).lora_views[adapter].schedule
 
 
 class RankRecorder:

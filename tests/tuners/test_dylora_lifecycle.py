@@ -83,7 +83,7 @@ def test_a_rank_outside_the_trained_list_warns_once() -> None:
 
 def test_rank_pattern_caps_a_module() -> None:
     model = mlp(rank_pattern={"b": 2})
-    layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_ranks")}
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_views")}
     model.set_rank(4)
     assert [layer.r["default"] for layer in layers.values()] == [4, 2]
     assert model.get_rank() == 4
@@ -239,7 +239,7 @@ def test_weighted_adapters_combine_the_set_ranks(combination: str) -> None:
     expected = {
         name: 0.5 * layer.get_delta_weight("default") + 0.25 * layer.get_delta_weight("other")
         for name, layer in model.named_modules()
-        if hasattr(layer, "lora_ranks")
+        if hasattr(layer, "lora_views")
     }
     kwargs = {"density": 0.9} if combination == "ties" else {}
     model.add_weighted_adapter(

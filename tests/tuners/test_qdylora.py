@@ -68,7 +68,7 @@ def gradients(model: Any) -> int:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_training_moves_the_adapter_at_each_rank(base_folder: Path, bits: int) -> None:
     model = adapted(base_folder, bits)
-    assert type(next(m for m in model.modules() if hasattr(m, "lora_ranks"))).__name__ == f"Linear{bits}bit" + (
+    assert type(next(m for m in model.modules() if hasattr(m, "lora_views"))).__name__ == f"Linear{bits}bit" + (
         "Lt" if bits == 8 else ""
     )
     base = {name: value.clone() for name, value in model.state_dict().items() if "base_layer" in name}

@@ -158,7 +158,7 @@ def test_training_after_an_evaluation_under_inference_mode() -> None:
     schedule_of(model).drawn = 2
     model.set_rank(2)
     for layer in model.modules():
-        for ranks in getattr(layer, "lora_ranks", {}).values():
+        for ranks in getattr(layer, "lora_views", {}).values():
             ranks.forget_basis()
     with torch.inference_mode():
         model.eval()(input_ids=rows(2))

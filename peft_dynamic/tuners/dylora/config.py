@@ -9,6 +9,8 @@ from peft import LoraConfig
 from peft.utils.peft_types import PeftType
 
 from peft_dynamic.functional.ranks import SCALING_RULES
+from peft_dynamic.tuners.lora_fields import check_init, check_refused
+from peft_dynamic.tuners.mixer import MixerConfig
 
 # Fields of LoraConfig that change what an adapter computes in a way that has no meaning at every rank, with the reason.
 REFUSED_FIELDS = {
@@ -27,9 +29,6 @@ REFUSED_FIELDS = {
     "corda_config": "CorDA changes the base weights to fit one rank and one scale",
     "lora_ga_config": "LoRA-GA changes the base weights to fit one rank and one scale",
 }
-# init_lora_weights values whose start is the base model at every rank. The others subtract the full-rank product from
-# the base weights or need it to vanish as a whole, so that at a lower rank training would start from another model.
-ALLOWED_INITS = (True, False, "gaussian")
 
 
 def _is_int(value: Any) -> bool:
@@ -41,7 +40,7 @@ def _is_number(value: Any) -> bool:
 
 
 @dataclass
-class DyLoRAConfig(LoraConfig):
+class DyLoRAConfig(MixerConfig, LoraConfig):
     """Configuration of DyLoRA: train one LoRA adapter, use it at any rank.
 
     Each optimizer step draws one rank b, and the forward pass uses an update of rank b made from the whole matrices
@@ -82,6 +81,11 @@ class DyLoRAConfig(LoraConfig):
             weight decay alone, as in the authors' code.
         scaling: the scale of rank b: "alpha/r" (the same for all), "alpha/b" (the paper's), "alpha/sqrt(b)" or
             "alpha/sqrt(r*b)".
+        use_mixer: put MoSLoRA's trained r x r mixer M between the factors: the update is made of B M A instead of B A.
+            Ours, in neither paper: with truncation="prefix" rank b has `B[:, :b] @ M[:b, :b] @ A[:b]`, with "svd" the b
+            leading singular components of B M A.
+        mixer_init: start of M; see `MoSLoRAConfig`. Of no meaning without `use_mixer`, as is `train_mixer`.
+        train_mixer: whether M is trained; None for yes, but for "butterfly".
         rank_seed: seed of the rank draws. The rank of step t depends on this seed and t alone: not on torch's or
             python's generators, the process, or how often the step is retried.
 
@@ -121,14 +125,24 @@ class DyLoRAConfig(LoraConfig):
         default="alpha/r",
         metadata={"help": "Scale at rank b: 'alpha/r', 'alpha/b' (the paper's), 'alpha/sqrt(b)' or 'alpha/sqrt(r*b)'."},
     )
+    use_mixer: bool = field(default=False, metadata={"help": "Put MoSLoRA's r x r mixer between the factors."})
     rank_seed: int = field(default=0, metadata={"help": "Seed of the rank draws; the same on every process."})
 
     def __post_init__(self) -> None:
-        self._check_refused_fields()
+        check_refused(self, REFUSED_FIELDS)
+        # The others subtract the full-rank product from the base weights or need it to vanish as a whole.
+        check_init(self, "that start is the base model at the full rank only, and DyLoRA trains every rank")
         super().__post_init__()
         self.peft_type = PeftType.DYLORA  # the member that _registry adds
         self._check_ranks()
         self._check_sampling()
+        if self.use_mixer:
+            self._check_mixer([*self.trained_ranks, *(self.rank_pattern or {}).values()])
+            if self.update == "frozen":
+                raise ValueError(
+                    f"{self._name()}: update='frozen' trains single rows and columns, which use_mixer=True mixes. Pass "
+                    "update='nested', or use_mixer=False."
+                )
 
     @classmethod
     def paper(cls, **kwargs: Any) -> Self:
@@ -142,16 +156,6 @@ class DyLoRAConfig(LoraConfig):
 
     def _name(self) -> str:
         return type(self).__name__
-
-    def _check_refused_fields(self) -> None:
-        for name, reason in REFUSED_FIELDS.items():
-            if getattr(self, name, None):
-                raise ValueError(f"{self._name()} does not support {name}={getattr(self, name)!r}: {reason}.")
-        if not any(self.init_lora_weights is allowed or self.init_lora_weights == allowed for allowed in ALLOWED_INITS):
-            raise ValueError(
-                f"{self._name()} does not support init_lora_weights={self.init_lora_weights!r}: that start is the base "
-                "model at the full rank only, and DyLoRA trains every rank. Pass True, False or 'gaussian'."
-            )
 
     def _check_ranks(self) -> None:
         name = self._name()

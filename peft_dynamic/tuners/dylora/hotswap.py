@@ -61,6 +61,6 @@ def hotswap_adapter(
         rank = get_rank(model, adapter_name)
         for name, layer in ranked_layers(model, adapter_name):
             if get_pattern_key(list(old.alpha_pattern), name) not in old.alpha_pattern:
-                layer.lora_ranks[adapter_name].lora_alpha = new.lora_alpha
+                layer.lora_views[adapter_name].lora_alpha = new.lora_alpha
         old.lora_alpha = new.lora_alpha
         set_rank(model, rank, adapter_name)

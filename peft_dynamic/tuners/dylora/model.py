@@ -8,20 +8,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
-from peft import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from peft_dynamic.tuners.quantization import keep_training_on_cpu
+from peft_dynamic.tuners.base import ViewedLoraModel
 
+from .bases import prepare
 from .config import DyLoRAConfig
-from .layer import make_ranked, ranked_layers, set_layer_rank
+from .layer import AdapterRanks, make_ranked, ranked_adapters, ranked_layers, set_layer_rank
 from .schedule import RankSchedule
 
 
-class DyLoRAModel(LoraModel):
+class DyLoRAModel(ViewedLoraModel):
     """A model with DyLoRA adapters, made by `get_peft_model(model, DyLoRAConfig(...))`.
 
     In a training forward pass (train mode, gradients on) every layer uses the rank drawn for this optimizer step.
@@ -30,50 +29,20 @@ class DyLoRAModel(LoraModel):
     Source: Valipour et al., EACL 2023, arXiv 2210.07558; the authors' code huawei-noah/Efficient-NLP, folder DyLoRA.
     """
 
+    method = "DyLoRA"
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """PEFT's, and all or nothing: when a layer is refused, the model is left as it was."""
-        try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except Exception:
-            self._roll_back(model, adapter_name)
-            raise
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         schedule = self._schedule(adapter_name)
         self._root_hooks()[adapter_name] = [
             model.register_forward_pre_hook(schedule.enter_model),
             model.register_forward_hook(schedule.leave_model, always_call=True),
         ]
-        keep_training_on_cpu(model)
 
-    def _create_and_replace(
-        self,
-        lora_config: DyLoRAConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
-    ) -> None:
-        super()._create_and_replace(
-            lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
-        )
+    def _make_viewed(self, layer: LoraLayer, adapter_name: str, config: DyLoRAConfig) -> None:
         schedule = self._schedule(adapter_name)
-        made = 0
-        # Two roots: a further adapter goes into `target`, which may lie inside nested ParamWrappers. And all modules
-        # below, since MultiheadAttention holds a LoRA layer for its out_proj. In this order the first layer, which
-        # carries the step number, is the same one for each adapter, so that checkpoints fit.
-        for module in (*getattr(parent, target_name).modules(), *target.modules()):
-            if not isinstance(module, LoraLayer) or adapter_name in getattr(module, "lora_ranks", ()):
-                continue
-            if adapter_name in module.lora_A or adapter_name in module.lora_embedding_A:
-                make_ranked(module, adapter_name, schedule, lora_config)
-                self._keep_in_state_dict(schedule, module, adapter_name)
-                made += 1
-        if not made:
-            raise ValueError(
-                f"DyLoRA cannot cut {type(getattr(parent, target_name)).__name__} at {current_key!r} to a rank: it has "
-                "no lora_A and lora_B. Leave the module out of target_modules."
-            )
+        make_ranked(layer, adapter_name, schedule, config)
+        self._keep_in_state_dict(schedule, layer, adapter_name)
 
     def _keep_in_state_dict(self, schedule: RankSchedule, layer: LoraLayer, adapter_name: str) -> None:
         # One layer carries the step number, as one of its adapter modules: PEFT saves, loads, moves and deletes it.
@@ -100,73 +69,22 @@ class DyLoRAModel(LoraModel):
         self.__dict__.get("_schedules", {}).pop(adapter_name, None)
         self.__dict__.get("_schedule_holders", set()).discard(adapter_name)
 
-    def _roll_back(self, model: nn.Module, adapter_name: str) -> None:
-        self._forget(adapter_name)
-        if len(self.peft_config) > 1:
-            for _, module in list(model.named_modules()):
-                if isinstance(module, LoraLayer):
-                    module.delete_adapter(adapter_name)
-        else:
-            self._unload_and_optionally_merge(merge=False)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self._forget(adapter_name)
-
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         for adapter_name in list(self._root_hooks()):
             self._forget(adapter_name)
         return model
 
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """PEFT's, and refuse an incomplete or misshapen checkpoint before any of it is loaded."""
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        expected = {
-            name: tuple(parameter.shape)
-            for name, parameter in model.named_parameters()
-            if ".lora_" in name and (f".{adapter_name}." in name or name.endswith(f".{adapter_name}"))
-        }
-        # on a model with injected adapters the checkpoint has a prefix that the model lacks
-        found = {name.removeprefix("base_model.model."): value for name, value in remapped.items()}
-        missing = [name for name in expected if name.removeprefix("base_model.model.") not in found]
-        if missing and not any(hasattr(parameter, "placements") for parameter in model.parameters()):
-            raise ValueError(
-                f"the checkpoint for the adapter {adapter_name!r} lacks {len(missing)} of its {len(expected)} tensors, "
-                f"{missing[0]} among them. It is incomplete, or was made with other target_modules. Nothing was loaded."
-            )
-        for name, shape in expected.items():
-            value = found.get(name.removeprefix("base_model.model."))
-            if value is not None and tuple(value.shape) != shape:
-                raise ValueError(
-                    f"the checkpoint for the adapter {adapter_name!r} has {name} of shape {tuple(value.shape)}, the "
-                    f"model needs {shape}: it was made with another r or for another base model. Nothing was loaded."
-                )
-        return remapped
-
-    def add_weighted_adapter(
-        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """PEFT's, over the adapters at their set ranks. The new adapter has one rank and a constant scale of 1."""
-        configs = {name: self.peft_config[name] for name in adapters if name in self.peft_config}
-        try:
-            for name, config in configs.items():
-                # PEFT sizes the new adapter by r, and needs lora_alpha = r to be a scale of 1
-                ranks = [layer.r[name] for _, layer in ranked_layers(self.model, name)]
-                self.peft_config[name] = replace(
-                    config,
-                    r=max(ranks),
-                    ranks=None,
-                    rank_sampling="uniform",
-                    rank_pattern={},
-                    scaling="alpha/r",
-                )
-            super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
-        finally:
-            self.peft_config.update(configs)
+    def _weighted(self, config: Any, adapter_name: str) -> Any:
+        ranks = [layer.r[adapter_name] for _, layer in ranked_layers(self.model, adapter_name)]
+        return replace(
+            super()._weighted(config, adapter_name),
+            r=max(ranks),
+            ranks=None,
+            rank_sampling="uniform",
+            rank_pattern={},
+            scaling="alpha/r",
+        )
 
     def set_rank(self, rank: int | dict[str, int], adapter_name: str | None = None) -> None:
         """Use `rank` outside training; see `peft_dynamic.tuners.dylora.set_rank`."""
@@ -186,8 +104,9 @@ def _dynamic_adapters(model: nn.Module, adapter_name: str | None) -> list[str]:
     known: dict[str, None] = {}
     active: dict[str, None] = {}
     for _, layer in ranked_layers(model):
-        known.update(dict.fromkeys(layer.lora_ranks))
-        active.update(dict.fromkeys(name for name in layer.active_adapters if name in layer.lora_ranks))
+        ranked = ranked_adapters(layer)
+        known.update(dict.fromkeys(ranked))
+        active.update(dict.fromkeys(name for name in layer.active_adapters if name in ranked))
     if not known:
         raise ValueError("the model has no DyLoRA adapter. Add one with get_peft_model(model, DyLoRAConfig(...)).")
     if adapter_name is None:
@@ -226,7 +145,7 @@ def _ranks_of_layers(model: nn.Module, rank: int | dict[str, int], adapter_name:
     else:
         wanted = dict.fromkeys(layers, rank)
     for name, value in wanted.items():
-        ranks = layers[name].lora_ranks[adapter_name]
+        ranks = layers[name].lora_views[adapter_name]
         # a cap of rank_pattern holds for one rank for all modules; a rank given to the module itself must fit it
         limit = ranks.max_rank if isinstance(rank, dict) else ranks.schedule.ranks[-1]
         if isinstance(value, bool) or not isinstance(value, int):
@@ -262,11 +181,14 @@ def set_rank(model: nn.Module, rank: int | dict[str, int], adapter_name: str | N
 
 def _apply_rank(model: nn.Module, rank: int | dict[str, int], adapter_name: str) -> None:
     wanted = _ranks_of_layers(model, rank, adapter_name)
+    changed: list[AdapterRanks] = []
     layer: Any
     for name, layer in ranked_layers(model, adapter_name):
         if name in wanted:
-            _warn_if_untrained(layer.lora_ranks[adapter_name].schedule, wanted[name])
+            _warn_if_untrained(layer.lora_views[adapter_name].schedule, wanted[name])
             set_layer_rank(layer, adapter_name, wanted[name])
+            changed.append(layer.lora_views[adapter_name])
+    prepare((ranks, ranks.rank) for ranks in changed)
 
 
 def _warn_if_untrained(schedule: RankSchedule, rank: int) -> None:
@@ -288,23 +210,24 @@ def get_rank(model: nn.Module, adapter_name: str | None = None) -> int | dict[st
     """
     name = active_adapter(model, adapter_name)
     layers: list[tuple[str, Any]] = list(ranked_layers(model, name))
-    asked = {layer.lora_ranks[name].asked for _, layer in layers}
+    asked = {layer.lora_views[name].asked for _, layer in layers}
     # At full rank a capped module was asked for its cap or for r: both mean the same.
-    if len(asked) == 1 or all(layer.lora_ranks[name].rank == layer.lora_ranks[name].max_rank for _, layer in layers):
+    if len(asked) == 1 or all(layer.lora_views[name].rank == layer.lora_views[name].max_rank for _, layer in layers):
         return max(asked)
-    return {key: layer.lora_ranks[name].rank for key, layer in layers}
+    return {key: layer.lora_views[name].rank for key, layer in layers}
 
 
 @contextmanager
 def at_rank(model: nn.Module, rank: int | dict[str, int], adapter_name: str | None = None) -> Iterator[None]:
     """`set_rank` inside a `with` block; the ranks from before come back after it, also on an error."""
     names = _dynamic_adapters(model, adapter_name)
-    before = [(layer, name, layer.lora_ranks[name].asked) for name in names for _, layer in ranked_layers(model, name)]
+    before = [(layer, name, layer.lora_views[name].asked) for name in names for _, layer in ranked_layers(model, name)]
     try:
         for name in names:
             _apply_rank(model, rank, name)
         yield
     finally:
         for layer, name, asked in before:
-            if layer.lora_ranks[name].asked != asked:
+            if layer.lora_views[name].asked != asked:
                 set_layer_rank(layer, name, asked)
+        prepare((ranks, ranks.rank) for layer, name, _ in before if (ranks := layer.lora_views[name]))

@@ -17,6 +17,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from peft_dynamic.functional.ranks import draw_rank, rank_weights
 
+from .bases import prepare
+
 if TYPE_CHECKING:
     from .config import DyLoRAConfig
     from .layer import AdapterRanks
@@ -154,8 +156,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     advancing = {ranks.schedule for ranks in stepped}
     for schedule in advancing:
         schedule.advance()
-    for ranks in stepped:
-        ranks.prepare(min(ranks.schedule.drawn, ranks.rank))
+    prepare((ranks, min(ranks.schedule.drawn, ranks.rank)) for ranks in stepped)
     if not advancing:
         for schedule in {ranks.schedule for ranks in LIVE_RANKS}:
             schedule.count_foreign_step(optimizer)

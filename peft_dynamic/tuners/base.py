@@ -1,0 +1,149 @@
+"""What our LoRA-like tuners share: PEFT's `LoraModel`, whose layers' factors become views of what they store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import LoraModel
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from .factors import is_viewed, viewed_layers
+from .quantization import keep_training_on_cpu
+
+
+class ViewedLoraModel(LoraModel):
+    """PEFT's `LoraModel`, with a method's view put into every LoRA layer that it makes.
+
+    Attributes:
+        method: the name in messages.
+    """
+
+    method: str
+
+    def _make_viewed(self, layer: LoraLayer, adapter_name: str, config: Any) -> None:
+        """Put the method's views into the adapter's factors in one layer."""
+        raise NotImplementedError
+
+    def _forget(self, adapter_name: str) -> None:
+        """Drop what the tuner holds of an adapter that goes."""
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's, and all or nothing: when a layer is refused, the model is left as it was."""
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            self._roll_back(model, adapter_name)
+            raise
+        keep_training_on_cpu(model)
+
+    def _create_and_replace(
+        self,
+        lora_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        super()._create_and_replace(
+            lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+        )
+        made = 0
+        # Two roots: a further adapter goes into `target`, which may lie inside nested ParamWrappers. And all modules
+        # below, since MultiheadAttention holds a LoRA layer for its out_proj. In this order the first layer, which
+        # carries DyLoRA's step number, is the same one for each adapter, so that checkpoints fit.
+        for module in (*getattr(parent, target_name).modules(), *target.modules()):
+            if not isinstance(module, LoraLayer) or is_viewed(module, adapter_name):
+                continue
+            if adapter_name in module.lora_A or adapter_name in module.lora_embedding_A:
+                self._make_viewed(module, adapter_name, lora_config)
+                made += 1
+        if not made:
+            raise ValueError(
+                f"{self.method} cannot adapt {type(getattr(parent, target_name)).__name__} at {current_key!r}: it has "
+                "no lora_A and lora_B. Leave the module out of target_modules."
+            )
+
+    def _roll_back(self, model: nn.Module, adapter_name: str) -> None:
+        self._forget(adapter_name)
+        if len(self.peft_config) > 1:
+            for _, module in list(model.named_modules()):
+                if isinstance(module, LoraLayer):
+                    module.delete_adapter(adapter_name)
+        else:
+            self._unload_and_optionally_merge(merge=False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._forget(adapter_name)
+
+    @contextmanager
+    def _as_stored(self, adapter_name: str) -> Iterator[None]:
+        """Inside, the factors show what they store."""
+        views = [
+            view
+            for _, layer in viewed_layers(self, adapter_name)
+            for _, _, view in layer.lora_views[adapter_name].parts
+        ]
+        try:
+            for view in views:
+                view.as_stored = True
+            yield
+        finally:
+            for view in views:
+                view.as_stored = False
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        with self._as_stored(adapter_name):  # PEFT assigns to the weight's data
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """PEFT's, and refuse an incomplete or misshapen checkpoint before any of it is loaded."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        expected = {
+            name: tuple(tensor.shape)
+            for name, tensor in (*model.named_parameters(), *model.named_buffers())
+            if ".lora_" in name and (f".{adapter_name}." in name or name.endswith(f".{adapter_name}"))
+        }
+        # on a model with injected adapters the checkpoint has a prefix that the model lacks
+        found = {name.removeprefix("base_model.model."): value for name, value in remapped.items()}
+        missing = [name for name in expected if name.removeprefix("base_model.model.") not in found]
+        if missing and not any(hasattr(parameter, "placements") for parameter in model.parameters()):
+            raise ValueError(
+                f"the checkpoint for the adapter {adapter_name!r} lacks {len(missing)} of its {len(expected)} tensors, "
+                f"{missing[0]} among them. It is incomplete, or was made with other target_modules. Nothing was loaded."
+            )
+        for name, shape in expected.items():
+            value = found.get(name.removeprefix("base_model.model."))
+            if value is not None and tuple(value.shape) != shape:
+                raise ValueError(
+                    f"the checkpoint for the adapter {adapter_name!r} has {name} of shape {tuple(value.shape)}, the "
+                    f"model needs {shape}: it was made with another r or for another base model. Nothing was loaded."
+                )
+        return remapped
+
+    def _weighted(self, config: Any, adapter_name: str) -> Any:
+        """The configuration that an adapter combined from this one and others has: it stores what it shows."""
+        return replace(config, mixer_init="identity", train_mixer=False)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """PEFT's, over what the adapters show. The new adapter has one rank, a constant scale of 1 and no mixer."""
+        configs = {name: self.peft_config[name] for name in adapters if name in self.peft_config}
+        try:
+            for name, config in configs.items():
+                # PEFT sizes the new adapter by r, and needs lora_alpha = r to be a scale of 1
+                self.peft_config[name] = self._weighted(config, name)
+            super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+        finally:
+            self.peft_config.update(configs)

@@ -1,0 +1,373 @@
+"""LoRA factors that show something computed from what they store, and the layers around them.
+
+Notable: there are no copies of PEFT's layer classes here. `lora_A` and `lora_B` become subclasses of what they are,
+whose `weight` is what the method makes of the stored tensors: a part of them (DyLoRA), a product with a mixer
+(MoSLoRA), the matrix of a tensor train (LoRETTA). For everything in PEFT that reads a factor the layer thus *is* a
+stock LoRA layer: forward, merge, unmerge, `get_delta_weight`, mixed batches, on every backend whose LoRA layer calls
+`lora_A` and `lora_B`. The stored tensors stay where the optimizer, `state_dict` and FSDP look for them, in
+`_parameters`.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
+from torch import nn
+
+from .mixer import Mixer
+
+
+def is_sharded(factor: torch.Tensor) -> bool:
+    """Whether FSDP2 holds the factor in parts at the moment."""
+    return hasattr(factor, "placements")
+
+
+class FactorView:
+    """What one factor shows as its weight.
+
+    Args:
+        dim: where the rank lies in the factor: 0 for A, 1 for B.
+        max_rank: r of the layer.
+        groups: (outer, inner): how many ranks' worth of entries lie around the rank inside `dim`, as in `slice_rank`.
+        divisor: a grouped convolution has `1 / divisor` of the rank in each group.
+        mixer: what the factor is multiplied with (MoSLoRA), for A only.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        max_rank: int,
+        groups: tuple[int, int] = (1, 1),
+        divisor: int = 1,
+        mixer: Mixer | None = None,
+    ) -> None:
+        self.dim = dim
+        self.max_rank = max_rank // divisor
+        self.groups = groups
+        self.divisor = divisor
+        self.mixer = mixer
+        self.as_stored = False  # show the stored tensor: while PEFT writes to it
+        self.kept: tuple[Any, torch.Tensor] | None = None  # (state, what was shown) of the last inference
+        self.in_forward = False  # inside a training forward pass of the layer
+        self.pending: torch.Tensor | None = None  # computed in this forward pass
+
+    def is_plain(self) -> bool:
+        """Whether the stored tensor is what is shown."""
+        return self.mixer is None
+
+    def compute(self, full: torch.Tensor) -> torch.Tensor:
+        """What is shown, from the stored tensor; runs outside autocast."""
+        return self.mixed(full)
+
+    def state_key(self, full: torch.Tensor) -> tuple[Any, ...]:
+        """Changes whenever `compute` would give something else."""
+        mixer = () if self.mixer is None else (id(self.mixer.weight), self.mixer.weight._version)
+        return (id(full), full._version, *mixer)
+
+    def of(self, full: torch.Tensor) -> torch.Tensor:
+        """What is shown for the stored tensor `full`: computed once per training forward pass, kept in inference."""
+        if self.as_stored or self.is_plain():
+            return full
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and not self.in_forward):
+            return self.anew(full)
+        if torch.is_grad_enabled():
+            if self.pending is None:  # PEFT asks for the weight's dtype, then for the weight
+                self.pending = self.anew(full)
+            return self.pending
+        key = self.state_key(full)
+        if self.kept is None or self.kept[0] != key:
+            self.kept = (key, self.anew(full))
+        return self.kept[1]
+
+    def anew(self, full: torch.Tensor) -> torch.Tensor:
+        """`of`, for any tensor of the factor's shape."""
+        if self.is_plain():
+            return full
+        if not torch.is_autocast_enabled(full.device.type):
+            return self.compute(full)
+        with torch.autocast(full.device.type, enabled=False):
+            return self.compute(full)
+
+    def mixed(self, full: torch.Tensor) -> torch.Tensor:
+        """M A, in A's layout."""
+        if self.mixer is None:
+            return full
+        m = self.mixer.weight.to(full)
+        if len(m) == 1:
+            return (m[0] @ full.flatten(1)).view(full.shape)
+        return (m @ self.matrices(full)).reshape(full.shape)
+
+    def matrices(self, full: torch.Tensor) -> torch.Tensor:
+        """The factor as matrices: (n, r, in) for A, (n, out, r) for B, n the number of experts or groups."""
+        if self.dim == 0:
+            return full.reshape(self.groups[0], self.max_rank, -1)
+        if self.groups[1] > 1:
+            return full.reshape(full.shape[0], self.max_rank, self.groups[1]).permute(2, 0, 1)
+        return full.reshape(self.divisor, -1, self.max_rank)
+
+    def forget(self) -> None:
+        """The stored tensor has changed."""
+        self.kept = self.pending = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"kept": None, "pending": None, "in_forward": False}
+
+
+class _ViewedModule(nn.Module):
+    """A LoRA factor whose `weight` is what its `view` makes of the parameter."""
+
+    view: FactorView
+
+    @property
+    def weight(self) -> torch.Tensor:
+        full = self._parameters.get("weight")
+        if full is None and (full := self.__dict__.get("weight")) is None:
+            raise AttributeError("weight")
+        return self.view.of(full)
+
+    # FSDP1 takes the parameter out and puts plain tensors in its place.
+    @weight.setter
+    def weight(self, value: torch.Tensor) -> None:
+        self.__dict__["weight"] = value
+
+    @weight.deleter
+    def weight(self) -> None:
+        del self.__dict__["weight"]
+
+    # Two ways to change the parameter that no version counter shows for sure.
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.view.forget()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:  # .to(), .half(), .cuda()
+        super()._apply(*args, **kwargs)
+        self.view.forget()
+        return self
+
+
+def whole_factor(holder: nn.Module, name: str) -> torch.Tensor:
+    """The stored factor: the parameter, or the tensor that FSDP1 put in its place."""
+    parameter = holder._parameters.get(name)
+    return holder.__dict__[name] if parameter is None else parameter
+
+
+class ViewedLinear(_ViewedModule, nn.Linear):
+    """`nn.Linear` that shows a view of its weight."""
+
+
+class ViewedConv1d(_ViewedModule, nn.Conv1d):
+    """`nn.Conv1d` that shows a view of its weight."""
+
+
+class ViewedConv2d(_ViewedModule, nn.Conv2d):
+    """`nn.Conv2d` that shows a view of its weight."""
+
+
+class ViewedConv3d(_ViewedModule, nn.Conv3d):
+    """`nn.Conv3d` that shows a view of its weight."""
+
+
+VIEWED_CLASSES: dict[type[nn.Module], type[_ViewedModule]] = {
+    nn.Linear: ViewedLinear,
+    nn.Conv1d: ViewedConv1d,
+    nn.Conv2d: ViewedConv2d,
+    nn.Conv3d: ViewedConv3d,
+}
+
+
+class ViewedParameterDict(nn.ParameterDict):
+    """Embedding factors: `factors[name]` is what is shown; `items()` and `values()` are the whole parameters."""
+
+    views: dict[str, FactorView]
+
+    def whole(self, key: str) -> nn.Parameter:
+        return super().__getitem__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        view = self.views.get(key)
+        return self.whole(key) if view is None else view.of(self.whole(key))
+
+    def __setitem__(self, key: str, parameter: Any) -> None:
+        if key in self.views and parameter.shape != self.whole(key).shape:
+            raise ValueError(
+                f"the adapter {key!r} holds a factor of shape {tuple(self.whole(key).shape)}, got one of shape "
+                f"{tuple(parameter.shape)}: set the full rank with set_rank before replacing it."
+            )
+        super().__setitem__(key, parameter)
+
+    def __delitem__(self, key: str) -> None:
+        super().__delitem__(key)
+        self.views.pop(key, None)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        for view in self.views.values():
+            view.forget()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        super()._apply(*args, **kwargs)
+        for view in self.views.values():
+            view.forget()
+        return self
+
+    # PEFT sets requires_grad through these two, which only a whole parameter allows.
+    def items(self) -> Any:
+        return ((key, self.whole(key)) for key in self.keys())
+
+    def values(self) -> Any:
+        return (self.whole(key) for key in self.keys())
+
+
+class LayerViews:
+    """The two views of one adapter in one layer.
+
+    Attributes:
+        parts: (module that holds the parameter, the parameter's name there, its view), for A and for B.
+    """
+
+    def __init__(self, parts: tuple[tuple[nn.Module, str, Any], tuple[nn.Module, str, Any]]) -> None:
+        self.parts = parts
+
+    def factors(self) -> list[torch.Tensor]:
+        """The stored A and B."""
+        (holder_a, name_a, _), (holder_b, name_b, _) = self.parts
+        return [whole_factor(holder_a, name_a), whole_factor(holder_b, name_b)]
+
+    def enter(self, layer: LoraLayer, adapter_name: str) -> None:
+        """A training forward pass of the layer begins."""
+        for _, _, view in self.parts:
+            view.in_forward, view.pending, view.kept = True, None, None
+
+    def leave(self, layer: LoraLayer, adapter_name: str) -> None:
+        """It is over, perhaps by an error."""
+        for _, _, view in self.parts:
+            view.in_forward, view.pending = False, None
+
+
+class ViewedLayer:
+    """Mixed into PEFT's LoRA layer classes: tells the views of a training forward pass.
+
+    Per layer rather than for the whole model, since gradient checkpointing calls the layers again in the backward pass,
+    when the model's own forward pass is over.
+    """
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.training or self.merged:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]  # object has no forward; LoraLayer has
+        for part in _layers_of(self):
+            for name, views in part.lora_views.items():
+                views.enter(part, name)
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]  # as above
+        finally:
+            for part in _layers_of(self):
+                for name, views in part.lora_views.items():
+                    views.leave(part, name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, which pickle and deepcopy cannot find by name; its base can be.
+        return _empty_viewed_layer, (type(self).__mro__[2],), self.__dict__
+
+
+def _empty_viewed_layer(base: type) -> Any:
+    return object.__new__(viewed_layer_class(base))
+
+
+@cache
+def viewed_layer_class(base: type) -> type:
+    """`base` with `ViewedLayer` in front; under the same name, by which PEFT looks for some of its classes."""
+    return types.new_class(base.__name__, (ViewedLayer, base), exec_body=lambda body: body.update(__module__=__name__))
+
+
+def _layers_of(layer: LoraLayer) -> tuple[LoraLayer, ...]:
+    # MultiheadAttention computes with its out_proj's factors without calling out_proj.
+    return (layer, layer.get_base_layer().out_proj) if isinstance(layer, MultiheadAttention) else (layer,)
+
+
+def is_viewed(layer: nn.Module, adapter_name: str) -> bool:
+    """Whether the layer has this adapter, and it is one of ours."""
+    return adapter_name in getattr(layer, "lora_views", ())
+
+
+def viewed_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Any]]:
+    """(name, layer) of each layer of `model` that has this adapter of ours."""
+    return ((name, module) for name, module in model.named_modules() if is_viewed(module, adapter_name))
+
+
+def layout(layer: LoraLayer) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """`groups` of A's view, `groups` of B's, and their `divisor`: PEFT stores experts and groups in ways of its own."""
+    if isinstance(layer, ParamWrapper):
+        return (layer.num_experts, 1), (1, layer.num_experts), 1
+    groups = getattr(layer.get_base_layer(), "groups", 1)
+    return (groups, 1), (1, 1), groups
+
+
+def install(
+    layer: LoraLayer, adapter_name: str, method: str, view_a: FactorView, view_b: FactorView
+) -> tuple[tuple[nn.Module, str, FactorView], tuple[nn.Module, str, FactorView]]:
+    """Put the views into the adapter's factors in a LoRA layer; returns the `parts` of its `LayerViews`.
+
+    Raises:
+        ValueError: the layer's backend keeps its factors in modules that cannot show a view.
+    """
+    if adapter_name in layer.lora_A:
+        modules = (layer.lora_A[adapter_name], layer.lora_B[adapter_name])
+        base_layer = layer.get_base_layer()
+        for module, view in zip(modules, (view_a, view_b), strict=True):
+            viewed = VIEWED_CLASSES.get(type(module))
+            if viewed is None or getattr(base_layer, "_hf_tp_plan", None) is not None:
+                raise ValueError(
+                    f"{method} does not support {type(layer).__name__} over {type(base_layer).__name__}: its LoRA "
+                    f"factors are {type(module).__name__} modules, possibly sharded, of which nothing else can be "
+                    "shown. Leave the layer out of target_modules."
+                )
+            module.view = view
+            module.__class__ = viewed
+        return (modules[0], "weight", view_a), (modules[1], "weight", view_b)
+    dicts = (layer.lora_embedding_A, layer.lora_embedding_B)
+    for factors, view in zip(dicts, (view_a, view_b), strict=True):
+        if not isinstance(factors, ViewedParameterDict):
+            factors.views = {}
+            factors.__class__ = ViewedParameterDict
+        factors.views[adapter_name] = view
+    return (dicts[0], adapter_name, view_a), (dicts[1], adapter_name, view_b)
+
+
+def attach(layer: LoraLayer, adapter_name: str, views: LayerViews) -> None:
+    """Let the layer tell these views of its forward passes, and drop them with the adapter."""
+    if not hasattr(layer, "lora_views"):
+        layer.lora_views = {}
+        layer.other_param_names = (*layer.other_param_names, "lora_views")
+        cls: Any = type(layer)
+        layer.__class__ = viewed_layer_class(cls)
+    layer.lora_views[adapter_name] = views
+
+
+def active_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
+    """The named adapter of ours, or the first active one; raises ValueError, with the names there are, for none."""
+    known: dict[str, None] = {}
+    active: dict[str, None] = {}
+    layer: Any
+    for layer in model.modules():
+        ours = getattr(layer, "lora_views", {})
+        if not ours:
+            continue
+        known.update(dict.fromkeys(ours))
+        active.update((name, None) for name in layer.active_adapters if name in ours)
+    if not known:
+        raise ValueError(
+            "the model has no adapter of peft_dynamic that is made of LoRA layers. Add one, e.g. with "
+            "get_peft_model(model, DyLoRAConfig(...))."
+        )
+    if adapter_name is None and not active:
+        raise ValueError(f"no adapter of peft_dynamic is active. Pass adapter_name, one of {sorted(known)}.")
+    if adapter_name is not None and adapter_name not in known:
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is no adapter of peft_dynamic in the model; it has {sorted(known)}."
+        )
+    return adapter_name if adapter_name is not None else next(iter(active))

@@ -1,0 +1,63 @@
+"""Configuration of MoSLoRA; the class docstring says what each field of PEFT's `LoraConfig` means here."""
+
+from dataclasses import dataclass
+from numbers import Integral
+
+from peft import LoraConfig
+from peft.utils.peft_types import PeftType
+
+from peft_dynamic.tuners.lora_fields import check_init, check_refused
+from peft_dynamic.tuners.mixer import MixerConfig
+
+REFUSED_FIELDS = {
+    "use_qalora": "its pooled inputs give lora_A another shape than the mixer expects",
+    "use_bdlora": "its blocks cut across the rank, which the mixer mixes",
+    "velora_config": "it replaces the forward pass of lora_A, of which the mixer is a part",
+    "alora_invocation_tokens": "it was not tried with a mixer",
+    "monteclora_config": "it has a mixture of its own between the factors",
+    "arrow_config": "it routes by the stored factors; export each adapter with export_lora and route those",
+    "kasa_config": "it has singular values of its own between the factors",
+    "megatron_config": "Megatron's parallel linear layers hold parts of the factors only",
+    "loftq_config": "it sets the factors so that B A is the quantisation error, and the update is B M A",
+    "eva_config": "it chooses the factors after construction for B A, and the update is B M A",
+    "corda_config": "it changes the base weights to go with B A, and the update is B M A",
+    "lora_ga_config": "it changes the base weights to go with B A, and the update is B M A",
+}
+
+
+@dataclass
+class MoSLoRAConfig(MixerConfig, LoraConfig):
+    """Configuration of MoSLoRA: `dW = lora_alpha / r * B M A`, with an r x r mixer M between LoRA's factors.
+
+    M is folded into A wherever the update is computed, so an adapter merges, exports and infers like a LoRA of rank r;
+    it has r * r more parameters per layer (per expert or group where the factors have several).
+
+    Everything of `LoraConfig` keeps its meaning, `rank_pattern` (M has the module's rank), `use_rslora` and `use_dora`
+    among it. Refused at construction, each with its reason: `use_qalora`, `use_bdlora`, `velora_config`,
+    `alora_invocation_tokens`, `monteclora_config`, `arrow_config`, `kasa_config`, `megatron_config`, `loftq_config`,
+    `eva_config`, `corda_config`, `lora_ga_config`, and `init_lora_weights` other than True, False and "gaussian".
+
+    Args:
+        mixer_init: "kaiming" (uniform in +-1 / sqrt(r), the authors' code), "orthogonal", "identity" (trained: starts
+            as LoRA; the paper saw no gain over LoRA), or "butterfly" ([[I, I], [I, I]], the paper's two subspaces
+            mixed; r must be even). Zero is refused: with B = 0 too, no gradient would ever differ from 0.
+        train_mixer: whether M is trained; None for yes, but for "butterfly", the paper's fixed pattern.
+
+    Raises:
+        ValueError, TypeError: an argument has no meaning; the message names it, its value, the rule and the fix.
+
+    Source: T. Wu, J. Wang, Z. Zhao, N. Wong: Mixture-of-Subspaces in Low-Rank Adaptation, EMNLP 2024, arXiv 2406.11909,
+    section 3; the authors' code wutaiqiang/MoSLoRA, where M is the module `lora_AB`.
+    """
+
+    def __post_init__(self) -> None:
+        check_refused(self, REFUSED_FIELDS)
+        check_init(self, "it sets B A, and the update is B M A")
+        super().__post_init__()
+        self.peft_type = PeftType.MOSLORA  # the member that _registry adds
+        name = type(self).__name__
+        if not isinstance(self.r, Integral) or isinstance(self.r, bool):
+            raise TypeError(f"{name}: r must be an int, got {self.r!r} of type {type(self.r).__name__}.")
+        if self.r < 1:
+            raise ValueError(f"{name}: r must be at least 1, got {self.r}.")
+        self._check_mixer([int(self.r), *(self.rank_pattern or {}).values()])
