@@ -115,7 +115,7 @@ def main() -> None:
     )
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = bnb.optim.PagedAdamW32bit(trained, lr=1e-4) if on_gpu else torch.optim.AdamW(trained, lr=1e-4)
-    schedule = next(m.lora_ranks["default"].schedule for m in model.modules() if hasattr(m, "lora_ranks"))
+    schedule = next(m.lora_views["default"].schedule for m in model.modules() if hasattr(m, "lora_views"))
     ids = torch.randint(0, settings["vocab_size"], (1, length), device=device)
     steps = []
     for _ in range(args.steps):
