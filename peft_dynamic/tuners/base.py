@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +10,7 @@ from peft import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from .factors import is_viewed, viewed_layers
+from .factors import is_viewed
 from .quantization import keep_training_on_cpu
 
 
@@ -82,26 +80,6 @@ class ViewedLoraModel(LoraModel):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._forget(adapter_name)
-
-    @contextmanager
-    def _as_stored(self, adapter_name: str) -> Iterator[None]:
-        """Inside, the factors show what they store."""
-        views = [
-            view
-            for _, layer in viewed_layers(self, adapter_name)
-            for _, _, view in layer.lora_views[adapter_name].parts
-        ]
-        try:
-            for view in views:
-                view.as_stored = True
-            yield
-        finally:
-            for view in views:
-                view.as_stored = False
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        with self._as_stored(adapter_name):  # PEFT assigns to the weight's data
-            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

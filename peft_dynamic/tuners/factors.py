@@ -10,6 +10,7 @@ stock LoRA layer: forward, merge, unmerge, `get_delta_weight`, mixed batches, on
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Iterator
 from functools import cache
@@ -51,7 +52,6 @@ class FactorView:
         self.groups = groups
         self.divisor = divisor
         self.mixer = mixer
-        self.as_stored = False  # show the stored tensor: while PEFT writes to it
         self.kept: tuple[Any, torch.Tensor] | None = None  # (state, what was shown) of the last inference
         self.in_forward = False  # inside a training forward pass of the layer
         self.pending: torch.Tensor | None = None  # computed in this forward pass
@@ -71,7 +71,7 @@ class FactorView:
 
     def of(self, full: torch.Tensor) -> torch.Tensor:
         """What is shown for the stored tensor `full`: computed once per training forward pass, kept in inference."""
-        if self.as_stored or self.is_plain():
+        if self.is_plain():
             return full
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and not self.in_forward):
             return self.anew(full)
@@ -88,9 +88,10 @@ class FactorView:
         """`of`, for any tensor of the factor's shape."""
         if self.is_plain():
             return full
-        if not torch.is_autocast_enabled(full.device.type):
+        device = full.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
             return self.compute(full)
-        with torch.autocast(full.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             return self.compute(full)
 
     def mixed(self, full: torch.Tensor) -> torch.Tensor:
@@ -118,6 +119,9 @@ class FactorView:
         return self.__dict__ | {"kept": None, "pending": None, "in_forward": False}
 
 
+FSDP1 = "torch.distributed.fsdp."
+
+
 class _ViewedModule(nn.Module):
     """A LoRA factor whose `weight` is what its `view` makes of the parameter."""
 
@@ -128,9 +132,12 @@ class _ViewedModule(nn.Module):
         full = self._parameters.get("weight")
         if full is None and (full := self.__dict__.get("weight")) is None:
             raise AttributeError("weight")
+        if not torch.compiler.is_compiling() and sys._getframe(1).f_globals.get("__name__", "").startswith(FSDP1):
+            return full
         return self.view.of(full)
 
-    # FSDP1 takes the parameter out and puts plain tensors in its place.
+    # FSDP1 takes the parameter out and puts plain tensors in its place. It asks for them by name, and trains what it
+    # is given.
     @weight.setter
     def weight(self, value: torch.Tensor) -> None:
         self.__dict__["weight"] = value

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model, get_peft_model_state_dict
+
+from peft_dynamic import DyLoRAConfig, MoSLoRAConfig
+from tests.stock_cases import build
 
 ROOT = Path(__file__).parents[2]
 ACCELERATE_CONFIG = """
@@ -58,3 +62,42 @@ def test_ddp_and_fsdp2_equal_one_process(tmp_path: Path, update: str) -> None:
         for name, value in results["single"]["state"].items():
             # the mean over two halves of a batch is rounded otherwise, and Adam divides small gradients by themselves
             assert torch.allclose(results[kind]["state"][name], value, atol=2e-4), (kind, name)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")
+@pytest.mark.parametrize("method", ["dylora", "dylora-mixer", "moslora"])
+def test_fsdp1_trains_what_is_stored(method: str) -> None:
+    """FSDP1 with use_orig_params asks for each parameter by name; a part of a factor or M A is none of them."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    def trained(wrap: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        base, inputs = build("linear")
+        settings = {"r": 8, "target_modules": ["a", "b"], "init_lora_weights": False}
+        if method == "moslora":
+            config = MoSLoRAConfig(**settings)
+        else:
+            config = DyLoRAConfig(ranks=[2, 8], use_mixer=method == "dylora-mixer", **settings)
+        model = get_peft_model(base, config)
+        if method != "moslora":
+            model.set_rank(2)
+        wrapped = (
+            FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu")) if wrap else model
+        )
+        optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+        for _ in range(6):
+            wrapped.train()(inputs).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return get_peft_model_state_dict(model)
+
+    expected = trained(wrap=False)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        found = trained(wrap=True)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, atol=1e-6), name

@@ -31,7 +31,7 @@ class RankView(FactorView):
         return (self.rank, *self.owner.state_key())
 
     def of(self, full: torch.Tensor) -> torch.Tensor:
-        if self.owner.truncation == "prefix" and self.mixer is None and not self.as_stored:
+        if self.owner.truncation == "prefix" and self.mixer is None:
             # a view of the stored tensor: nothing to compute once or to keep
             return slice_rank(full, self.dim, self.rank, self.max_rank, self.groups, self.frozen_below)
         return super().of(full)
