@@ -4,6 +4,8 @@ from peft_dynamic.export import export_lora
 from peft_dynamic.hub import push_adapter
 from peft_dynamic.ranks import RankCurve, rank_curve
 from peft_dynamic.tuners.dylora import DyLoRAConfig, DyLoRAModel, at_rank, get_rank, hotswap_adapter, set_rank
+from peft_dynamic.tuners.loretta_adp import LorettaAdpConfig, LorettaAdpModel
+from peft_dynamic.tuners.loretta_rep import LorettaRepConfig, LorettaRepModel
 from peft_dynamic.tuners.moslora import MoSLoRAConfig, MoSLoRAModel
 from peft_dynamic.tuners.qdylora import QDyLoRAConfig, QDyLoRAModel
 
@@ -12,6 +14,10 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "DyLoRAConfig",
     "DyLoRAModel",
+    "LorettaAdpConfig",
+    "LorettaAdpModel",
+    "LorettaRepConfig",
+    "LorettaRepModel",
     "MoSLoRAConfig",
     "MoSLoRAModel",
     "QDyLoRAConfig",

@@ -41,6 +41,12 @@ def add_peft_type(name: str) -> Any:
     return member
 
 
+def is_ours(config: Any) -> bool:
+    """Whether an adapter's configuration is of a method that this package registered."""
+    member = PeftType.__members__.get(str(getattr(config.peft_type, "value", config.peft_type)))
+    return bool(getattr(member, "_added_by_peft_dynamic", False))
+
+
 def register(name: str, config_cls: type, model_cls: Any) -> None:
     """Register one tuner under PEFT's `name` (lower case); doing it again with the same classes changes nothing.
 

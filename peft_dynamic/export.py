@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import fields
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
+from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
@@ -23,6 +25,8 @@ from peft_dynamic.hub import write_model_card
 from peft_dynamic.tuners.dylora.layer import ranked_layers
 from peft_dynamic.tuners.dylora.model import at_rank
 from peft_dynamic.tuners.factors import active_adapter, viewed_layers
+from peft_dynamic.tuners.loretta_adp.layer import TensorTrainLinear
+from peft_dynamic.tuners.loretta_rep.factor import TrainFactor
 
 PEFT_PREFIX = "base_model.model."
 # In this order into the target: without a config a folder is no adapter, so a half-written one never loads.
@@ -39,7 +43,8 @@ def export_lora(
 
     The factors are those that the layers compute with: at rank b of DyLoRA `F[:b] A` and `B E[:, :b]` of
     `functional.ranks.leading_components` under truncation="svd", the first b rows of A and columns of B under
-    truncation="prefix"; for MoSLoRA M A and B.
+    truncation="prefix"; for MoSLoRA M A and B; for LoRETTA_rep the matrices of its tensor trains (with noise removal
+    those of the start beside them, so r is twice the bottleneck), and its classifier as an ordinary linear layer.
 
     Loaded by PEFT in a process that never imports peft_dynamic, it computes what the model computes at that rank.
     `lora_alpha` is such that PEFT's scale lora_alpha / r is ours. Biases, `modules_to_save` and trainable tokens come
@@ -111,7 +116,9 @@ def _tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
             else (f"{prefix}.lora_embedding_A", f"{prefix}.lora_embedding_B")
         )
         for key, (holder, _, view) in zip(keys, layer.lora_views[name].parts, strict=True):
-            if holder in layer.modules():
+            if isinstance(holder, TrainFactor):
+                _put_matrix(tensors, key.removesuffix(".weight"), holder.weight)
+            elif holder in layer.modules():
                 tensors[key] = view.anew(tensors[key])
             elif view.groups == (1, 1):
                 # prepare_model_for_compiled_hotswap put a copy of the part in use there, with zeros behind it
@@ -120,12 +127,32 @@ def _tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
                 raise ValueError(
                     f"{prefix}: prepare_model_for_compiled_hotswap replaced its factors. Export before that call."
                 )
+    for key, module in model.named_modules():
+        if isinstance(module, TensorTrainLinear) and f".modules_to_save.{name}" in key:
+            _put_matrix(tensors, key.replace(f".modules_to_save.{name}", ""), module.matrix().mT)
     prefix = "" if isinstance(model, PeftModel) else PEFT_PREFIX
     return {
         prefix + key: tensor.detach().cpu().contiguous().clone()  # a file holds no views and no tensor twice
         for key, tensor in tensors.items()
         if ".lora_schedule." not in key and ".lora_mixer." not in key
     }
+
+
+def _put_matrix(tensors: dict[str, torch.Tensor], prefix: str, weight: torch.Tensor) -> None:
+    """A weight in place of the cores that it is made from."""
+    for key in ("cores", "start"):
+        tensors.pop(f"{prefix}.{key}", None)
+    tensors[f"{prefix}.weight"] = weight
+
+
+def _trained_whole(model: nn.Module, name: str, listed: Iterable[str]) -> list[str]:
+    """`modules_to_save` that has the same effect in PEFT: `listed`, and what a tuner of ours trains beside it."""
+    wrapped = [
+        key.removeprefix(PEFT_PREFIX)
+        for key, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save
+    ]
+    return [*listed, *(key for key in wrapped if not any(key.endswith(end) for end in listed))]
 
 
 def _config(model: Any, name: str) -> tuple[LoraConfig, dict[str, str] | None]:
@@ -141,6 +168,7 @@ def _config(model: Any, name: str) -> tuple[LoraConfig, dict[str, str] | None]:
         "lora_alpha": alpha,
         "rank_pattern": {_pattern(key): b for key, (b, _) in settings.items() if b != rank},
         "alpha_pattern": {_pattern(key): a for key, (_, a) in settings.items() if a != alpha},
+        "modules_to_save": _trained_whole(model, name, ours.modules_to_save or []) or None,
         "inference_mode": True,
         "base_model_name_or_path": ours.base_model_name_or_path or base.__dict__.get("name_or_path") or None,
     }

@@ -14,9 +14,10 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_dynamic.tuners.factors import active_adapter
+from peft_dynamic._registry import is_ours
 
 START, END = "<!-- peft_dynamic: usage -->", "<!-- peft_dynamic: end of usage -->"
 AUTO_CLASSES = {
@@ -103,7 +104,7 @@ def push_adapter(
     """
     if not REPO_ID.fullmatch(repo_id):
         raise ValueError(f"repo_id={repo_id!r} is no repository name: pass 'user/name'.")
-    name = active_adapter(model, adapter_name)
+    name = _our_adapter(model, adapter_name)
     with tempfile.TemporaryDirectory() as work:
         folder = _save(model, Path(work), name)
         # what save_pretrained wrote is a form with nothing filled in
@@ -119,6 +120,20 @@ def push_adapter(
             create_pr=create_pr,
         )
     return str(getattr(commit, "commit_url", commit))
+
+
+def _our_adapter(model: Any, adapter_name: str | None) -> str:
+    """The named adapter of ours, or the first active one."""
+    configs = getattr(model, "peft_config", {})
+    ours = sorted(name for name, config in configs.items() if is_ours(config))
+    if not ours:
+        raise ValueError("the model has no adapter of peft_dynamic. For others use PEFT's push_to_hub.")
+    layer = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    active = [name for name in layer.active_adapters if name in ours]
+    name = adapter_name if adapter_name is not None else next(iter(active), None)
+    if name is None or name not in ours:
+        raise ValueError(f"adapter_name={name!r} is no adapter of peft_dynamic in the model. Pass one of {ours}.")
+    return name
 
 
 def _save(model: Any, work: Path, name: str) -> Path:

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 
-from peft_dynamic import DyLoRAConfig
+from peft_dynamic import DyLoRAConfig, LorettaAdpConfig, LorettaRepConfig, MoSLoRAConfig
 from peft_dynamic.export import export_lora
 from peft_dynamic.hub import push_adapter, write_model_card
 from tests.stock_cases import build
@@ -68,6 +68,19 @@ def test_push_of_a_named_adapter_and_of_an_added_one(pushed: dict) -> None:
     push_adapter(added, "me/poet")
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= set(pushed["files"])
     assert b"import peft_dynamic" in pushed["files"]["README.md"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [MoSLoRAConfig(r=2), LorettaRepConfig(), LorettaAdpConfig(bottleneck=8, tensor_rank=2)],
+    ids=lambda config: type(config).__name__,
+)
+def test_a_card_says_what_any_method_needs(pushed: dict, config: PeftConfig) -> None:
+    push_adapter(get_peft_model(build("llama")[0], config), "me/poet")
+    code = code_of(pushed["files"]["README.md"].decode())
+    assert f"import peft_dynamic  # registers {config.peft_type.value} with PEFT" in code
+    assert "set_rank" not in code
+    compile(code, "card", "exec")
 
 
 def test_nothing_is_pushed_under_a_bad_name_or_without_an_adapter(pushed: dict) -> None:

@@ -12,7 +12,7 @@ import torch
 from peft import PeftConfig, get_peft_model
 from torch import nn
 
-from peft_dynamic import DyLoRAConfig, MoSLoRAConfig
+from peft_dynamic import DyLoRAConfig, LorettaRepConfig, MoSLoRAConfig
 from tests.stock_cases import CASES as LAYER_KINDS
 from tests.stock_cases import build
 
@@ -33,6 +33,7 @@ class Case:
         second_adapter: PEFT lets the model have another one.
         difference_quotient: the gradient can be checked against one in double precision.
         mixed_batches: the layers take `adapter_names`.
+        exact_start: a fresh adapter leaves the base output bit for bit, not only up to rounding.
         tolerance: absolute, of outputs of order 1 in float32.
     """
 
@@ -46,6 +47,7 @@ class Case:
     second_adapter: bool = True
     difference_quotient: bool = True
     mixed_batches: bool = True
+    exact_start: bool = True
     tolerance: float = 2e-5
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -94,6 +96,10 @@ def _moslora(**settings: Any) -> PeftConfig:
     return MoSLoRAConfig(**({"r": R, "lora_alpha": 16} | settings))
 
 
+def _rep(**settings: Any) -> PeftConfig:
+    return LorettaRepConfig(**({"bottleneck": 4, "tensor_rank": 2} | settings))
+
+
 _FACTS: dict[str, dict[str, Any]] = {
     "convolutions": {  # grouped ones among them, which PEFT does not merge, and which cannot use rank 1
         "ranks": (2, 4, 8),
@@ -136,4 +142,19 @@ CASES += [
     _case(f"moslora-{init}", layers, _moslora, ranked=False, settings={"mixer_init": init})
     for init in ("orthogonal", "identity", "butterfly")
     for layers in ("linear", "patterns", "embedding", "convolutions", "experts")
+]
+# Linear layers only. Its layer norms are trained, of which PEFT does not take several in one batch.
+LINEAR_KINDS = ("linear", "modules_to_save", "bias", "lora_bias", "trainable_tokens", "patterns", "transposed", "llama")
+CASES += [
+    _case(
+        name,
+        layers,
+        _rep,
+        ranked=False,
+        settings=settings,
+        exact_start=not settings,
+        **({"mixed_batches": False} if layers == "llama" else {}),
+    )
+    for name, settings in (("loretta-rep", {}), ("loretta-rep-noise-removal", {"init_weights": "noise_removal"}))
+    for layers in LINEAR_KINDS
 ]
