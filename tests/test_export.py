@@ -21,10 +21,8 @@ from tests.stock_cases import CASES, build, compute
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1:UserWarning"),
     # transformers about itself, and PEFT about it, when add_adapter or get_peft_model meets a transformers model
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Could not identify embedding layer:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
     pytest.mark.filterwarnings("ignore:rank .* is not one of the trained ranks:UserWarning"),
 ]
 EXPORTS = [(name, i) for name, case in CASES.items() for i in range(len(case.ranks))]

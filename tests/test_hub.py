@@ -13,8 +13,6 @@ from peft_dynamic.export import export_lora
 from peft_dynamic.hub import push_adapter, write_model_card
 from tests.stock_cases import build
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 
 def adapted(**settings: object) -> torch.nn.Module:
     config = {"r": 4, "ranks": [1, 2, 4], "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings

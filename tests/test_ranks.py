@@ -15,8 +15,6 @@ from peft_dynamic import DyLoRAConfig
 from peft_dynamic.ranks import RankCurve, RankRow, rank_curve
 from tests.stock_cases import build
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 
 def adapted(**settings: object) -> tuple[nn.Module, torch.Tensor]:
     base, inputs = build("linear")

@@ -83,8 +83,10 @@ METHODS = {
     "moslora-orthogonal": Method(ours("MoSLoRAConfig", r=8, mixer_init="orthogonal")),
     "moslora-butterfly": Method(ours("MoSLoRAConfig", r=8, mixer_init="butterfly")),
     "loretta-rep": Method(ours("LorettaRepConfig", bottleneck=8, tensor_rank=5)),
-    # Fewer parameters: without the layer norms, which are more numbers than the tensor trains in a small model.
-    "loretta-rep-small": Method(ours("LorettaRepConfig", bottleneck=8, tensor_rank=4, train_layer_norms=False)),
+    # Fewer parameters: the tensor trains alone. In a small model the layer norms are more numbers than these.
+    "loretta-rep-small": Method(
+        ours("LorettaRepConfig", bottleneck=8, tensor_rank=4, train_layer_norms=False, tensorize_classifier=False)
+    ),
     "loretta-adp": Method(ours("LorettaAdpConfig", bottleneck=64, tensor_rank=5), targeted=False),
 }
 

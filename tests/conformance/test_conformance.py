@@ -17,10 +17,8 @@ from tests.stock_cases import build, compute
 pytestmark = [
     # PEFT says these for a stock LoRA of the same settings too.
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1:UserWarning"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Could not identify embedding layer:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
     pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning"),
     pytest.mark.filterwarnings("ignore:Already unmerged:UserWarning"),
     pytest.mark.filterwarnings("ignore:All adapters are already merged:UserWarning"),

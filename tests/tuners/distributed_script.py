@@ -1,30 +1,40 @@
-"""Six steps of DyLoRA as one process, under accelerate's DDP, or under FSDP2; writes what came out.
+"""Six steps of each method as one process, under accelerate's DDP, or under FSDP2; writes what came out.
 
-python distributed_script.py single|ddp|fsdp2 nested|frozen OUT
+python distributed_script.py single|ddp|fsdp2 OUT
 """
 
 import gc
 import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch.distributed.fsdp import fully_shard
 
-from tests.tuners.common import adapted, optimizer_of, rows, schedule_of
+from tests.tuners.common import optimizer_of, rows
+from tests.tuners.methods import METHODS, with_method
 
 
-def main(kind: str, update: str, out: str) -> None:
-    model = adapted(update=update)
-    schedule = schedule_of(model)
+def drawn_rank(model: Any) -> int | None:
+    """The rank of this step, of a method that draws one."""
+    for module in model.modules():
+        for views in getattr(module, "lora_views", {}).values():
+            if hasattr(views, "schedule"):
+                return views.schedule.drawn
+    return None
+
+
+def run(kind: str, method: str) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = with_method(method)
     wrapped = model
     if kind == "fsdp2":
-        dist.init_process_group("gloo")
         mesh = torch.distributed.init_device_mesh("cpu", (2,))
         for layer in model.base_model.model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        index, processes, backward, optimizer = dist.get_rank(), dist.get_world_size(), torch.Tensor.backward, None
+        index, processes, backward = dist.get_rank(), dist.get_world_size(), torch.Tensor.backward
         optimizer = optimizer_of(model)
     else:
         accelerator = Accelerator(cpu=True)
@@ -36,7 +46,7 @@ def main(kind: str, update: str, out: str) -> None:
         batch = rows()[4 * step : 4 * step + 4]
         part = batch.chunk(processes)[index]
         wrapped.train()
-        ranks.append(schedule.drawn)
+        ranks.append(drawn_rank(model))
         backward(wrapped(input_ids=part, labels=part).loss)
         optimizer.step()
         optimizer.zero_grad()
@@ -47,17 +57,25 @@ def main(kind: str, update: str, out: str) -> None:
     state = {
         name: value.full_tensor() if hasattr(value, "full_tensor") else value
         for name, value in model.state_dict().items()
-        if "lora_" in name
+        if "lora_" in name or "loretta_" in name or "modules_to_save" in name
     }
-    if index == 0:
-        torch.save({"state": state, "ranks": ranks, "processes": processes}, out)
-    if dist.is_initialized():
-        # DDP's reducer first: when it is the last to hold gloo's process group, the group waits for its threads with
+    if kind != "fsdp2":
+        # DDP's reducer before the process group: when it is the last to hold it, the group waits for its threads with
         # the interpreter's lock in hand, which one of them may want, and the process never ends (one run in ten).
-        if kind == "ddp":
-            accelerator.free_memory()
-        del wrapped, backward
+        accelerator.free_memory()
+    return {"state": state, "ranks": ranks, "processes": processes}
+
+
+def main(kind: str, out: str) -> None:
+    if kind == "fsdp2":
+        dist.init_process_group("gloo")
+    results = {}
+    for method in METHODS:
+        results[method] = run(kind, method)
         gc.collect()
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        torch.save(results, out)
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

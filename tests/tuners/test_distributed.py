@@ -1,9 +1,10 @@
-"""Two processes on gloo: the same ranks everywhere, and the same adapter as one process."""
+"""Two processes on gloo: the same ranks everywhere, and the same adapters as one process."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from peft import get_peft_model, get_peft_model_state_dict
 
 from peft_dynamic import DyLoRAConfig, MoSLoRAConfig
 from tests.stock_cases import build
+from tests.tuners.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 ACCELERATE_CONFIG = """
@@ -33,8 +35,9 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def launch(kind: str, update: str, out: Path) -> None:
-    script = [str(ROOT / "tests/tuners/distributed_script.py"), kind, update, str(out)]
+def launch(kind: str, folder: Path) -> dict[str, Any]:
+    out = folder / f"{kind}.pt"
+    script = [str(ROOT / "tests/tuners/distributed_script.py"), kind, str(out)]
     if kind == "single":
         command = [sys.executable, *script]
     elif kind == "ddp":
@@ -47,24 +50,27 @@ def launch(kind: str, update: str, out: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr[-3000:]
+    return torch.load(out)
 
 
-@pytest.mark.parametrize("update", ["nested", "frozen"])
-def test_ddp_and_fsdp2_equal_one_process(tmp_path: Path, update: str) -> None:
-    results = {}
-    for kind in ("single", "ddp", "fsdp2"):
-        launch(kind, update, tmp_path / f"{kind}.pt")
-        results[kind] = torch.load(tmp_path / f"{kind}.pt")
-    for kind in ("ddp", "fsdp2"):
-        assert results[kind]["processes"] == 2
-        assert results[kind]["ranks"] == results["single"]["ranks"]
-        assert results[kind]["state"].keys() == results["single"]["state"].keys()
-        for name, value in results["single"]["state"].items():
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return launch("single", tmp_path_factory.mktemp("single"))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_equal_one(tmp_path: Path, single: dict[str, Any], kind: str) -> None:
+    results = launch(kind, tmp_path)
+    assert results.keys() == METHODS.keys()
+    for method, result in results.items():
+        assert result["processes"] == 2
+        assert result["ranks"] == single[method]["ranks"]
+        assert result["state"].keys() == single[method]["state"].keys()
+        for name, value in single[method]["state"].items():
             # the mean over two halves of a batch is rounded otherwise, and Adam divides small gradients by themselves
-            assert torch.allclose(results[kind]["state"][name], value, atol=2e-4), (kind, name)
+            assert torch.allclose(result["state"][name], value, atol=2e-4), (method, name)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")
 @pytest.mark.parametrize("method", ["dylora", "dylora-mixer", "moslora"])
 def test_fsdp1_trains_what_is_stored(method: str) -> None:

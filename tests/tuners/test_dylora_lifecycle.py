@@ -20,9 +20,7 @@ from tests.stock_cases import Mlp
 from tests.tuners.common import a_layer, adapted, rows, tiny_llama, train
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
 ]
 IDS = torch.arange(6)
 

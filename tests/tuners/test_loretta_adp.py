@@ -22,10 +22,7 @@ from peft_dynamic.tuners.loretta_adp.structure import find_norms, find_targets
 from tests.tuners.common import rows, tiny_llama
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
 ]
 
 SMALL: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -27,11 +27,6 @@ from peft_dynamic import LorettaRepConfig, export_lora
 from tests.conformance.cases import perturb
 from tests.stock_cases import build, compute
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
-]
-
 
 def trainable(model: nn.Module) -> int:
     """Parameters that are trained, without the last layer of the classifier."""

@@ -14,11 +14,6 @@ from transformers import AutoModelForCausalLM
 from peft_dynamic import DyLoRAConfig, MoSLoRAConfig
 from tests.stock_cases import build, compute
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
-]
-
 
 def mlp(**settings: object) -> nn.Module:
     return get_peft_model(

@@ -15,10 +15,7 @@ from tests.tuners.common import RankRecorder, schedule_of, tiny_llama  # noqa: E
 from tests.tuners.test_rank_schedule import expected_ranks  # noqa: E402
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
 ]
 ROWS = [{"prompt": f"Name: X{i}, food: thai ->", "completion": f" X{i} serves thai food."} for i in range(16)]
 

@@ -77,6 +77,7 @@ class RankSchedule(nn.Module):
         """Warn when training goes on and no optimizer that steps holds the factors: their rank would never change."""
         if self.updates or not self._entered_training:
             return
+        self._entered_training = False  # so that another model's steps do not count against one that stands still
         self._unseen_steps += 1
         if self._unseen_steps == 3:
             warnings.warn(
