@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.stock_cases import tiny_llama
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -20,7 +22,11 @@ def run(name: str, *arguments: object) -> str:
 
 
 def test_all_examples_are_run_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"plain_loop.py", "sft_trainer.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "classify.py",
+        "plain_loop.py",
+        "sft_trainer.py",
+    }
 
 
 def test_plain_loop(tmp_path: Path) -> None:
@@ -28,6 +34,30 @@ def test_plain_loop(tmp_path: Path) -> None:
     rows = {row["rank"]: row["metrics"]["mse"] for row in json.loads((tmp_path / "curve.json").read_text())["rows"]}
     assert rows[4] < rows[2] < rows[1] < rows[None]
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+@pytest.mark.parametrize("method", ["moslora", "loretta-rep", "loretta-adp"])
+def test_classify(tmp_path: Path, method: str) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["[PAD]", "?", "good", "bad", "film", "book"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="?")
+    fast.save_pretrained(tmp_path / "tiny")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    BertForSequenceClassification(BertConfig(vocab_size=6, **sizes)).save_pretrained(tmp_path / "tiny")
+    data = [{"sentence": f"{word} {thing}", "label": word == "good"} for word in ("good", "bad") for thing in words]
+    for name in ("train", "eval"):
+        lines = [json.dumps(row | {"label": int(row["label"])}) + "\n" for row in data * 4]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    files = ("--train", tmp_path / "train.jsonl", "--eval", tmp_path / "eval.jsonl")
+    out = ("--output", tmp_path / "out", "--method", method, "--steps", 60, "--batch-size", 8, "--lr", 0.02)
+    printed = run("classify.py", "--model", tmp_path / "tiny", *files, *out)
+    assert f"{method}: accuracy 1.000" in printed
+    assert (tmp_path / "out/adapter/adapter_config.json").is_file()
+    assert (tmp_path / "out/lora").exists() == (method in ("dylora", "moslora", "loretta-rep"))
 
 
 def test_sft_trainer(tmp_path: Path) -> None:
