@@ -21,6 +21,7 @@ LORA = ("lora", "lora-r/2")
 WAYS = {
     "dedicated": ((LORA, "trained"), "LoRA, a run per rank (6 runs)", "black", "o"),
     "dylora": ((("dylora",), "trained"), "DyLoRA (1 run)", "tab:blue", "s"),
+    "dylora-half": ((("dylora-half",), "trained"), "DyLoRA, half the steps at r (1 run)", "tab:pink", "P"),
     "dylora-2r": ((("dylora-2r",), "trained"), "DyLoRA, alpha = 2r, lower rate (1 run)", "tab:cyan", "D"),
     "dylora-2r-half": ((("dylora-2r-half",), "trained"), "the same, half the steps at r (1 run)", "tab:purple", "P"),
     "dylora-paper": ((("dylora-paper",), "trained"), "DyLoRA, the paper's rules (1 run)", "tab:orange", "^"),
