@@ -66,8 +66,10 @@ class FactorView:
 
     def state_key(self, full: torch.Tensor) -> tuple[Any, ...]:
         """Changes whenever `compute` would give something else."""
-        mixer = () if self.mixer is None else (id(self.mixer.weight), self.mixer.weight._version)
-        return (id(full), full._version, *mixer)
+        if self.mixer is None:
+            return (id(full), full._version)
+        m = self.mixer.weight
+        return (id(full), full._version, id(m), m._version)
 
     def of(self, full: torch.Tensor) -> torch.Tensor:
         """What is shown for the stored tensor `full`: computed once per training forward pass, kept in inference."""
@@ -132,9 +134,12 @@ class _ViewedModule(nn.Module):
         full = self._parameters.get("weight")
         if full is None and (full := self.__dict__.get("weight")) is None:
             raise AttributeError("weight")
+        view = self.view
+        if view.is_plain():
+            return full
         if not torch.compiler.is_compiling() and sys._getframe(1).f_globals.get("__name__", "").startswith(FSDP1):
             return full
-        return self.view.of(full)
+        return view.of(full)
 
     # FSDP1 takes the parameter out and puts plain tensors in its place. It asks for them by name, and trains what it
     # is given.

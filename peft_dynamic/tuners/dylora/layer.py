@@ -71,9 +71,9 @@ class AdapterRanks(LayerViews):
     def state_key(self) -> tuple[int, ...]:
         """Changes whenever the factors do; the step counter is for optimizers that bypass torch's version counters."""
         a, b = self.factors()
+        key = (self.schedule.updates, id(a), a._version, id(b), b._version)
         mixer = self.parts[0][2].mixer
-        mixed = () if mixer is None else (id(mixer.weight), mixer.weight._version)
-        return (self.schedule.updates, id(a), a._version, id(b), b._version, *mixed)
+        return key if mixer is None else (*key, id(mixer.weight), mixer.weight._version)
 
     @torch.compiler.disable
     def _current_basis(self) -> tuple[torch.Tensor, torch.Tensor]:
