@@ -22,7 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its types are a package of their own
 
 from peft_dynamic.tuners.dylora.layer import ranked_layers
 from peft_dynamic.tuners.dylora.model import active_adapter, at_rank

@@ -74,8 +74,10 @@ class Method:
 
     config: Callable[..., Any]
     targeted: bool = True
+    alpha: int = 16
 
 
+SMALL = {"bottleneck": 8, "tensor_rank": 4, "train_layer_norms": False, "tensorize_classifier": False}
 METHODS = {
     "lora": Method(lora()),
     "dora": Method(lora(use_dora=True)),
@@ -84,9 +86,9 @@ METHODS = {
     "moslora-butterfly": Method(ours("MoSLoRAConfig", r=8, mixer_init="butterfly")),
     "loretta-rep": Method(ours("LorettaRepConfig", bottleneck=8, tensor_rank=5)),
     # Fewer parameters: the tensor trains alone. In a small model the layer norms are more numbers than these.
-    "loretta-rep-small": Method(
-        ours("LorettaRepConfig", bottleneck=8, tensor_rank=4, train_layer_norms=False, tensorize_classifier=False)
-    ),
+    "loretta-rep-small": Method(ours("LorettaRepConfig", **SMALL)),
+    "loretta-rep-small-noise": Method(ours("LorettaRepConfig", init_weights="noise_removal", **SMALL)),
+    "loretta-rep-small-8": Method(ours("LorettaRepConfig", **SMALL), alpha=64),
     "loretta-adp": Method(ours("LorettaAdpConfig", bottleneck=64, tensor_rank=5), targeted=False),
 }
 
@@ -94,7 +96,7 @@ METHODS = {
 def build(task: Setting, method: Method, seed: int, models: Path) -> torch.nn.Module:
     """The model with its adapter, in float32; everything runs under autocast to bfloat16."""
     base, task_type = load(task, seed, models, num_labels=1 if task.metric == "correlation" else 2)
-    common = {"target_modules": list(task.targets), "lora_alpha": 16} if method.targeted else {}
+    common = {"target_modules": list(task.targets), "lora_alpha": method.alpha} if method.targeted else {}
     return get_peft_model(base, method.config(task_type=task_type, **common))
 
 

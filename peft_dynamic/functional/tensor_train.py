@@ -214,7 +214,7 @@ def _kept(function: _Count) -> _Count:
         return function
     if function not in _with_results:
         _with_results[function] = lru_cache(maxsize=256)(function)
-    return _with_results[function]  # type: ignore[return-value]
+    return _with_results[function]  # type: ignore[return-value]  # lru_cache keeps the signature, not the type
 
 
 def _from_left(cores: Sequence[torch.Tensor]) -> torch.Tensor:

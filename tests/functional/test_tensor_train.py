@@ -147,7 +147,7 @@ def test_sizes_must_be_positive() -> None:
     with pytest.raises(ValueError, match="in_features must be an int of at least 1, got 0"):
         factorize(0, 4)
     with pytest.raises(ValueError, match=r"out_features must be an int of at least 1, got 2\.5"):
-        factorize(4, 2.5)  # type: ignore[arg-type]
+        factorize(4, 2.5)
 
 
 def test_counts() -> None:

@@ -14,7 +14,7 @@ from tests.conformance.cases import perturb
 from tests.tuners.common import RankRecorder, rows, schedule_of, train, trainable_state
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
-from bitsandbytes.functional import has_avx512bf16  # noqa: E402
+from bitsandbytes.functional import has_avx512bf16
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning"),

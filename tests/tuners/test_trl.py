@@ -6,13 +6,13 @@ import pytest
 import torch
 
 trl = pytest.importorskip("trl")
-from datasets import Dataset  # noqa: E402
-from peft import PeftModel  # noqa: E402
-from transformers import AutoTokenizer  # noqa: E402
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoTokenizer
 
-from peft_dynamic import DyLoRAConfig  # noqa: E402
-from tests.tuners.common import RankRecorder, schedule_of, tiny_llama  # noqa: E402
-from tests.tuners.test_rank_schedule import expected_ranks  # noqa: E402
+from peft_dynamic import DyLoRAConfig
+from tests.tuners.common import RankRecorder, schedule_of, tiny_llama
+from tests.tuners.test_rank_schedule import expected_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
