@@ -1,8 +1,10 @@
 """peft_dynamic: adapters and trainers for Hugging Face PEFT and TRL. Importing it registers the tuners with PEFT."""
 
+from peft_dynamic.density import ActivationDensityLoss, DensityReport, measure_density
 from peft_dynamic.export import export_lora
 from peft_dynamic.hub import push_adapter
 from peft_dynamic.ranks import RankCurve, rank_curve
+from peft_dynamic.tuners.density_lora import DensityLoRAConfig, DensityLoRAModel
 from peft_dynamic.tuners.dylora import DyLoRAConfig, DyLoRAModel, at_rank, get_rank, hotswap_adapter, set_rank
 from peft_dynamic.tuners.loretta_adp import LorettaAdpConfig, LorettaAdpModel
 from peft_dynamic.tuners.loretta_rep import LorettaRepConfig, LorettaRepModel
@@ -12,6 +14,10 @@ from peft_dynamic.tuners.qdylora import QDyLoRAConfig, QDyLoRAModel
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "ActivationDensityLoss",
+    "DensityLoRAConfig",
+    "DensityLoRAModel",
+    "DensityReport",
     "DyLoRAConfig",
     "DyLoRAModel",
     "LorettaAdpConfig",
@@ -28,6 +34,7 @@ __all__ = [
     "export_lora",
     "get_rank",
     "hotswap_adapter",
+    "measure_density",
     "push_adapter",
     "rank_curve",
     "set_rank",

@@ -24,6 +24,7 @@ def run(name: str, *arguments: object) -> str:
 def test_all_examples_are_run_here() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "classify.py",
+        "density_loss.py",
         "plain_loop.py",
         "sft_trainer.py",
     }
@@ -34,6 +35,11 @@ def test_plain_loop(tmp_path: Path) -> None:
     rows = {row["rank"]: row["metrics"]["mse"] for row in json.loads((tmp_path / "curve.json").read_text())["rows"]}
     assert rows[4] < rows[2] < rows[1] < rows[None]
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_density_loss(tmp_path: Path) -> None:
+    assert "fewer" in run("density_loss.py", "--toy", "--output", tmp_path, "--steps", 60)
+    assert json.loads((tmp_path / "density.json").read_text())["mean"]["all"]["exact"] < 0.3
 
 
 @pytest.mark.parametrize("method", ["moslora", "loretta-rep", "loretta-adp"])

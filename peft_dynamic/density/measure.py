@@ -1,0 +1,121 @@
+"""Measures how many of a model's feed-forward activations are active on given data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_dynamic.functional.density import count_active
+
+from .collect import Collector, Pass
+from .loss import _is_number
+from .report import DensityReport, DensityRow
+from .structure import Activation
+
+
+def measure_density(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    threshold: float = 1e-3,
+    activation_modules: str | Sequence[str] | None = None,
+    include_padding: bool = False,
+    max_batches: int | None = None,
+    forward: Callable[[Any, Any], Any] | None = None,
+) -> DensityReport:
+    """The share of active neurons in each feed-forward layer, exactly and above a threshold.
+
+        density = #{|a| > 0} / #a,   and   #{|a| > threshold} / #a,   over the real tokens of all batches
+
+    In eval mode and without gradients; each module's mode is afterwards what it was. GELU is exactly 0 only where it
+    underflows (in float32 below -5.5 or so), so the exact density depends on the dtype, which the report names.
+
+    Args:
+        model: any model, with or without PEFT.
+        dataloader: batches; a dict is passed as keywords, a tuple as positions, a tensor as the one argument.
+        threshold: of the second count.
+        activation_modules: as in `ActivationDensityLoss`.
+        include_padding: count padding too, as the authors' code does.
+        max_batches: stop after so many.
+        forward: `forward(model, batch)` in place of the call described above, e.g. one that generates.
+
+    Returns:
+        The `DensityReport`.
+
+    Raises:
+        ValueError: the threshold is negative, there are no batches, or the model has no activations that are found.
+
+    Source: Runwal et al., AAAI 2025, arXiv 2402.01911; the mean of the report is theirs (over layers, of exact counts).
+    """
+    if not _is_number(threshold) or threshold < 0:
+        raise ValueError(f"threshold must be a number of at least 0, got {threshold!r}; 1e-3 is usual.")
+    counts: dict[str, list[int]] = {}
+    dtypes: dict[str, str] = {}
+
+    def count(layer: Activation, module: nn.Module, args: tuple, output: torch.Tensor, current: Pass | None) -> None:
+        if current is None:
+            return
+        fitted, mask = (output, None) if include_padding else current.fit(output, layer)
+        exact, total = count_active(fitted, 0.0, mask)
+        above, _ = count_active(fitted, threshold, mask)
+        sums = counts.setdefault(layer.name, [0, 0, 0])
+        sums[:] = [sums[0] + exact, sums[1] + above, sums[2] + total]
+        dtypes[layer.name] = str(output.dtype).removeprefix("torch.")
+
+    collector = Collector(model, activation_modules, lambda _: True, count, lambda done, output: None)
+    try:
+        with _evaluation(model):
+            device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+            for number, batch in enumerate(dataloader):
+                if max_batches is not None and number >= max_batches:
+                    break
+                _call(model, _to(batch, device), forward)
+    finally:
+        collector.remove()
+    rows = [
+        DensityRow(layer.name, layer.stack, sums[0] / sums[2], sums[1] / sums[2], sums[2], dtypes[layer.name])
+        for layer in collector.layers
+        if (sums := counts.get(layer.name)) and sums[2]
+    ]
+    if not rows:
+        raise ValueError(
+            "dataloader: no activation was counted. It gave no batches, or every token was padding, or the forward "
+            "pass went past the model; pass include_padding=True or another `forward`."
+        )
+    return DensityReport(float(threshold), rows)
+
+
+def _call(model: nn.Module, batch: Any, forward: Callable[[Any, Any], Any] | None) -> None:
+    if forward is not None:
+        forward(model, batch)
+    elif isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, tuple | list):
+        model(*batch)
+    else:
+        model(batch)
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _to(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return [_to(value, device) for value in batch]
+    return batch
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Any:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,180 @@
+"""The density report: what share of each layer's activations is active, as a table, a picture and JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from peft_dynamic.ranks import PLOT_SUFFIXES
+
+
+@dataclass(frozen=True)
+class DensityRow:
+    """One layer.
+
+    Attributes:
+        layer: name of the activation module.
+        stack: "model", or "encoder" and "decoder" where the model has both.
+        exact: share of the activations that are not exactly 0, from 0 to 1.
+        above: share of the activations with |a| > threshold.
+        activations: how many were counted.
+        dtype: in which they were computed, e.g. "float32"; exact zeros depend on it.
+    """
+
+    layer: str
+    stack: str
+    exact: float
+    above: float
+    activations: int
+    dtype: str
+
+
+@dataclass
+class DensityReport:
+    """Densities of a model's layers, as `measure_density` finds them.
+
+    Args:
+        threshold: of `above`.
+        rows: one `DensityRow` per layer.
+    """
+
+    threshold: float
+    rows: list[DensityRow] = field(default_factory=list)
+
+    def mean(self, stack: str | None = None, exact: bool = True) -> float:
+        """The mean over layers, each counting the same.
+
+        Args:
+            stack: of the "encoder" or the "decoder" alone; None for all layers.
+            exact: the exact density; False for the one above the threshold.
+
+        Raises:
+            ValueError: there is no such stack.
+        """
+        values = [row.exact if exact else row.above for row in self.rows if stack in (None, row.stack)]
+        if not values:
+            raise ValueError(f"stack={stack!r}: the layers are of {sorted({row.stack for row in self.rows})}.")
+        return sum(values) / len(values)
+
+    def reduction(self, other: DensityReport, stack: str | None = None, exact: bool = True) -> float:
+        """How much lower the mean is than another model's, as a share of it: (other - self) / other."""
+        before = other.mean(stack, exact)
+        return (before - self.mean(stack, exact)) / before if before else 0.0
+
+    def table(self) -> str:
+        """The report as a plain-text table, in per cent."""
+        table = Table("layer")
+        for name in ("exact %", f"|a| > {self.threshold:g} %"):
+            table.add_column(name, justify="right")
+        table.add_column("dtype")
+        for row in self.rows:
+            table.add_row(row.layer, f"{100 * row.exact:.2f}", f"{100 * row.above:.2f}", row.dtype)
+        stacks = list(dict.fromkeys(row.stack for row in self.rows))
+        for stack in [*stacks, None] if len(stacks) > 1 else [None]:
+            name = "mean" if stack is None else f"mean of the {stack}"
+            table.add_row(name, f"{100 * self.mean(stack):.2f}", f"{100 * self.mean(stack, exact=False):.2f}", "")
+        text = io.StringIO()
+        Console(file=text, width=200, color_system=None).print(table)
+        return text.getvalue()
+
+    def plot(self, path: str | Path, title: str | None = None, before: DensityReport | None = None) -> Path:
+        """Draw the density over the layers and write a picture.
+
+        Args:
+            path: where to write; ".png", ".svg" and ".pdf" say the format. Missing folders are made.
+            title: a line above the picture.
+            before: another model's report, drawn dashed for comparison.
+
+        Returns:
+            `path`.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: another suffix.
+        """
+        path = Path(path)
+        if path.suffix.lower() not in PLOT_SUFFIXES:
+            raise ValueError(
+                f"path={str(path)!r}: the suffix says the format and must be one of {', '.join(PLOT_SUFFIXES)}; "
+                f"try {path.stem + '.png'!r}."
+            )
+        try:
+            from matplotlib.figure import Figure  # not pyplot: no global state, no display
+        except ImportError as error:
+            raise ImportError(
+                "DensityReport.plot needs matplotlib: pip install 'peft-dynamic[plot]'. DensityReport.table() does "
+                "without."
+            ) from error
+
+        stacks = list(dict.fromkeys(row.stack for row in self.rows))
+        figure = Figure(figsize=(1.6 + 4.2 * len(stacks), 3.6), layout="constrained")
+        axes = figure.subplots(1, len(stacks), squeeze=False, sharey=True)[0]
+        for axis, stack in zip(axes, stacks, strict=True):
+            for report, line, suffix in ((before, "--", ", before"), (self, "-", "")):
+                rows = [row for row in report.rows if row.stack == stack] if report is not None else []
+                for values, color, size, label in (  # where the two agree, one ring lies around the other's dot
+                    ([row.exact for row in rows], "C0", 8, "not exactly 0"),
+                    ([row.above for row in rows], "C1", 4, f"|a| > {report.threshold:g}" if report is not None else ""),
+                ):
+                    if rows:
+                        numbers: Sequence[int] = range(1, len(rows) + 1)
+                        points = [100 * value for value in values]
+                        style = {
+                            "color": color,
+                            "marker": "o",
+                            "markersize": size,
+                            "fillstyle": "none" if size > 4 else "full",
+                        }
+                        axis.plot(numbers, points, line, label=label + suffix, **style)
+            axis.set_ylim(-3, 103)
+            axis.set_xlabel("layer" if stack == "model" else f"layer of the {stack}")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0].set_ylabel("active neurons, %")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+        if title:
+            figure.suptitle(title)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+        return path
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The report as JSON text, also written to `path` if given."""
+        means = {
+            stack or "all": {"exact": self.mean(stack), "above": self.mean(stack, exact=False)}
+            for stack in [None, *dict.fromkeys(row.stack for row in self.rows)]
+        }
+        content = {"threshold": self.threshold, "mean": means, "layers": [asdict(row) for row in self.rows]}
+        text = json.dumps(content, indent=2) + "\n"
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> DensityReport:
+        """The report that `to_json` wrote.
+
+        Args:
+            source: the path of the file, or the JSON text itself (a string that starts with a brace).
+
+        Raises:
+            ValueError: the text is not a density report.
+        """
+        is_text = isinstance(source, str) and source.lstrip().startswith("{")
+        text = str(source) if is_text else Path(source).read_text(encoding="utf-8")
+        try:
+            content = json.loads(text)
+            return cls(float(content["threshold"]), [DensityRow(**row) for row in content["layers"]])
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            where = "the given text" if is_text else str(source)
+            raise ValueError(
+                f"source: {where} is no density report; pass what DensityReport.to_json wrote ({error})."
+            ) from error

@@ -1,0 +1,194 @@
+"""Activation density: a smooth count of the non-zero activations, its gradient, and the exact counts.
+
+Equations, with a an activation, F the neurons of a layer, T_b the real tokens of sample b, and B the samples that have
+any:
+
+    (1)  s(a) = a^2 / (a^2 + eps)                      rational, the authors' code
+    (2)  s(a) = tanh(|a| / sqrt(eps))                  tanh
+    (3)  s(a) = min(1, |a| / sqrt(eps))                hinge
+    (4)  d_l  = 1/B sum_b 1/T_b sum_{t in b} 1/F sum_f s(a_btf)
+    (5)  D    = sum_stacks 1/L sum_l w_l d_l           L layers of the stack: one stack, or encoder and decoder
+
+Notable: the mean in (4) goes over samples last, as in the authors' code. So the mean over equal parts of a batch, be
+they steps of gradient accumulation or processes, is the whole batch's value, whatever the lengths of its samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+SURROGATES = ("rational", "tanh", "hinge")
+
+
+def surrogate(a: torch.Tensor, eps: float = 1e-7, kind: str = "rational") -> torch.Tensor:
+    """The smooth stand-in for "a is not 0": equations (1) to (3), at least in float32.
+
+    All three are 0 at 0, go to 1, and share a width of sqrt(eps): there the rational one is 1/2.
+
+    Args:
+        a: activations, any shape.
+        eps: positive; the square of the width.
+        kind: one of `SURROGATES`.
+
+    Returns:
+        s(a), of a's shape, float32 or float64.
+    """
+    a = _wide(a)
+    if kind == "rational":
+        square = a * a
+        return square / (square + eps)
+    if kind == "tanh":
+        return torch.tanh(a.abs() / eps**0.5)
+    if kind == "hinge":
+        return (a.abs() / eps**0.5).clamp(max=1.0)
+    raise ValueError(f"surrogate must be one of {SURROGATES}, got {kind!r}.")
+
+
+def surrogate_gradient(a: torch.Tensor, eps: float = 1e-7, kind: str = "rational") -> torch.Tensor:
+    """ds/da of `surrogate`, at least in float32; 0 at the kinks of tanh (a = 0) and hinge (a = 0 and beyond the width).
+
+    The rational one is 2 a eps / (a^2 + eps)^2: largest at |a| = sqrt(eps / 3), and 2 eps / |a|^3 far out.
+    """
+    a = _wide(a)
+    if kind == "rational":
+        total = (a * a).add_(eps)
+        return a.div(total).div_(total).mul_(2 * eps)
+    width = eps**0.5
+    if kind == "tanh":
+        return a.sign() * (1 - torch.tanh(a.abs() / width) ** 2) / width
+    if kind == "hinge":
+        return a.sign() * (a.abs() < width) / width
+    raise ValueError(f"surrogate must be one of {SURROGATES}, got {kind!r}.")
+
+
+def token_weights(mask: torch.Tensor) -> torch.Tensor:
+    """The weight of each token in equation (4): 1 / (B T_b) for a real token, 0 for padding.
+
+    Args:
+        mask: (batch, tokens), 0 or False at padding.
+
+    Returns:
+        (batch, tokens) float32; sums to 1, or to 0 where there is no real token at all.
+    """
+    real = (mask != 0).float()
+    lengths = real.sum(dim=1, keepdim=True)
+    samples = (lengths > 0).sum().clamp(min=1)
+    return real / lengths.clamp(min=1) / samples
+
+
+class _Density(torch.autograd.Function):
+    """Equation (4) as one node, so that autograd keeps one tensor and none of the intermediate ones."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        a: torch.Tensor,
+        weights: torch.Tensor | None,
+        eps: float,
+        kind: str,
+        source: torch.Tensor | None,
+        remake: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(a if remake is None else source)
+        ctx.weights, ctx.eps, ctx.kind, ctx.remake, ctx.dtype = weights, eps, kind, remake, a.dtype
+        rows = torch.cat([surrogate(part, eps, kind).mean(dim=-1) for part in _parts(a)])
+        return rows.mean() if weights is None else (rows * weights.flatten()).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # grad: ()
+        (saved,) = ctx.saved_tensors
+        a = saved if ctx.remake is None else ctx.remake(saved)
+        gradient = torch.empty(a.shape, dtype=ctx.dtype, device=a.device)
+        scale = grad / a.numel() if ctx.weights is None else (ctx.weights * (grad / a.shape[-1])).view(-1, 1)
+        first = 0
+        for part, into in zip(_parts(a), _parts(gradient), strict=True):
+            last = first + len(part)
+            part_scale = scale if ctx.weights is None else scale[first:last]
+            values = surrogate_gradient(part, ctx.eps, ctx.kind)
+            if values.dtype == into.dtype:
+                torch.mul(values, part_scale, out=into)
+            else:
+                into.copy_(values.mul_(part_scale))
+            first = last
+        return gradient, None, None, None, None, None
+
+
+def layer_density(
+    a: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    eps: float = 1e-7,
+    kind: str = "rational",
+    source: torch.Tensor | None = None,
+    remake: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """d_l of equation (4), differentiable once with respect to `a`.
+
+    Args:
+        a: (batch, tokens, neurons), or with `weights=None` any shape.
+        weights: (batch, tokens) from `token_weights`; None for the plain mean.
+        eps: as in `surrogate`.
+        kind: as in `surrogate`.
+        source: what autograd keeps instead of `a`, e.g. the activation's input, which its own backward keeps anyway.
+        remake: makes `a` from `source` for the backward pass, without gradients.
+
+    Returns:
+        () float32, or float64 for a float64 `a`.
+    """
+    if weights is not None:
+        weights = weights.to(device=a.device, dtype=_wide(a[:0]).dtype)
+    if source is not None:
+        source = source.detach()
+    return _Density.apply(a, weights, float(eps), kind, source, remake)
+
+
+def combine(
+    densities: Sequence[torch.Tensor], weights: Sequence[float] | None = None, stacks: Sequence[str] | None = None
+) -> torch.Tensor:
+    """D of equation (5).
+
+    Args:
+        densities: d_l of each layer, ().
+        weights: w_l of each layer; None for 1.
+        stacks: the stack of each layer, e.g. "encoder" or "decoder"; None for one stack.
+
+    Returns:
+        ().
+    """
+    names = list(stacks) if stacks is not None else [""] * len(densities)
+    factors = list(weights) if weights is not None else [1.0] * len(densities)
+    layers = {name: names.count(name) for name in names}
+    total = sum(
+        factor / layers[name] * value for value, factor, name in zip(densities, factors, names, strict=True) if factor
+    )
+    return total if isinstance(total, torch.Tensor) else densities[0].new_zeros(())
+
+
+def count_active(a: torch.Tensor, threshold: float = 0.0, mask: torch.Tensor | None = None) -> tuple[int, int]:
+    """How many activations of real tokens have |a| > threshold, and how many there are.
+
+    Args:
+        a: (batch, tokens, neurons), or with `mask=None` any shape.
+        threshold: 0 counts what is not exactly 0, in a's own dtype.
+        mask: (batch, tokens), 0 or False at padding.
+
+    Returns:
+        (active, all). NaN counts as active.
+    """
+    if mask is not None:
+        a = a[(mask != 0).to(a.device)]
+    return a.numel() - int((a.abs() <= threshold).sum()), a.numel()
+
+
+def _parts(a: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Views of (tokens, neurons): on a CPU pieces that stay in its cache, elsewhere one, since each launch costs."""
+    flat = a.reshape(-1, a.shape[-1])
+    return flat.split(max(1, 2**16 // a.shape[-1])) if a.device.type == "cpu" else (flat,)
+
+
+def _wide(a: torch.Tensor) -> torch.Tensor:
+    return a if a.dtype in (torch.float32, torch.float64) else a.float()
