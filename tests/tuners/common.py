@@ -80,3 +80,15 @@ def train(model: Any, steps: int, optimizer: Any = None, data: Any = None, accum
 
 def trainable_state(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def losses(model: Any, steps: int, lr: float, **inputs: torch.Tensor) -> list[float]:
+    """Of so many steps of AdamW on the same batch."""
+    optimizer, found = optimizer_of(model, lr), []
+    for _ in range(steps):
+        loss = model.train()(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found

@@ -19,6 +19,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from peft_dynamic.tuners.loretta_adp import LorettaAdpConfig, LorettaAdpLayer, TensorTrainLinear
 from peft_dynamic.tuners.loretta_adp.structure import find_norms, find_targets
+from tests.conformance.cases import perturb
 from tests.tuners.common import rows, tiny_llama
 
 pytestmark = [
@@ -58,15 +59,6 @@ def tiny_roberta() -> nn.Module:
     torch.manual_seed(0)
     config = transformers.RobertaConfig(**SIZES)
     return transformers.RobertaForSequenceClassification(config).eval()
-
-
-def perturb(model: nn.Module, seed: int = 1) -> None:
-    """Random values for all that training would change."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
 def logits(model: nn.Module, ids: torch.Tensor | None = None) -> torch.Tensor:

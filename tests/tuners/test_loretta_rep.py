@@ -26,6 +26,7 @@ from transformers import (
 from peft_dynamic import LorettaRepConfig, export_lora
 from tests.conformance.cases import perturb
 from tests.stock_cases import build, compute
+from tests.tuners.common import losses
 
 
 def trainable(model: nn.Module) -> int:
@@ -250,15 +251,8 @@ def test_minilm_learns(model_path: Path) -> None:
     base = AutoModelForSequenceClassification.from_pretrained(model_path)
     model = get_peft_model(base, LorettaRepConfig(target_modules=["query", "value"], task_type="SEQ_CLS"))
     ids, labels = torch.randint(1000, 2000, (8, 12)), torch.tensor([0, 1] * 4)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    losses = []
-    for _ in range(30):
-        loss = model.train()(input_ids=ids, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
+    found = losses(model, 30, 5e-3, input_ids=ids, labels=labels)
+    assert found[-1] < 0.5 * found[0]
 
 
 @pytest.mark.model("smollm2")
@@ -276,12 +270,5 @@ def test_smollm2_in_low_precision_with_noise_removal(model_path: Path) -> None:
     }  # norms are whole
     with torch.no_grad():
         assert (model(ids).logits.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    losses = []
-    for _ in range(4):
-        loss = model.train()(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
+    found = losses(model, 4, 3e-3, input_ids=ids, labels=ids)
+    assert found[-1] < found[0]

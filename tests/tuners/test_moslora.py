@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_dynamic import DyLoRAConfig, MoSLoRAConfig
 from tests.stock_cases import build, compute
+from tests.tuners.common import losses
 
 
 def mlp(**settings: object) -> nn.Module:
@@ -229,15 +230,8 @@ def test_smollm2_trains_and_exports(model_path: Path, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(model_path)
     model = get_peft_model(base, MoSLoRAConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     ids = torch.randint(0, 1000, (2, 16))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    losses = []
-    for _ in range(4):
-        loss = model.train()(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
+    found = losses(model, 4, 3e-3, input_ids=ids, labels=ids)
+    assert found[-1] < 0.8 * found[0]
     export_lora(model, tmp_path)
     with torch.no_grad():
         ours = model.eval()(ids).logits
