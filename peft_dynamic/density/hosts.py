@@ -101,5 +101,5 @@ def watch_trainers() -> None:
             seen[:] = [0.0, 0]
         return log(self, logs, *args, **kwargs)
 
-    with_density._adds_activation_density = True  # type: ignore[attr-defined]
+    with_density._adds_activation_density = True  # type: ignore[attr-defined]  # a mark on a function
     Trainer.training_step, Trainer.log = with_density, log_density
