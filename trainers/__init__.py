@@ -1,6 +1,7 @@
 """Trainers that go with the adapters, for use with any PEFT adapter or none.
 
-This folder is installed, and meant to be imported, as `peft_dynamic.trainers`. There are no trainers in it yet.
+This folder is installed, and meant to be imported, as `peft_dynamic.trainers`. A name below is fetched from its package
+when it is first asked for, so that a trainer brings in what it needs (TRL, for most) and nothing for the others.
 
 From a checkout's root Python also finds it as a bare `trainers`. To keep that from making every class twice, the bare
 name, and every module below it, is turned into the one under `peft_dynamic.trainers`.
@@ -13,8 +14,25 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+
+# Public name: the package that has it.
+_PLACES: dict[str, str] = {}
 
 __all__: list[str] = []
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"peft_dynamic.trainers.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PLACES])
 
 
 class _Alias(importlib.abc.MetaPathFinder, importlib.abc.Loader):
