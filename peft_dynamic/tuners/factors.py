@@ -75,9 +75,11 @@ class FactorView:
         """What is shown for the stored tensor `full`: computed once per training forward pass, kept in inference."""
         if self.is_plain():
             return full
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and not self.in_forward):
+        if torch.compiler.is_compiling():
             return self.anew(full)
         if torch.is_grad_enabled():
+            if not self.in_forward:
+                return self.anew(full)
             if self.pending is None:  # PEFT asks for the weight's dtype, then for the weight
                 self.pending = self.anew(full)
             return self.pending
@@ -134,12 +136,9 @@ class _ViewedModule(nn.Module):
         full = self._parameters.get("weight")
         if full is None and (full := self.__dict__.get("weight")) is None:
             raise AttributeError("weight")
-        view = self.view
-        if view.is_plain():
-            return full
         if not torch.compiler.is_compiling() and sys._getframe(1).f_globals.get("__name__", "").startswith(FSDP1):
             return full
-        return view.of(full)
+        return self.view.of(full)
 
     # FSDP1 takes the parameter out and puts plain tensors in its place. It asks for them by name, and trains what it
     # is given.

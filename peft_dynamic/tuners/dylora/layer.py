@@ -70,9 +70,14 @@ class AdapterRanks(LayerViews):
 
     def state_key(self) -> tuple[int, ...]:
         """Changes whenever the factors do; the step counter is for optimizers that bypass torch's version counters."""
-        a, b = self.factors()
+        (holder_a, name_a, view_a), (holder_b, name_b, _) = self.parts
+        # Asked for at every look at a factor, where decoding one token at a time feels it: no function calls here.
+        a: torch.Tensor | None = holder_a._parameters.get(name_a)
+        b: torch.Tensor | None = holder_b._parameters.get(name_b)
+        if a is None or b is None:
+            a, b = self.factors()
         key = (self.schedule.updates, id(a), a._version, id(b), b._version)
-        mixer = self.parts[0][2].mixer
+        mixer = view_a.mixer
         return key if mixer is None else (*key, id(mixer.weight), mixer.weight._version)
 
     @torch.compiler.disable
