@@ -20,7 +20,7 @@ from benchmarks.adapter_quality.run import METHODS, RUNS, SEEDS, TASKS, TUNE_SEE
 from benchmarks.tasks import read
 
 BY_SEED = dict[int, dict[str, Any]]
-MARKERS = dict(zip(METHODS, "osD^vP*<>X", strict=True))
+MARKERS = dict(zip(METHODS, "osD^vP*<>Xhp", strict=True))
 METRICS = {"accuracy": "accuracy (%)", "matthews": "Matthews (x 100)", "correlation": "Pearson and Spearman (x 100)"}
 
 

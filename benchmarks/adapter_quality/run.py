@@ -70,11 +70,12 @@ def lora(**arguments: Any) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Method:
-    """An adapter: what makes its configuration, and whether that takes target modules and lora_alpha."""
+    """An adapter: what makes its configuration, whether that takes target modules and lora_alpha, and which modules."""
 
     config: Callable[..., Any]
     targeted: bool = True
     alpha: int = 16
+    everywhere: bool = False  # all linear layers in place of the task's target modules
 
 
 SMALL = {"bottleneck": 8, "tensor_rank": 4, "train_layer_norms": False, "tensorize_classifier": False}
@@ -89,6 +90,10 @@ METHODS = {
     "loretta-rep-small": Method(ours("LorettaRepConfig", **SMALL)),
     "loretta-rep-small-noise": Method(ours("LorettaRepConfig", init_weights="noise_removal", **SMALL)),
     "loretta-rep-small-8": Method(ours("LorettaRepConfig", **SMALL), alpha=64),
+    "lora-all": Method(lora(), everywhere=True),
+    "loretta-rep-all-noise": Method(
+        ours("LorettaRepConfig", init_weights="noise_removal", **SMALL | {"tensor_rank": 5}), everywhere=True
+    ),
     "loretta-adp": Method(ours("LorettaAdpConfig", bottleneck=64, tensor_rank=5), targeted=False),
 }
 
@@ -96,7 +101,8 @@ METHODS = {
 def build(task: Setting, method: Method, seed: int, models: Path) -> torch.nn.Module:
     """The model with its adapter, in float32; everything runs under autocast to bfloat16."""
     base, task_type = load(task, seed, models, num_labels=1 if task.metric == "correlation" else 2)
-    common = {"target_modules": list(task.targets), "lora_alpha": method.alpha} if method.targeted else {}
+    targets = "all-linear" if method.everywhere else list(task.targets)
+    common = {"target_modules": targets, "lora_alpha": method.alpha} if method.targeted else {}
     return get_peft_model(base, method.config(task_type=task_type, **common))
 
 
