@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from peft_dynamic.ranks import PLOT_SUFFIXES
+from peft_dynamic.curves import as_text, new_figure, picture_path, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,7 @@ class DensityReport:
         for stack in [*stacks, None] if len(stacks) > 1 else [None]:
             name = "mean" if stack is None else f"mean of the {stack}"
             table.add_row(name, f"{100 * self.mean(stack):.2f}", f"{100 * self.mean(stack, exact=False):.2f}", "")
-        text = io.StringIO()
-        Console(file=text, width=200, color_system=None).print(table)
-        return text.getvalue()
+        return as_text(table, width=200)
 
     def plot(self, path: str | Path, title: str | None = None, before: DensityReport | None = None) -> Path:
         """Draw the density over the layers and write a picture.
@@ -98,22 +94,9 @@ class DensityReport:
             ImportError: matplotlib is not installed.
             ValueError: another suffix.
         """
-        path = Path(path)
-        if path.suffix.lower() not in PLOT_SUFFIXES:
-            raise ValueError(
-                f"path={str(path)!r}: the suffix says the format and must be one of {', '.join(PLOT_SUFFIXES)}; "
-                f"try {path.stem + '.png'!r}."
-            )
-        try:
-            from matplotlib.figure import Figure  # not pyplot: no global state, no display
-        except ImportError as error:
-            raise ImportError(
-                "DensityReport.plot needs matplotlib: pip install 'peft-dynamic[plot]'. DensityReport.table() does "
-                "without."
-            ) from error
-
+        path = picture_path(path)
         stacks = list(dict.fromkeys(row.stack for row in self.rows))
-        figure = Figure(figsize=(1.6 + 4.2 * len(stacks), 3.6), layout="constrained")
+        figure = new_figure("DensityReport", 1.6 + 4.2 * len(stacks), 3.6)
         axes = figure.subplots(1, len(stacks), squeeze=False, sharey=True)[0]
         for axis, stack in zip(axes, stacks, strict=True):
             for report, line, suffix in ((before, "--", ", before"), (self, "-", "")):
@@ -152,11 +135,7 @@ class DensityReport:
             for stack in [None, *dict.fromkeys(row.stack for row in self.rows)]
         }
         content = {"threshold": self.threshold, "mean": means, "layers": [asdict(row) for row in self.rows]}
-        text = json.dumps(content, indent=2) + "\n"
-        if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text(text, encoding="utf-8")
-        return text
+        return write_json(content, path)
 
     @classmethod
     def from_json(cls, source: str | Path) -> DensityReport:
@@ -168,13 +147,8 @@ class DensityReport:
         Raises:
             ValueError: the text is not a density report.
         """
-        is_text = isinstance(source, str) and source.lstrip().startswith("{")
-        text = str(source) if is_text else Path(source).read_text(encoding="utf-8")
-        try:
-            content = json.loads(text)
+
+        def build(content: Any) -> DensityReport:
             return cls(float(content["threshold"]), [DensityRow(**row) for row in content["layers"]])
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            where = "the given text" if is_text else str(source)
-            raise ValueError(
-                f"source: {where} is no density report; pass what DensityReport.to_json wrote ({error})."
-            ) from error
+
+        return read_json(source, "density report", "DensityReport.to_json", build)
