@@ -1,6 +1,6 @@
 """Trainers that go with the adapters, for use with any PEFT adapter or none.
 
-This folder is installed, and meant to be imported, as `peft_dynamic.trainers`. A name below is fetched from its package
+This folder is installed, and meant to be imported, as `peft_dynamic.trainers`. A name below is fetched from its module
 when it is first asked for, so that a trainer brings in what it needs (TRL, for most) and nothing for the others.
 
 From a checkout's root Python also finds it as a bare `trainers`. To keep that from making every class twice, the bare
@@ -17,12 +17,16 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    pass
+    from peft_dynamic.trainers.soft.config import SoFTConfig
+    from peft_dynamic.trainers.soft.trainer import SoFTTrainer
 
-# Public name: the package that has it.
-_PLACES: dict[str, str] = {}
+# Public name: the module that has it.
+_PLACES: dict[str, str] = {
+    "SoFTConfig": "soft.config",
+    "SoFTTrainer": "soft.trainer",
+}
 
-__all__: list[str] = []
+__all__ = ["SoFTConfig", "SoFTTrainer"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,3 +1,4 @@
-"""SoFT: one fine-tuning run for many depths, and leaving the model early."""
+"""SoFT: one fine-tuning run for many depths, and leaving the model early.
 
-__all__: list[str] = []
+The modules are imported one by one, by `peft_dynamic.trainers`: only training needs TRL.
+"""

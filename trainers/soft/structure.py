@@ -173,7 +173,7 @@ def _check_head(decoder: Decoder, kind: str) -> None:
     if not isinstance(head, nn.Linear) or hasattr(head, "base_layer"):
         raise _refused(
             kind,
-            f"its head is a {name}, and the exits multiply by the head's weight, so an adapter on it would not be trained",
+            f"its head is a {name}; the exits multiply by the head's weight, so an adapter on it would not be trained",
             "keep it out of target_modules and trainable_token_indices (modules_to_save=['lm_head'] trains it)",
         )
     if is_quantized(head):

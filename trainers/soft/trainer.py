@@ -1,0 +1,248 @@
+"""SoFT on TRL's SFTTrainer: one run, many depths.
+
+Notable: all exits' losses come from one pass of the backbone, inside the model's forward, where DDP and FSDP expect
+them. Hooks take the states of the layers, the tokens without a label are dropped, and what is left goes through the
+model's own norm and head in `exit_losses`, which holds no more than one chunk of logits.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftType
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
+from transformers.utils import ModelOutput
+from trl import SFTTrainer
+
+from peft_dynamic.functional.exit_loss import IGNORED, exit_losses
+from peft_dynamic.trainers.soft.config import SoFTConfig, draw_exits
+from peft_dynamic.trainers.soft.structure import Decoder, check_decoder, find_decoder, layer_state
+from peft_dynamic.tuners.quantization import keep_training_on_cpu
+
+_CITATION = """\
+@inproceedings{kavehzadeh2024sorted,
+    title = {{Sorted LLaMA: Unlocking the Potential of Intermediate Layers of Large Language Models for
+        Dynamic Inference}},
+    author = {Parsa Kavehzadeh and Mojtaba Valipour and Marzieh Tahaei and Ali Ghodsi and Boxing Chen and
+        Mehdi Rezagholizadeh},
+    booktitle = {Findings of the Association for Computational Linguistics: EACL 2024},
+    year = 2024
+}"""
+
+
+@dataclass
+class ExitOutput(ModelOutput):
+    """What the model returns for `exits=[...]`, of E exits; the sums go over the labelled tokens.
+
+    Attributes:
+        loss: () the weighted sum of `nll`, with gradients.
+        nll: (E,) the exits' summed losses.
+        correct: (E,) how many tokens each exit finds likeliest.
+        tokens: () how many tokens have a label.
+    """
+
+    loss: torch.Tensor | None = None
+    nll: torch.Tensor | None = None
+    correct: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+
+
+class SoFTTrainer(SFTTrainer):
+    """Fine-tunes a causal language model so that it can be left after any of several depths (SoFT).
+
+    Takes what `trl.SFTTrainer` takes, with a `SoFTConfig` as `args`: text, chat, prompt and completion, packing,
+    padding-free batches, assistant-only loss, any PEFT adapter, quantised base models, checkpointing and resume. The
+    loss is the weighted mean over the exits of the loss of the model cut to each exit, with the final norm and the head
+    shared, divided by the number of labelled tokens in the step as `SFTTrainer` does.
+
+    Overrides `__init__` (checks, and one more wrapper around the model's forward), `compute_loss` and nothing else.
+    Logged are `exit_<depth>_loss` for each exit, in training and evaluation, and of `SFTTrainer`'s metrics `num_tokens`
+    and the full depth's `mean_token_accuracy`, but not `entropy`.
+
+    Args:
+        model, data_collator, train_dataset, ...: as for `trl.SFTTrainer`.
+        args: a `SoFTConfig`; None for its defaults.
+
+    Raises:
+        ValueError: before any training, for what exits do not work with: an architecture without a list of layers, a
+            final norm and a plain head; an adapter on the head; a router's loss; `compute_loss_func`; sequence, context
+            and tensor parallelism; DeepSpeed ZeRO-3; `nn.DataParallel`.
+
+    Source: P. Kavehzadeh, M. Valipour, M. Tahaei, A. Ghodsi, B. Chen, M. Rezagholizadeh: Sorted LLaMA: Unlocking the
+    Potential of Intermediate Layers of Large Language Models for Dynamic Inference, Findings of EACL 2024,
+    arXiv 2309.08968.
+    """
+
+    args: SoFTConfig
+    _tag_names = ["trl", "soft"]  # noqa: RUF012  # TRL's
+    _name = "SoFT"
+    _paper = {  # noqa: RUF012  # TRL's
+        "title": "Sorted LLaMA: Unlocking the Potential of Intermediate Layers of Large Language Models for Dynamic "
+        "Inference",
+        "id": "2309.08968",
+        "citation": _CITATION,
+    }
+
+    def __init__(self, model: Any, args: TrainingArguments | None = None, *positional: Any, **kwargs: Any) -> None:
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func: the loss of SoFT is that of its exits; leave it out.")
+        super().__init__(model, _soft_args(model, args), *positional, **kwargs)
+        self.decoder = find_decoder(self.model)
+        self._check_setting()
+        keep_training_on_cpu(self.model)
+        check_decoder(self.decoder)
+        self.exits = self.args.trained_exits(self.decoder.depth)
+        self.eval_exits = self.args.evaluated_exits(self.decoder.depth)
+        self._check_trained(self.exits[0])
+        self.exit_weights = dict(zip(self.exits, self.args.exit_weights or [1.0] * len(self.exits), strict=True))
+        # Of a forward without **kwargs Trainer thinks that it cannot divide by the tokens of a whole step; ours does.
+        self.model_accepts_loss_kwargs = True
+        _add_exits(self.decoder)
+
+    def _check_setting(self) -> None:
+        """Raise for what cannot work, as far as `SFTTrainer` has not."""
+        kind = type(self.decoder.model).__name__
+        if self.aux_loss_enabled:
+            raise ValueError(
+                f"router_aux_loss_coef={self.router_aux_loss_coef}: the auxiliary loss of {kind}'s routers is that of "
+                "the whole model and belongs to no exit; set router_aux_loss_coef=0.0."
+            )
+        configs = getattr(self.model, "peft_config", {})
+        if any(config.peft_type == PeftType.CPT for config in configs.values()):
+            raise ValueError("CPTConfig: context-aware prompt tuning makes its own loss from logits; use PromptTuning.")
+        parallel = self.accelerator.parallelism_config
+        if parallel is not None and (parallel.sp_enabled or parallel.cp_enabled or parallel.tp_enabled):
+            raise ValueError(
+                f"parallelism_config={parallel}: sequence, context and tensor parallelism split what the exits' losses "
+                "need whole; use DDP or FSDP."
+            )
+        plugin = self.args.deepspeed_plugin
+        if plugin is not None and plugin.zero_stage == 3:
+            raise ValueError(
+                "deepspeed: under ZeRO-3 the head is not whole where the exits need it; use ZeRO-2 or FSDP."
+            )
+
+    def _check_trained(self, shallowest: int) -> None:
+        """Raise if all that is trained lies behind the shallowest exit."""
+        deeper = {id(p) for layer in self.decoder.layers[shallowest:] for p in layer.parameters()}
+        if not any(p.requires_grad and id(p) not in deeper for p in self.model.parameters()):
+            raise ValueError(
+                f"exits={self.exits}: nothing that is trained lies in front of exit {shallowest}. Leave that exit out, "
+                "or train shallower layers too (an adapter's layers_to_transform and target_modules say which)."
+            )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        mode = "train" if self.model.training else "eval"
+        exits, weights = self._exits_of(mode)
+        output = model(**inputs, exits=exits, exit_weights=weights)
+        # As in SFTTrainer: clamped for a batch without labels, and num_items_in_batch counts all processes' tokens.
+        items = output.tokens if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        loss = output.loss / items.to(output.loss.device).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        self._record(mode, exits, output, inputs)
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            return loss, model(**{name: value for name, value in inputs.items() if name != "labels"})
+
+    def _exits_of(self, mode: str) -> tuple[list[int], list[float]]:
+        """The exits of this pass and their weights, which sum to 1."""
+        if mode == "eval" and self.args.eval_exits is not None:
+            return self.eval_exits, [1 / len(self.eval_exits)] * len(self.eval_exits)
+        others = self.args.exits_per_step if mode == "train" else None
+        exits = draw_exits(self.exits, others, self.args.seed, self.state.global_step)
+        weights = [self.exit_weights[k] for k in exits]
+        return exits, [weight / sum(weights) for weight in weights]
+
+    def _record(self, mode: str, exits: list[int], output: ExitOutput, inputs: dict[str, Any]) -> None:
+        """Add this batch to the metrics that `SFTTrainer.log` averages."""
+        assert output.nll is not None
+        assert output.correct is not None
+        assert output.tokens is not None
+        mask = inputs.get("attention_mask")
+        seen = torch.tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
+        counts = [output.tokens, output.correct[-1], seen.to(output.nll.device)]
+        sums = self.accelerator.gather_for_metrics(torch.stack([*output.nll, *counts])[None]).sum(0).tolist()
+        *nll, tokens, correct, seen = sums
+        metrics = self._metrics[mode]
+        for depth, value in zip(exits, nll, strict=True):
+            metrics[f"exit_{depth}_loss"].append(value / max(tokens, 1))
+        if exits[-1] == self.decoder.depth:
+            metrics["mean_token_accuracy"].append(correct / max(tokens, 1))
+        if mode == "train":
+            self._total_train_tokens += int(seen)
+        metrics["num_tokens"] = [self._total_train_tokens]
+
+
+def _soft_args(model: Any, args: TrainingArguments | None) -> SoFTConfig:
+    """A `SoFTConfig` of any training arguments, as SFTTrainer makes its own."""
+    if args is None:
+        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+        return SoFTConfig(f"{name.rstrip('/').split('/')[-1]}-SoFT")
+    if isinstance(args, SoFTConfig):
+        return args
+    return SoFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # to_dict hides the hub_token
+
+
+def _add_exits(decoder: Decoder) -> None:
+    """Give the model's forward the arguments `exits` and `exit_weights`; without them it is what it was."""
+    model = decoder.model
+    before: Callable[..., Any] = model.forward
+
+    # generate() and Trainer look at the signature
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, exits: list[int] | None = None, **kwargs: Any) -> Any:
+        if exits is None:
+            return before(*args, **kwargs)
+        return _exit_forward(decoder, args, kwargs, exits)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _exit_forward(decoder: Decoder, args: tuple, kwargs: dict[str, Any], exits: list[int]) -> ExitOutput:
+    """One pass of the backbone and the losses of its exits, summed over the labelled tokens."""
+    weights, labels = kwargs.pop("exit_weights"), kwargs.pop("labels")[:, 1:]
+    for name in ("output_hidden_states", "output_attentions", "return_dict"):  # PEFT passes them on, as None
+        kwargs.pop(name, None)
+    keep = labels != IGNORED
+    states: dict[int, torch.Tensor] = {}
+
+    def take(depth: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            states[depth] = layer_state(output)[:, :-1][keep]
+
+        return hook
+
+    handles = [decoder.layers[k - 1].register_forward_hook(take(k)) for k in exits if k < decoder.depth]
+    try:
+        last = decoder.backbone(*args, use_cache=False, **kwargs).last_hidden_state
+    finally:
+        for handle in handles:
+            handle.remove()
+    hidden = [last[:, :-1][keep] if k == decoder.depth else decoder.finish(states[k]) for k in exits]
+    head = decoder.head
+    weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in (head.weight, head.bias))
+    losses = exit_losses(
+        torch.stack([state.to(weight.device) for state in hidden]),
+        labels[keep].to(weight.device),
+        weight,
+        bias,
+        weights,
+        decoder.logit_scale,
+        decoder.softcap,
+    )
+    return ExitOutput(losses.loss, losses.nll, losses.correct, keep.sum().to(losses.nll.device))
