@@ -1,4 +1,4 @@
-"""SoFT by depth, beside what else one could do: SFT, SFT with a new head per exit, and fine-tuned models cut to a depth.
+"""SoFT by depth, beside what else one could do: SFT, SFT with a head per exit, and fine-tuned models cut to a depth.
 
     PYTHONPATH=. python benchmarks/soft_quality/run.py --data DATA --models MODELS [--only soft] [--seed 0]
 

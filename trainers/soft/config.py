@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
-from trl import SFTConfig
+try:
+    from trl import SFTConfig
+except ImportError as error:
+    raise ImportError("SoFTConfig needs TRL: pip install 'peft-dynamic[trl]'") from error
 
 PAPER_EXITS = 8
 

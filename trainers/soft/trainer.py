@@ -19,12 +19,16 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 from transformers.utils import ModelOutput
-from trl import SFTTrainer
 
 from peft_dynamic.functional.exit_loss import IGNORED, exit_losses
 from peft_dynamic.trainers.soft.config import SoFTConfig, draw_exits
 from peft_dynamic.trainers.soft.structure import Decoder, check_decoder, find_decoder, layer_state
 from peft_dynamic.tuners.quantization import keep_training_on_cpu
+
+try:
+    from trl import SFTTrainer
+except ImportError as error:
+    raise ImportError("SoFTTrainer needs TRL: pip install 'peft-dynamic[trl]'") from error
 
 _CITATION = """\
 @inproceedings{kavehzadeh2024sorted,
