@@ -79,12 +79,14 @@ class Shown:
 
     Attributes:
         decoder: the model's parts.
-        depth: how many layers were to be seen when the block was opened.
+        layers: all of its layers.
+        depth: how many of them were to be seen when the block was opened.
     """
 
     def __init__(self, view: _View) -> None:
         self._view = view
         self.decoder = view.decoder
+        self.layers = list(view.layers._modules.values())
         self.depth: int = view.blocks[-1].end if view.blocks else view.depth
         self.first = 0
         self.end: int = self.depth
@@ -173,17 +175,17 @@ def check_exits_work(model: nn.Module) -> None:
     with evaluating(decoder.model), shown_layers(model) as block:
         block.show(0, view.depth)
         middle = view.depth // 2
-        ran, states, _ = _trial(decoder, view.layers)
+        ran, states, _ = trial(decoder)
         if ran != list(range(view.depth)):
             raise _refused(decoder, f"its {view.depth} layers run in the order {ran}, not one after another")
         block.show(0, middle)
         try:
-            ran, _, logits = _trial(decoder, view.layers)
+            ran, _, logits = trial(decoder)
         except Exception as error:
             raise _refused(decoder, f"with {middle} of its {view.depth} layers it fails ({error!r})") from error
         if ran != list(range(middle)):
             raise _refused(decoder, f"with {middle} of its {view.depth} layers it runs the layers {ran}")
-        if not _alike(decoder.logits(states[middle - 1]), logits):
+        if not alike(decoder.logits(states[middle - 1]), logits):
             raise _refused(decoder, f"with {middle} layers its logits are not head(norm(output of layer {middle}))")
     _TRIED.add(decoder.stack)
 
@@ -257,14 +259,14 @@ def _check_rebuilds(small: Any) -> None:
         owner, _, leaf = name.rpartition(".")
         anew.get_submodule(owner)._buffers[leaf] = value
     with evaluating(small), evaluating(anew):
-        if not _alike(_logits(small), _logits(anew)):
+        if not alike(trial_logits(small), trial_logits(anew)):
             raise ValueError(
                 f"model: {kind} computes its layers by their number, so a smaller checkpoint would compute other "
                 "logits. Use exit_at in its place."
             )
 
 
-def _trial(decoder: Decoder, layers: nn.ModuleList) -> tuple[list[int], dict[int, torch.Tensor], torch.Tensor]:
+def trial(decoder: Decoder) -> tuple[list[int], dict[int, torch.Tensor], torch.Tensor]:
     """Run three tokens: which layers ran, their outputs, and the logits."""
     ran: list[int] = []
     states: dict[int, torch.Tensor] = {}
@@ -276,21 +278,25 @@ def _trial(decoder: Decoder, layers: nn.ModuleList) -> tuple[list[int], dict[int
 
         return hook
 
-    handles = [layer.register_forward_hook(note(number)) for number, layer in enumerate(layers._modules.values())]
+    handles = [
+        layer.register_forward_hook(note(number)) for number, layer in enumerate(decoder.layers._modules.values())
+    ]
     try:
-        logits = _logits(decoder.model)
+        logits = trial_logits(decoder.model)
     finally:
         for handle in handles:
             handle.remove()
     return ran, states, logits
 
 
-def _logits(model: Any) -> torch.Tensor:
+def trial_logits(model: Any) -> torch.Tensor:
+    """(1, 3, V) logits of three tokens."""
     ids = torch.arange(3, device=model.get_input_embeddings().weight.device)[None]
     return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
 
 
-def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two sets of logits are the same up to the rounding of short floats."""
     one, other = one.float(), other.float().to(one.device)
     return one.shape == other.shape and bool((one - other).abs().max() <= _CLOSE * other.abs().max())
 
