@@ -226,12 +226,13 @@ def test_the_density_term_is_added_in_full(tmp_path: Path) -> None:
         made.training_step(made.model, dict(batch), (batch["labels"][:, 1:] != -100).sum())
         found.append({name: p.grad for name, p in trained(made.model).items()})
     made.model.zero_grad()
-    made.model(**{name: value for name, value in batch.items() if name != "labels"})
+    output = made.model(**{name: value for name, value in batch.items() if name != "labels"})
     density.penalty().backward()
     alone = trained(made.model)
     for name, gradient in found[0].items():
         extra = alone[name].grad if alone[name].grad is not None else torch.zeros_like(gradient)
         torch.testing.assert_close(found[1][name] - gradient, extra, rtol=1e-3, atol=1e-5)
+    assert output.loss is None
     assert max(p.grad.abs().max() for p in alone.values() if p.grad is not None) > 1e-3
 
 
