@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
+from peft_dynamic.trainers.soft.structure import PAPER_EXITS, evenly_spaced
+
 try:
     from trl import SFTConfig
 except ImportError as error:
     raise ImportError("SoFTConfig needs TRL: pip install 'peft-dynamic[trl]'") from error
-
-PAPER_EXITS = 8
 
 
 # The annotations of fields are read by transformers' and TRL's parsers, which need them as objects: the parser of a
@@ -154,13 +154,6 @@ class SoFTConfig(SFTConfig):
             return self.trained_exits(depth)
         _check_depths("eval_exits", self.eval_exits, depth)
         return self.eval_exits
-
-
-def evenly_spaced(count: int, depth: int) -> list[int]:
-    """`count` depths from 3/10 of `depth` to `depth`, rounded half up, each once: 12, 16, ..., 40 for eight of 40."""
-    steps = max(1, count - 1)
-    depths = {(depth * (3 * steps + 7 * i) + 5 * steps) // (10 * steps) for i in range(steps + 1)}
-    return sorted(max(1, k) for k in depths) if count > 1 else [depth]
 
 
 def draw_exits(exits: list[int], others: int | None, seed: int, step: int) -> list[int]:

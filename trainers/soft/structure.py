@@ -18,6 +18,7 @@ from peft_dynamic.tuners.quantization import is_quantized
 
 _LAYERS = ("layers", "h", "blocks")
 _NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "final_norm", "layer_norm")
+PAPER_EXITS = 8
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,13 @@ def check_decoder(decoder: Decoder) -> None:
     own = decoder.logits(states[0]).to(logits.device)
     if own.shape != logits.shape or (own.float() - logits.float()).abs().max() > 0.02 * logits.float().abs().max():
         raise _refused(kind, "its logits are not head(norm(output of the last layer))")
+
+
+def evenly_spaced(count: int, depth: int) -> list[int]:
+    """`count` depths from 3/10 of `depth` to `depth`, rounded half up, each once: 12, 16, ..., 40 for eight of 40."""
+    steps = max(1, count - 1)
+    depths = {(depth * (3 * steps + 7 * i) + 5 * steps) // (10 * steps) for i in range(steps + 1)}
+    return sorted(max(1, k) for k in depths) if count > 1 else [depth]
 
 
 def layer_state(output: Any) -> torch.Tensor:
