@@ -17,16 +17,42 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peft_dynamic.trainers.soft.adaptive import generate_adaptive, paper_thresholds
+    from peft_dynamic.trainers.soft.calibrate import calibrate_thresholds
     from peft_dynamic.trainers.soft.config import SoFTConfig
+    from peft_dynamic.trainers.soft.curve import ExitCurve, exit_curve
+    from peft_dynamic.trainers.soft.exits import exit_at, truncate_to_exit
+    from peft_dynamic.trainers.soft.speculative import assisted_exit, generate_speculative
     from peft_dynamic.trainers.soft.trainer import SoFTTrainer
 
 # Public name: the module that has it.
 _PLACES: dict[str, str] = {
     "SoFTConfig": "soft.config",
     "SoFTTrainer": "soft.trainer",
+    "ExitCurve": "soft.curve",
+    "assisted_exit": "soft.speculative",
+    "calibrate_thresholds": "soft.calibrate",
+    "exit_at": "soft.exits",
+    "exit_curve": "soft.curve",
+    "generate_adaptive": "soft.adaptive",
+    "generate_speculative": "soft.speculative",
+    "paper_thresholds": "soft.adaptive",
+    "truncate_to_exit": "soft.exits",
 }
 
-__all__ = ["SoFTConfig", "SoFTTrainer"]
+__all__ = [
+    "ExitCurve",
+    "SoFTConfig",
+    "SoFTTrainer",
+    "assisted_exit",
+    "calibrate_thresholds",
+    "exit_at",
+    "exit_curve",
+    "generate_adaptive",
+    "generate_speculative",
+    "paper_thresholds",
+    "truncate_to_exit",
+]
 
 
 def __getattr__(name: str) -> Any:
