@@ -34,14 +34,14 @@ from peft_dynamic.trainers.soft.structure import Decoder, find_decoder, layer_st
 
 RUNS = Path(__file__).with_name("runs.jsonl")
 EXITS = [9, 12, 15, 18, 21, 24, 27, 30]  # SoFTConfig's own for 30 layers
-CUT = [9, 18]  # depths of the models that are cut first and then fine-tuned
+CUT = [15]  # depths of the models that are cut first and then fine-tuned
 GENERATED = [9, 15, 21, 27, 30]
 HEADS = [9, 15, 21, 27]  # exits that get a head of their own
 SEEDS = [0, 1, 2]
 TUNE_SEED = 7
 STEPS, BATCH, LENGTH = 40, 4, 128
 EVALUATED, TUNED, WRITTEN = 64, 32, 16  # rows: evaluated, for the choice of learning rates, continued by generation
-LR = {"sft": 1e-4, "soft": 1e-4, "cut": 1e-4, "heads": 1e-3}  # chosen with --tune
+LR = {"sft": 3e-4, "soft": 3e-4, "cut": 3e-4, "heads": 1e-3}
 
 
 def examples(data: Path, tune: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
