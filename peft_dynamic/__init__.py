@@ -1,6 +1,6 @@
 """peft_dynamic: adapters and trainers for Hugging Face PEFT and TRL. Importing it registers the tuners with PEFT."""
 
-from peft_dynamic.density import ActivationDensityLoss, DensityReport, measure_density
+from peft_dynamic.density import ActivationDensityLoss, DensityReport, measure_density, sparse_inference
 from peft_dynamic.export import export_lora
 from peft_dynamic.hub import push_adapter
 from peft_dynamic.ranks import RankCurve, rank_curve
@@ -38,4 +38,5 @@ __all__ = [
     "push_adapter",
     "rank_curve",
     "set_rank",
+    "sparse_inference",
 ]

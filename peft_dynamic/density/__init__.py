@@ -1,7 +1,16 @@
-"""Fewer active neurons: a loss on the density of the feed-forward activations, and its measurement."""
+"""Fewer active neurons: a loss on their density, its measurement, and decoding that skips the inactive ones."""
 
 from .loss import ActivationDensityLoss
 from .measure import measure_density
 from .report import DensityReport, DensityRow
+from .sparse import SparseInference, SparseLayer, sparse_inference
 
-__all__ = ["ActivationDensityLoss", "DensityReport", "DensityRow", "measure_density"]
+__all__ = [
+    "ActivationDensityLoss",
+    "DensityReport",
+    "DensityRow",
+    "SparseInference",
+    "SparseLayer",
+    "measure_density",
+    "sparse_inference",
+]

@@ -120,7 +120,7 @@ class Collector:
         config = getattr(base_model(model), "config", None)
         self._pad: int | None = getattr(config, "pad_token_id", None)
         self._handles = [layer.module.register_forward_hook(self._activation) for layer in self.layers]
-        for root in _roots(model):
+        for root in roots(model):
             self._handles.append(root.register_forward_pre_hook(self._enter, with_kwargs=True))
             self._handles.append(root.register_forward_hook(self._leave, always_call=True))
 
@@ -148,7 +148,8 @@ class Collector:
         self._on_activation(self._by_module[module], module, args, output, self.current)
 
 
-def _roots(model: nn.Module) -> list[nn.Module]:
+def roots(model: nn.Module) -> list[nn.Module]:
+    """The modules any of which a loop, a trainer or `generate` may call: PEFT's wrappers, the model, its backbone."""
     base = base_model(model)
     candidates = [model, getattr(model, "base_model", None), base, getattr(base, "base_model", None)]
     unique: dict[int, nn.Module] = {id(item): item for item in candidates if isinstance(item, nn.Module)}

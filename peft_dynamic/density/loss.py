@@ -322,7 +322,8 @@ def _layer_factors(layers: list[Activation], given: Sequence[float] | Mapping[st
     return dict(zip(names, map(float, given), strict=True))
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number and no bool."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -330,11 +331,11 @@ def check_settings(
     owner: str, weight: Any, eps: Any, surrogate: Any, activation_modules: Any, layer_weights: Any, prefix: str = ""
 ) -> None:
     """Refuse settings without a meaning; `owner` and `prefix` make the names in the messages."""
-    if not _is_number(weight) or weight < 0:
+    if not is_number(weight) or weight < 0:
         raise ValueError(
             f"{owner}: {prefix}weight must be a number of at least 0, got {weight!r}. 0 switches the loss off."
         )
-    if not _is_number(eps) or not eps > 0:
+    if not is_number(eps) or not eps > 0:
         raise ValueError(f"{owner}: {prefix}eps must be a positive number, got {eps!r}. The authors' is 1e-7.")
     if surrogate not in SURROGATES:
         raise ValueError(f"{owner}: surrogate must be one of {SURROGATES}, got {surrogate!r}.")
@@ -355,7 +356,7 @@ def check_settings(
                 f"{layer_weights!r}."
             )
         off = not isinstance(layer_weights, Mapping) and not any(values)  # a dict leaves the others at 1
-        if not all(_is_number(value) and value >= 0 for value in values) or off:
+        if not all(is_number(value) and value >= 0 for value in values) or off:
             raise ValueError(
                 f"{owner}: layer_weights must be numbers of at least 0, some of them above 0, got {layer_weights!r}. "
                 f"To switch the loss off pass {prefix}weight=0."
