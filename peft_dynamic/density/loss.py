@@ -201,17 +201,10 @@ class ActivationDensityLoss:
         weights: torch.Tensor | None,
     ) -> torch.Tensor:
         # What autograd keeps is the same tensor, in the same shape, when checkpointing runs the block again.
-        shape, source = fitted.shape, output
         from_input = not isinstance(module, _KEEPS_OUTPUT) and not getattr(module, "inplace", False)
         if from_input and args and isinstance(args[0], torch.Tensor):
-            source = args[0]
-
-        kept_output = source is output
-
-        def remake(saved: torch.Tensor) -> torch.Tensor:  # holds no tensor
-            return (saved if kept_output else module.forward(saved)).reshape(shape)
-
-        return layer_density(fitted, weights, self.eps, self.surrogate, source, remake)
+            return layer_density(fitted, weights, self.eps, self.surrogate, args[0], module.forward)
+        return layer_density(fitted, weights, self.eps, self.surrogate, output)
 
     def _finish(self, done: Pass, output: Any) -> Any:
         if not done.collected:

@@ -48,20 +48,29 @@ def surrogate(a: torch.Tensor, eps: float = 1e-7, kind: str = "rational") -> tor
     raise ValueError(f"surrogate must be one of {SURROGATES}, got {kind!r}.")
 
 
-def surrogate_gradient(a: torch.Tensor, eps: float = 1e-7, kind: str = "rational") -> torch.Tensor:
+@torch.no_grad()
+def surrogate_gradient(
+    a: torch.Tensor, eps: float = 1e-7, kind: str = "rational", out: torch.Tensor | None = None
+) -> torch.Tensor:
     """ds/da of `surrogate`, at least in float32; 0 at the kinks of tanh (a = 0) and hinge (a = 0 and beyond the width).
 
-    The rational one is 2 a eps / (a^2 + eps)^2: largest at |a| = sqrt(eps / 3), and 2 eps / |a|^3 far out.
+    The rational one is 2 a eps / (a^2 + eps)^2: largest at |a| = sqrt(eps / 3), and 2 eps / |a|^3 far out. It is
+    computed as 2 a / ((a^2 + eps) / sqrt(eps))^2, which needs one division and squares nothing that is below eps.
+
+    Args:
+        a: activations, any shape.
+        eps: as in `surrogate`.
+        kind: as in `surrogate`.
+        out: where to write the result, of a's shape and the result's dtype; None for a new tensor.
     """
-    a = _wide(a)
+    a, width = _wide(a), eps**0.5
     if kind == "rational":
-        total = (a * a).add_(eps)
-        return a.div(total).div_(total).mul_(2 * eps)
-    width = eps**0.5
+        total = torch.addcmul(a.new_full((), width), a, a, value=1 / width, out=out).square_()
+        return torch.addcdiv(a.new_zeros(()), a, total, value=2, out=total)
     if kind == "tanh":
-        return a.sign() * (1 - torch.tanh(a.abs() / width) ** 2) / width
+        return torch.mul(a.sign(), (1 - torch.tanh(a.abs() / width) ** 2) / width, out=out)
     if kind == "hinge":
-        return a.sign() * (a.abs() < width) / width
+        return torch.mul(a.sign(), (a.abs() < width) / width, out=out)
     raise ValueError(f"surrogate must be one of {SURROGATES}, got {kind!r}.")
 
 
@@ -93,8 +102,9 @@ class _Density(torch.autograd.Function):
         source: torch.Tensor | None,
         remake: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(a if remake is None else source)
-        ctx.weights, ctx.eps, ctx.kind, ctx.remake, ctx.dtype = weights, eps, kind, remake, a.dtype
+        ctx.save_for_backward(a if source is None else source)
+        ctx.weights, ctx.eps, ctx.kind, ctx.remake = weights, eps, kind, remake
+        ctx.shape, ctx.dtype = a.shape, a.dtype
         rows = torch.cat([surrogate(part, eps, kind).mean(dim=-1) for part in _parts(a)])
         return rows.mean() if weights is None else (rows * weights.flatten()).sum()
 
@@ -102,19 +112,16 @@ class _Density(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # grad: ()
         (saved,) = ctx.saved_tensors
-        a = saved if ctx.remake is None else ctx.remake(saved)
-        gradient = torch.empty(a.shape, dtype=ctx.dtype, device=a.device)
-        scale = grad / a.numel() if ctx.weights is None else (ctx.weights * (grad / a.shape[-1])).view(-1, 1)
+        gradient = torch.empty(ctx.shape, dtype=ctx.dtype, device=saved.device)
+        scale = grad / gradient.numel() if ctx.weights is None else (ctx.weights * (grad / ctx.shape[-1])).view(-1, 1)
         first = 0
-        for part, into in zip(_parts(a), _parts(gradient), strict=True):
-            last = first + len(part)
-            part_scale = scale if ctx.weights is None else scale[first:last]
-            values = surrogate_gradient(part, ctx.eps, ctx.kind)
-            if values.dtype == into.dtype:
-                torch.mul(values, part_scale, out=into)
-            else:
-                into.copy_(values.mul_(part_scale))
-            first = last
+        for kept, into in zip(_parts(saved), _parts(gradient), strict=True):
+            part = kept if ctx.remake is None else ctx.remake(kept)
+            values = surrogate_gradient(part, ctx.eps, ctx.kind, into if into.dtype == _wide(part[:0]).dtype else None)
+            values.mul_(scale if ctx.weights is None else scale[first : first + len(part)])
+            if values is not into:
+                into.copy_(values)
+            first += len(part)
         return gradient, None, None, None, None, None
 
 
@@ -134,7 +141,8 @@ def layer_density(
         eps: as in `surrogate`.
         kind: as in `surrogate`.
         source: what autograd keeps instead of `a`, e.g. the activation's input, which its own backward keeps anyway.
-        remake: makes `a` from `source` for the backward pass, without gradients.
+        remake: makes rows of `a`, (rows, neurons), from those of `source` for the backward pass, without gradients;
+            None where `source` is `a` in another shape.
 
     Returns:
         () float32, or float64 for a float64 `a`.
