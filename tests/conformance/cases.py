@@ -12,7 +12,7 @@ import torch
 from peft import PeftConfig, get_peft_model
 from torch import nn
 
-from peft_dynamic import DyLoRAConfig, LorettaRepConfig, MoSLoRAConfig
+from peft_dynamic import DensityLoRAConfig, DyLoRAConfig, LorettaRepConfig, MoSLoRAConfig
 from tests.stock_cases import CASES as LAYER_KINDS
 from tests.stock_cases import build
 
@@ -96,6 +96,11 @@ def _moslora(**settings: Any) -> PeftConfig:
     return MoSLoRAConfig(**({"r": R, "lora_alpha": 16} | settings))
 
 
+def _density(**settings: Any) -> PeftConfig:
+    # Weight 0: these models have no loss of their own, and a loss made from their outputs would lack the term
+    return DensityLoRAConfig(**({"r": R, "lora_alpha": 16, "density_weight": 0.0, "include_padding": True} | settings))
+
+
 def _rep(**settings: Any) -> PeftConfig:
     return LorettaRepConfig(**({"bottleneck": 4, "tensor_rank": 2} | settings))
 
@@ -142,6 +147,12 @@ CASES += [
     _case(f"moslora-{init}", layers, _moslora, ranked=False, settings={"mixer_init": init})
     for init in ("orthogonal", "identity", "butterfly")
     for layers in ("linear", "patterns", "embedding", "convolutions", "experts")
+]
+# A density loss counts the outputs of a named module where there are no feed-forward blocks.
+COUNTED = {"convolutions": "c2", "attention": "head", "experts": "first", "llama": None}
+CASES += [
+    _case("density", layers, _density, ranked=False, settings={"activation_modules": COUNTED.get(layers, "a")})
+    for layers in LAYER_KINDS
 ]
 # Linear layers only. Its layer norms are trained, of which PEFT does not take several in one batch.
 LINEAR_KINDS = ("linear", "modules_to_save", "bias", "lora_bias", "trainable_tokens", "patterns", "transposed", "llama")

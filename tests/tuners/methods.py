@@ -5,7 +5,7 @@ from typing import Any
 
 from peft import PeftConfig, get_peft_model
 
-from peft_dynamic import DyLoRAConfig, LorettaAdpConfig, LorettaRepConfig, MoSLoRAConfig
+from peft_dynamic import DensityLoRAConfig, DyLoRAConfig, LorettaAdpConfig, LorettaRepConfig, MoSLoRAConfig
 from tests.tuners.common import tiny_llama
 
 RANKED = {"r": 8, "ranks": [1, 2, 4, 8], "target_modules": "all-linear", "rank_sampling": "uniform"}
@@ -14,6 +14,9 @@ METHODS: dict[str, Callable[[], PeftConfig]] = {
     "dylora-frozen": lambda: DyLoRAConfig(task_type="CAUSAL_LM", truncation="prefix", update="frozen", **RANKED),
     "dylora-mixer": lambda: DyLoRAConfig(task_type="CAUSAL_LM", use_mixer=True, **RANKED),
     "moslora": lambda: MoSLoRAConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear"),
+    "density-lora": lambda: DensityLoRAConfig(
+        task_type="CAUSAL_LM", r=8, target_modules="all-linear", density_eps=1e-4
+    ),
     "loretta-rep": lambda: LorettaRepConfig(
         task_type="CAUSAL_LM", bottleneck=4, tensor_rank=2, target_modules=["q_proj", "v_proj"]
     ),
