@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peft_dynamic.trainers.ppo import PPOConfig, PPOTrainer
     from peft_dynamic.trainers.soft.adaptive import generate_adaptive, paper_thresholds
     from peft_dynamic.trainers.soft.calibrate import calibrate_thresholds
     from peft_dynamic.trainers.soft.config import SoFTConfig
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
 
 # Public name: the module that has it.
 _PLACES: dict[str, str] = {
+    "ExitCurve": "soft.curve",
+    "PPOConfig": "ppo",
+    "PPOTrainer": "ppo",
     "SoFTConfig": "soft.config",
     "SoFTTrainer": "soft.trainer",
-    "ExitCurve": "soft.curve",
     "assisted_exit": "soft.speculative",
     "calibrate_thresholds": "soft.calibrate",
     "exit_at": "soft.exits",
@@ -42,6 +45,8 @@ _PLACES: dict[str, str] = {
 
 __all__ = [
     "ExitCurve",
+    "PPOConfig",
+    "PPOTrainer",
     "SoFTConfig",
     "SoFTTrainer",
     "assisted_exit",

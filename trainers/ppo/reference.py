@@ -1,0 +1,88 @@
+"""The reference policy: the adapter switched off, another adapter, a model of its own, or a frozen copy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def is_peft(model: Any) -> bool:
+    """Whether the model is a PeftModel, without asking for its class by name."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy that is not trained."""
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+def check_reference(model: Any, adapter: str | None) -> None:
+    """Raise unless the reference policy inside a PeftModel stays what it is while the adapter is trained.
+
+    Asked of the adapter's configuration first, then tried: with every trained weight moved, the reference must give the
+    same logits.
+
+    Raises:
+        ValueError: it does not, or `adapter` is none of the model's adapters or the one that is trained.
+    """
+    if adapter is not None and (adapter not in model.peft_config or adapter in model.active_adapters):
+        raise ValueError(
+            f"ref_adapter_name={adapter!r} must be an adapter of the model that is not trained: it has "
+            f"{sorted(model.peft_config)} and trains {model.active_adapters}. Load one: "
+            "model.load_adapter(path, name)."
+        )
+    for name in model.active_adapters:
+        bias = getattr(model.peft_config[name], "bias", "none")
+        if bias != "none":
+            raise ValueError(
+                f"{type(model.peft_config[name]).__name__}(bias={bias!r}) trains biases of the base model, which stay "
+                "changed when the adapter is switched off: there is no reference policy left. Set bias='none', or "
+                "pass ref_model."
+            )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ids = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
+    was_training = model.training
+    model.eval()
+    saved = [p.detach().clone() for p in trained]
+    try:
+        with torch.no_grad():
+            with reference_policy(model, adapter):
+                before = model(input_ids=ids).logits
+            for p in trained:
+                p += 0.5
+            with reference_policy(model, adapter):
+                after = model(input_ids=ids).logits
+    finally:
+        with torch.no_grad():
+            for p, old in zip(trained, saved, strict=True):
+                p.copy_(old)
+        model.train(was_training)
+    if not torch.equal(before, after):
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        raise ValueError(
+            f"With the adapter switched off the model still depends on what is trained ({', '.join(names[:3])}, ...), "
+            "so there is no reference policy in it. Train only the adapter's own weights, or pass ref_model."
+        )
+
+
+@contextmanager
+def reference_policy(model: Any, adapter: str | None) -> Iterator[None]:
+    """Make a PeftModel the reference policy for as long as this lasts: adapter off, or `adapter` on instead."""
+    if adapter is None:
+        with model.disable_adapter():
+            yield
+        return
+    trained = [(p, p.requires_grad) for p in model.parameters()]  # set_adapter changes what is trained
+    active = model.active_adapter
+    model.set_adapter(adapter)
+    try:
+        yield
+    finally:
+        model.set_adapter(active)
+        for p, trains in trained:
+            p.requires_grad_(trains)

@@ -1,0 +1,592 @@
+"""PPOTrainer: see its docstring, and docs/ppo.md.
+
+What is overridden of transformers.Trainer: `train` and `_get_train_sampler` (prompts repeated per rollout),
+`_prepare_inputs` (a raw batch of prompts becomes a micro-batch of a rollout), `compute_loss`, `evaluation_loop`
+(rewards of completions), `log` (adds what was measured), and the saving and loading of the value function and the
+rollout beside the model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
+from transformers.trainer_utils import EvalLoopOutput
+
+from peft_dynamic.functional import ppo
+from peft_dynamic.tuners.quantization import keep_training_on_cpu
+
+from .config import PPOConfig
+from .metrics import CompletionTable, Metrics
+from .reference import check_reference, frozen_copy, is_peft, reference_policy
+from .rewards import RewardFunction, Rewards
+from .rollout import Completions, Generator
+from .sampler import RolloutSampler
+from .scoring import Scorer, Sequences
+from .value_head import FILE, NAME, ValueFunction
+
+
+class PPOTrainer(Trainer):
+    """Trains a causal language model by proximal policy optimization, with reward functions.
+
+    A rollout samples a completion for each of some prompts and asks the reward functions for their scores. The value
+    function, a linear head on the policy's last hidden state, turns them into advantages per token. The policy is then
+    trained on the rollout for `num_ppo_epochs` passes, clipped, with a KL penalty towards the reference policy. The
+    equations are those of `peft_dynamic.functional.ppo`.
+
+    Everything else is transformers.Trainer: callbacks, logging, checkpoints, resuming, several processes.
+
+    Args:
+        model: a causal language model, its name or path (of a model or an adapter), or a PeftModel whose active
+            adapter is trained.
+        reward_funcs: one or a list of: functions, async functions, sequence-classification models with one label, or
+            names of such. A function is called as TRL's GRPOTrainer calls it, with `prompts`, `completions`,
+            `completion_ids`, every other column of the dataset, `trainer_state`, `log_extra` and `log_metric`, all by
+            name, and returns a number per completion, or None where it does not apply.
+        args: the settings.
+        train_dataset: rows with a `prompt`, text or a conversation, and any other columns.
+        eval_dataset: the same; or a dict of such.
+        processing_class: the tokenizer; None to load the model's.
+        reward_processing_classes: tokenizers of reward models; None to load theirs.
+        callbacks: as in Trainer.
+        optimizers: as in Trainer.
+        peft_config: an adapter to put on the model.
+        ref_model: the reference policy. Without it the reference is the model without its adapter or, where there is
+            no adapter, a frozen copy of it.
+        value_model: a sequence-classification model with one label for the values, instead of the linear head.
+
+    Raises:
+        ValueError: the model, the data and the settings do not fit together; the text says what to change.
+        TypeError: an argument is of the wrong kind.
+    """
+
+    _signature_columns: list[str] | None
+    control: Any
+    loss_is_scaled_for_ga = True  # each micro-batch is divided by the tokens of the whole optimizer step
+    _tag_names = ("ppo", "peft-dynamic")
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: RewardFunction | Sequence[RewardFunction],
+        args: PPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
+        peft_config: Any = None,
+        ref_model: Any = None,
+        value_model: Any = None,
+    ) -> None:
+        args = PPOConfig("ppo_output") if args is None else args
+        _check_arguments(model, args, peft_config)
+        for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
+            _check_dataset(dataset)
+        set_seed(args.seed)  # an adapter starts at random
+        folder = model if isinstance(model, str) else None
+        model = _load(model, args) if isinstance(model, str) else model
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        self.rewards = Rewards(
+            reward_funcs, args.reward_weights, reward_processing_classes, _dict(args.model_init_kwargs)
+        )
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError("The model has no parameter that is trained. Load a PeftModel with is_trainable=True.")
+        self.policy = model.get_base_model() if is_peft(model) else model
+        if self.policy.config.is_encoder_decoder:
+            raise ValueError(f"{type(self.policy).__name__} is an encoder-decoder; PPOTrainer trains decoders.")
+        keep_training_on_cpu(model)
+        if args.disable_dropout:
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+
+        self.ref_model, self.ref_adapter = ref_model, args.ref_adapter_name
+        if args.kl_coef and ref_model is None:
+            if is_peft(model):
+                check_reference(model, args.ref_adapter_name)
+            else:
+                self.ref_model = frozen_copy(model)
+        self._attach_value(value_model, folder)
+        self.generator = _generator(self.policy, processing_class, args)
+        if is_peft(model) and args.gradient_checkpointing:
+            model.enable_input_require_grads()
+
+        self.kl_coef = args.kl_coef
+        self._rollout: dict[str, Any] | None = None
+        self._micro_step = 0  # forward and backward passes since training started
+        self._gradients_seen = False
+        self.metrics = Metrics()
+        self.table = CompletionTable()
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=list,  # reward functions want the rows as they are
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process would run under nn.DataParallel, which PPOTrainer does not "
+                "support. Use `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one of them."
+            )
+        self.scorer = Scorer(self.policy, args.temperature)
+        self.ref_scorer = None
+        if self.ref_model is not None:
+            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+            keep_training_on_cpu(self.ref_model)
+            base = self.ref_model.get_base_model() if is_peft(self.ref_model) else self.ref_model
+            self.ref_scorer = Scorer(base, args.temperature)
+        if hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags(list(self._tag_names))
+
+    def _attach_value(self, value_model: Any, folder: str | None) -> None:
+        """Hang the value function below the policy; one that is there, or in the model's folder, goes on."""
+        device = self.policy.get_input_embeddings().weight.device
+        if value_model is not None or not isinstance(getattr(self.policy, NAME, None), ValueFunction):
+            function = ValueFunction(self.policy.config.get_text_config().hidden_size, device, value_model)
+            self.policy.add_module(NAME, function)
+            if folder is not None and (Path(folder) / FILE).is_file():
+                function.load(folder)
+
+    @property
+    def value_function(self) -> ValueFunction:
+        """The value function: a linear head on the policy's hidden states, or a model of its own."""
+        return getattr(self.policy, NAME)
+
+    # Prompts
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = ["prompt"]
+
+    def get_train_dataloader(self) -> Any:
+        _check_dataset(self.train_dataset)
+        if self.train_dataset is None:
+            raise ValueError("train_dataset is None: training needs rows with a `prompt`.")
+        return self._get_dataloader(
+            dataset=self.train_dataset,
+            description="Training",
+            batch_size=self.args.rollout_size,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> RolloutSampler:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return RolloutSampler(
+            len(self.train_dataset if train_dataset is None else train_dataset),
+            self.args.rollout_size * self.args.world_size,
+            self.args.steps_per_rollout,
+            seed if self.args.shuffle_dataset else None,
+            lambda: int(self.state.epoch or 0),
+        )
+
+    # The rollout
+
+    def _complete(self, prompts: list[Any], sample: bool, seeds: Sequence[int]) -> Completions:
+        """Sample completions, with a random state of their own: what else uses the global one makes no difference."""
+        ids = self.generator.tokenize(prompts)
+        was_training = self.model.training
+        self.model.eval()
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices), self.accelerator.autocast():
+                torch.manual_seed(hash(tuple(seeds)) % 2**63)
+                return self.generator(self.model, self.policy, ids, sample, self.args.rollout_forward_batch_size)
+        finally:
+            self.model.train(was_training)
+
+    def _judge(self, rows: list[dict[str, Any]], done: Completions, mode: str) -> torch.Tensor:
+        """(batch, functions) the rewards; `mode` is "train" or "eval"."""
+        prompts = [row["prompt"] for row in rows]
+        ids = done.completion_ids()
+        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+        chat = not isinstance(prompts[0], str)
+        completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
+        skipped = ("prompt", "completion", "completion_ids")
+        columns: dict[str, Any] = {key: [row[key] for row in rows] for key in rows[0] if key not in skipped}
+        columns["trainer_state"] = self.state
+        columns["log_extra"] = self.table.extra
+        columns["log_metric"] = lambda name, value: self.metrics.add(mode, {name: float(value)})
+        rewards = self.rewards(prompts, completions, ids, columns, self.args.device)
+        self.table.add(prompts, completions, self.rewards.names, rewards)
+        return rewards
+
+    @torch.no_grad()
+    def _score(self, done: Completions, values: bool) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Log-probabilities, those of the reference, and values: (batch, width), the same, (batch, width + 1)."""
+        width, size = int(done.lengths.max()), self.args.rollout_forward_batch_size
+        was_training = self.model.training
+        self.model.eval()
+        found: list[list[torch.Tensor]] = [[], [], []]
+        for start in range(0, len(done.ids), size):
+            part = slice(start, start + size)
+            batch = Sequences(done.ids[part], done.prompt_lengths[part], done.lengths[part])
+            with self.accelerator.autocast():
+                logprobs, state_values = self.scorer(self.model, batch, width, values)
+                found[0].append(logprobs)
+                if state_values is not None:
+                    found[2].append(state_values)
+                if self.args.kl_coef and self.ref_scorer is not None:
+                    found[1].append(self.ref_scorer(self.ref_model, batch, width, values=False)[0])
+                elif self.args.kl_coef:
+                    with reference_policy(self.model, self.ref_adapter):
+                        found[1].append(self.scorer(self.model, batch, width, values=False)[0])
+        self.model.train(was_training)
+        reference, state_values = (torch.cat(parts) if parts else None for parts in found[1:])
+        return torch.cat(found[0]), reference, state_values
+
+    def _total(self, sums: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(sums, reduction="sum")
+
+    def _roll_out(self, rows: list[dict[str, Any]], index: int) -> dict[str, Any]:
+        """Complete, judge and score the prompts of one rollout: all that its optimizer steps need."""
+        args = self.args
+        done = self._complete([row["prompt"] for row in rows], True, (args.seed, index, args.process_index))
+        by_function = self._judge(rows, done, "train")
+        scores = self.rewards.total(by_function)
+        bootstraps = args.bootstrap_truncated and self.generator.can_end
+        outcome, bootstrap = scores * done.ended if bootstraps else scores, torch.zeros_like(scores)
+        if args.missing_eos_penalty is not None:
+            outcome = outcome - args.missing_eos_penalty * (~done.ended)
+        logprobs, reference, values = self._score(done, values=True)
+        assert values is not None
+        width = logprobs.shape[1]
+        mask = ppo.position_mask(done.lengths, width)
+        kl = None if reference is None else ppo.kl_estimate(logprobs, reference, args.kl_estimator)
+        rewards = ppo.token_rewards(kl, self.kl_coef, outcome, done.lengths, width)
+        if args.whiten_rewards:
+            rewards = ppo.whiten(rewards, mask, shift_mean=False, total=self._total)
+        if bootstraps:
+            bootstrap = values.gather(1, done.lengths[:, None])[:, 0] * ~done.ended
+        advantages, returns = ppo.advantages_and_returns(
+            rewards, values[:, :-1], done.lengths, bootstrap, args.gamma, args.lam
+        )
+        raw_advantages = advantages
+        if args.whiten_advantages:
+            advantages = ppo.whiten(advantages, mask, total=self._total)
+        self._measure(done, by_function, scores, logprobs, kl, values, returns, raw_advantages, mask)
+        return {
+            "ids": done.ids,
+            "prompt_lengths": done.prompt_lengths,
+            "lengths": done.lengths,
+            "logprobs": logprobs,
+            "values": values[:, :-1] * mask,
+            "advantages": advantages,
+            "returns": returns,
+        }
+
+    def _measure(
+        self,
+        done: Completions,
+        by_function: torch.Tensor,
+        scores: torch.Tensor,
+        logprobs: torch.Tensor,
+        kl: torch.Tensor | None,
+        values: torch.Tensor,
+        returns: torch.Tensor,
+        advantages: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> None:
+        """Log the rollout, over all processes, and adapt `kl_coef`."""
+        per_completion = {
+            "scores": scores,
+            "lengths": done.lengths.float(),
+            "ended": done.ended.float(),
+            "entropy": -(logprobs * mask).sum(1) / done.lengths,
+            "advantage": (advantages * mask).sum(1) / done.lengths,
+        }
+        if kl is not None:
+            per_completion["kl"] = (kl * mask).sum(1)
+        columns = torch.stack(list(per_completion.values()), dim=1)
+        gathered = self.accelerator.gather(torch.cat([by_function, columns], dim=1))
+        functions = len(self.rewards.names)
+        found = dict(zip(per_completion, gathered[:, functions:].T, strict=True))
+        self.metrics.add("train", self._reward_metrics(gathered[:, :functions], found["scores"]))
+        self.metrics.add("train", self._length_metrics(found["lengths"], found["ended"]))
+        self.table.set_last("advantage", found["advantage"].tolist())
+        flat = [self.accelerator.pad_across_processes(x, dim=0) for x in (values[:, :-1][mask], returns[mask])]
+        real = self.accelerator.pad_across_processes(torch.ones_like(flat[0][: int(mask.sum())]), dim=0)
+        old, wanted, real = (self.accelerator.gather(x) for x in (*flat, real))
+        self.metrics.add(
+            "train",
+            {
+                "entropy": found["entropy"].mean().item(),
+                "value/explained_variance": ppo.explained_variance(old[real > 0], wanted[real > 0]),
+                "value/mean": old[real > 0].mean().item(),
+                "kl_coef": self.kl_coef,
+            },
+        )
+        if kl is not None:
+            mean = found["kl"].mean().item()
+            self.metrics.add("train", {"kl": mean})
+            if self.args.kl_target is not None:
+                self.kl_coef = ppo.adapt_kl_coef(
+                    self.kl_coef, mean, self.args.kl_target, self.args.kl_horizon, len(gathered)
+                )
+
+    def _reward_metrics(self, by_function: torch.Tensor, scores: torch.Tensor) -> dict[str, float]:
+        found = {"reward": scores.mean().item(), "reward_std": scores.std(unbiased=False).item()}
+        for name, column in zip(self.rewards.names, by_function.T, strict=True):
+            given = column[~column.isnan()]
+            if len(given):
+                found[f"rewards/{name}/mean"] = given.mean().item()
+                found[f"rewards/{name}/std"] = given.std(unbiased=False).item()
+        return found
+
+    @staticmethod
+    def _length_metrics(lengths: torch.Tensor, ended: torch.Tensor) -> dict[str, float]:
+        return {
+            "completions/mean_length": lengths.mean().item(),
+            "completions/min_length": lengths.min().item(),
+            "completions/max_length": lengths.max().item(),
+            "completions/ended_ratio": ended.mean().item(),
+        }
+
+    # The update
+
+    def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
+        """The next micro-batch; the prompts in `inputs` are rolled out where a rollout begins, and else are known."""
+        args = self.args
+        index, step = divmod(self._micro_step, args.steps_per_rollout)
+        if step == 0:
+            self._rollout = self._roll_out(inputs, index)
+        assert self._rollout is not None
+        per_epoch = args.num_mini_batches * args.gradient_accumulation_steps
+        epoch, step = divmod(step, per_epoch)
+        # The order is a function of the numbers, so that a resumed run has it without its being saved
+        seeds = (args.seed, index, args.process_index, epoch)
+        order = torch.randperm(args.rollout_size, generator=torch.Generator().manual_seed(hash(seeds) % 2**63))
+        size, per_step = args.train_batch_size, args.train_batch_size * args.gradient_accumulation_steps
+        chosen = order[step * size : (step + 1) * size].to(args.device)
+        batch = {key: value[chosen] for key, value in self._rollout.items()}
+        # Tokens of this optimizer step on all processes, per process: DDP averages the gradients over these.
+        first = step * size // per_step * per_step
+        tokens = self._rollout["lengths"][order[first : first + per_step].to(args.device)].sum()
+        batch["tokens"] = self._total(tokens.float()) / args.world_size
+        self._micro_step += 1
+        return batch
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The clipped losses of policy and value, summed over the micro-batch, per token of the optimizer step."""
+        if return_outputs:
+            raise ValueError("return_outputs=True is not supported by PPOTrainer.")
+        args = self.args
+        lengths = inputs["lengths"]
+        width = int(lengths.max())
+        batch = Sequences(inputs["ids"], inputs["prompt_lengths"], lengths)
+        with self.accelerator.autocast():
+            logprobs, values = self.scorer(model, batch, width)
+        assert values is not None
+        mask = ppo.position_mask(lengths, width)
+        old = {key: inputs[key][:, :width] for key in ("logprobs", "values", "advantages", "returns")}
+        policy, policy_clipped = ppo.policy_loss(logprobs, old["logprobs"], old["advantages"], args.cliprange)
+        value, value_clipped = ppo.value_loss(values[:, :-1], old["values"], old["returns"], args.cliprange_value)
+        policy, value = (policy * mask).sum() / inputs["tokens"], (value * mask).sum() / inputs["tokens"]
+        change = ((logprobs.detach() - old["logprobs"]) ** 2 * mask).sum()
+        sums = [policy_clipped.logical_and(mask).sum(), value_clipped.logical_and(mask).sum(), 0.5 * change]
+        self.metrics.add_micro_batch(
+            torch.stack([policy.detach(), value.detach(), *(part / inputs["tokens"] for part in sums)]),
+        )
+        return policy + args.vf_coef * value
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._micro_step % self.args.gradient_accumulation_steps == 0:
+            self.metrics.end_step()
+        if not self._gradients_seen:
+            own = {id(p) for p in self.value_function.parameters()}
+            trained = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
+            if all(p.grad is None for p in trained):
+                raise RuntimeError(
+                    f"None of the policy's {len(trained)} trained parameters has a gradient after a backward pass, so "
+                    "training would change nothing. Is the adapter active, and can its layers be differentiated?"
+                )
+            self._gradients_seen = True
+        return loss
+
+    # Evaluation and logs
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Rewards and lengths of a completion for each prompt, greedy unless `eval_do_sample`."""
+        found, kept, number = [], self.table, 0
+        self.table = CompletionTable()
+        self.callback_handler.eval_dataloader = dataloader
+        for number, rows in enumerate(dataloader):
+            done = self._complete(
+                [row["prompt"] for row in rows],
+                self.args.eval_do_sample,
+                (self.args.seed, -1 - number, self.args.process_index),
+            )
+            rewards = self._judge(rows, done, "eval")
+            columns = [self.rewards.total(rewards), done.lengths.float(), done.ended.float()]
+            found.append(self.accelerator.gather_for_metrics(torch.cat([rewards, torch.stack(columns, 1)], dim=1)))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        self.table = kept
+        everything = torch.cat(found)
+        scores, lengths, ended = everything[:, -3:].T
+        metrics = self._reward_metrics(everything[:, :-3], scores) | self._length_metrics(lengths, ended)
+        metrics |= self.metrics.take("eval")
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(everything))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs or "train_loss" in logs:
+            logs = logs | self.metrics.take("train", self._total, self.args.world_size)
+            if self.args.log_completions and self.is_world_process_zero():
+                self.table.show(self.args.num_completions_to_print, self.state.global_step)
+                self.table.write(self.args.output_dir, self.state.global_step)
+            self.table.clear()
+        super().log(logs, start_time)
+
+    # Checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        self._rollout, self._micro_step, self.kl_coef = None, 0, self.args.kl_coef
+        self._gradients_seen = False
+        self.metrics, self.table = Metrics(), CompletionTable()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        self.value_function.save(output_dir or self.args.output_dir)
+
+    def _state_file(self, folder: str) -> str:
+        return os.path.join(folder, f"ppo_state_{self.args.process_index}.pt")
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Beside the random state, what each process needs to go on in the middle of a rollout."""
+        super()._save_rng_state(output_dir)
+        rollout = None
+        if self._micro_step % self.args.steps_per_rollout:
+            rollout = {key: value.cpu() for key, value in (self._rollout or {}).items()}
+        state = {
+            "micro_step": self._micro_step,
+            "kl_coef": self.kl_coef,
+            "rollout": rollout,
+            "shape": [self.args.rollout_size, self.args.steps_per_rollout, self.args.world_size],
+        }
+        torch.save(state, self._state_file(output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.value_function.load(resume_from_checkpoint)
+        path = self._state_file(resume_from_checkpoint)
+        if not os.path.isfile(path):
+            raise ValueError(
+                f"{resume_from_checkpoint} has no {os.path.basename(path)}: it was saved with save_only_model=True or "
+                "by fewer processes. Resume with the number of processes it was saved by, or start anew from its model."
+            )
+        state = torch.load(path, weights_only=True)
+        shape = [self.args.rollout_size, self.args.steps_per_rollout, self.args.world_size]
+        if state["shape"] != shape:
+            raise ValueError(
+                f"{resume_from_checkpoint} was saved with {state['shape']} completions per rollout, passes per rollout "
+                f"and processes, and this run has {shape}. Resume with the batch sizes it was saved with."
+            )
+        self._micro_step, self.kl_coef = state["micro_step"], state["kl_coef"]
+        if state["rollout"] is not None:
+            self._rollout = {key: value.to(self.args.device) for key, value in state["rollout"].items()}
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.value_function.load(self.state.best_model_checkpoint)
+
+
+def _check_arguments(model: Any, args: PPOConfig, peft_config: Any) -> None:
+    if not isinstance(args, PPOConfig):
+        raise TypeError(f"args is a {type(args).__name__}; pass a PPOConfig.")
+    if peft_config is not None and is_peft(model):
+        raise ValueError("peft_config is for a bare model, and this one has an adapter already: pass one or the other.")
+    if args.fsdp or args.deepspeed:
+        raise ValueError(
+            "PPOTrainer runs in one process or under DDP. Under FSDP and DeepSpeed generation and the value function "
+            "would need the sharded weights together: leave fsdp and deepspeed unset."
+        )
+
+
+def _check_dataset(dataset: Any) -> None:
+    if dataset is None:
+        return
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"The dataset is a {type(dataset).__name__}, which has no length and cannot be read twice, so a run could "
+            "not be resumed. Pass one with a length, such as Dataset.from_list(list(rows))."
+        )
+    if not len(dataset):
+        raise ValueError("The dataset has no rows.")
+    columns = getattr(dataset, "column_names", None) or list(dataset[0])
+    if "prompt" not in columns:
+        raise ValueError(f"The dataset has the columns {columns} and no `prompt`. Rename the one with the prompts.")
+    prompt = dataset[0]["prompt"]
+    if not isinstance(prompt, str | list):
+        raise ValueError(
+            f"The `prompt` of the first row is a {type(prompt).__name__}; it must be text or a list of messages. "
+            "PPOTrainer tokenises by itself."
+        )
+
+
+def _load(name: str, args: PPOConfig) -> Any:
+    """A model by name or path; float32 unless told otherwise, as TRL's trainers do. An adapter's path loads both."""
+    settings = {"dtype": "float32", **_dict(args.model_init_kwargs)}
+    if (Path(name) / "adapter_config.json").is_file():
+        from peft import AutoPeftModelForCausalLM
+
+        return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **settings)
+    return AutoModelForCausalLM.from_pretrained(name, **settings)
+
+
+def _dict(setting: Any) -> dict[str, Any]:
+    """A setting that TrainingArguments has turned from JSON text into a dict."""
+    assert setting is None or isinstance(setting, dict)
+    return setting or {}
+
+
+def _generator(policy: Any, tokenizer: Any, args: PPOConfig) -> Generator:
+    stop_ids: list[int] = []
+    if args.stop_token_id is not None:
+        stop_ids = [args.stop_token_id]
+    elif args.stop_token == "eos":
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "The tokenizer has no EOS token, so no completion could ever end. Set tokenizer.eos_token, or "
+                "PPOConfig(stop_token_id=...), or PPOConfig(stop_token=None) for completions of a fixed length."
+            )
+        declared = policy.generation_config.eos_token_id
+        declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
+        stop_ids = list(dict.fromkeys([tokenizer.eos_token_id, *declared]))
+    context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    return Generator(
+        tokenizer,
+        stop_ids,
+        args.stop_strings or [],
+        args.max_completion_length,
+        args.temperature,
+        context,
+        _dict(args.chat_template_kwargs),
+    )
