@@ -190,7 +190,7 @@ def value_loss(
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns): 1 for perfect values, 0 for constant ones; NaN if all returns are equal.
+    """1 - Var(returns - values) / Var(returns): 1 for perfect values, 0 for constant ones, NaN if nothing varies.
 
     Args:
         values: (tokens,).

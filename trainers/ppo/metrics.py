@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
+from peft_dynamic.functional.ppo import explained_variance, position_mask
+
+from .rollout import Completions
+
 MICRO_BATCH = ("loss/policy", "loss/value", "clip_ratio", "clip_ratio_value", "approx_kl")
 
 
@@ -50,6 +54,71 @@ class Metrics:
             found |= dict(zip(MICRO_BATCH, means.tolist(), strict=True))
             self._sums, self._steps = None, 0
         return found
+
+
+def reward_metrics(names: list[str], by_function: torch.Tensor, scores: torch.Tensor) -> dict[str, float]:
+    """Of (completions, functions) rewards, NaN where a function has given none, and (completions,) their totals."""
+    found = {"reward": scores.mean().item(), "reward_std": scores.std(unbiased=False).item()}
+    for name, column in zip(names, by_function.T, strict=True):
+        given = column[~column.isnan()]
+        if len(given):
+            found[f"rewards/{name}/mean"] = given.mean().item()
+            found[f"rewards/{name}/std"] = given.std(unbiased=False).item()
+    return found
+
+
+def length_metrics(lengths: torch.Tensor, ended: torch.Tensor) -> dict[str, float]:
+    """Of (completions,) their numbers of tokens and whether they ended, both floating-point."""
+    return {
+        "completions/mean_length": lengths.mean().item(),
+        "completions/min_length": lengths.min().item(),
+        "completions/max_length": lengths.max().item(),
+        "completions/ended_ratio": ended.mean().item(),
+    }
+
+
+def rollout_metrics(
+    accelerator: Any,
+    names: list[str],
+    by_function: torch.Tensor,
+    scores: torch.Tensor,
+    done: Completions,
+    logprobs: torch.Tensor,
+    kl: torch.Tensor | None,
+    values: torch.Tensor,
+    returns: torch.Tensor,
+) -> dict[str, float]:
+    """What is logged of a rollout, over all processes.
+
+    "entropy" is the mean of -log pi over the sampled tokens, which estimates it, and "kl" the sum over the tokens of a
+    completion, averaged over the completions.
+
+    Args:
+        accelerator: gathers from the processes.
+        names: of the reward functions.
+        by_function: (batch, functions) rewards.
+        scores: (batch,) their weighted totals.
+        done: the completions.
+        logprobs: (batch, width) of the tokens.
+        kl: (batch, width) estimates, or None.
+        values: (batch, width).
+        returns: (batch, width).
+    """
+    mask = position_mask(done.lengths, logprobs.shape[1])
+    zeros = torch.zeros_like(scores)
+    columns = [scores, done.lengths.float(), done.ended.float(), zeros if kl is None else (kl * mask).sum(1)]
+    rows = accelerator.gather(torch.cat([by_function, torch.stack(columns, dim=1)], dim=1))
+    tokens = torch.stack([logprobs[mask], values[mask], returns[mask], torch.ones_like(logprobs[mask])], dim=1)
+    tokens = accelerator.gather(accelerator.pad_across_processes(tokens))  # padded with 0, in the last column too
+    logprobs, values, returns = tokens[tokens[:, 3] > 0, :3].T
+    scores, lengths, ended, kl_sum = rows[:, len(names) :].T
+    found = reward_metrics(names, rows[:, : len(names)], scores) | length_metrics(lengths, ended)
+    found |= {
+        "entropy": -logprobs.mean().item(),
+        "value/mean": values.mean().item(),
+        "value/explained_variance": explained_variance(values, returns),
+    }
+    return found if kl is None else found | {"kl": kl_sum.mean().item()}
 
 
 class CompletionTable:

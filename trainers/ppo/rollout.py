@@ -74,6 +74,8 @@ class Generator:
         max_length: the most tokens of a completion.
         temperature: of the policy.
         context: the most tokens that the model takes, or None.
+        equal_lengths: generate together only for prompts of the same length. For adapters with virtual tokens: padding
+            between these and a prompt would move them apart.
         chat_template_kwargs: for prompts that are conversations.
     """
 
@@ -85,10 +87,12 @@ class Generator:
         max_length: int,
         temperature: float,
         context: int | None,
+        equal_lengths: bool = False,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self.tokenizer, self.stop_ids, self.stop_strings = tokenizer, list(stop_ids), list(stop_strings)
         self.max_length, self.temperature, self.context = max_length, temperature, context
+        self.equal_lengths = equal_lengths
         self.chat_template_kwargs = chat_template_kwargs or {}
 
     @property
@@ -138,17 +142,27 @@ class Generator:
             size: completions at a time.
         """
         device = policy.get_input_embeddings().weight.device
-        parts = [self._generate(model, policy, prompts[i : i + size], sample) for i in range(0, len(prompts), size)]
         prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        lengths = torch.cat([part[1] for part in parts])
-        ids = torch.full((len(prompts), int((prompt_lengths + lengths).max())), self.filler, device=device)
-        row = 0
-        for generated, part_lengths, _ in parts:
-            for tokens, length in zip(generated, part_lengths.tolist(), strict=True):
-                prompt = torch.tensor(prompts[row], device=device)
-                ids[row, : len(prompt) + length] = torch.cat([prompt, tokens[:length]])
-                row += 1
-        return Completions(ids, prompt_lengths, lengths, torch.cat([part[2] for part in parts]))
+        lengths = torch.zeros_like(prompt_lengths)
+        ended = torch.zeros_like(prompt_lengths, dtype=torch.bool)
+        ids = torch.full((len(prompts), int(prompt_lengths.max()) + self.max_length), self.filler, device=device)
+        for rows in self._batches(prompts, size):
+            tokens, lengths[rows], ended[rows] = self._generate(model, policy, [prompts[row] for row in rows], sample)
+            for row, generated in zip(rows, tokens, strict=True):
+                end = len(prompts[row])
+                ids[row, :end] = torch.tensor(prompts[row], device=device)
+                ids[row, end : end + int(lengths[row])] = generated[: int(lengths[row])]
+        return Completions(ids[:, : int((prompt_lengths + lengths).max())], prompt_lengths, lengths, ended)
+
+    def _batches(self, prompts: list[list[int]], size: int) -> list[list[int]]:
+        """Rows to generate for together."""
+        groups = [list(range(len(prompts)))]
+        if self.equal_lengths:
+            by_length: dict[int, list[int]] = {}
+            for row, prompt in enumerate(prompts):
+                by_length.setdefault(len(prompt), []).append(row)
+            groups = list(by_length.values())
+        return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
     @property
     def filler(self) -> int:

@@ -15,20 +15,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import IterableDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
+from transformers import AutoTokenizer, Trainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from peft_dynamic.functional import ppo
 from peft_dynamic.tuners.quantization import keep_training_on_cpu
 
 from .config import PPOConfig
-from .metrics import CompletionTable, Metrics
+from .metrics import CompletionTable, Metrics, length_metrics, reward_metrics, rollout_metrics
 from .reference import check_reference, frozen_copy, is_peft, reference_policy
 from .rewards import RewardFunction, Rewards
-from .rollout import Completions, Generator
+from .rollout import Completions
 from .sampler import RolloutSampler
 from .scoring import Scorer, Sequences
+from .setup import as_dict, check_arguments, check_dataset, load_model, make_generator
 from .value_head import FILE, NAME, ValueFunction
 
 
@@ -87,16 +87,16 @@ class PPOTrainer(Trainer):
         value_model: Any = None,
     ) -> None:
         args = PPOConfig("ppo_output") if args is None else args
-        _check_arguments(model, args, peft_config)
+        check_arguments(model, args, peft_config)
         for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
-            _check_dataset(dataset)
+            check_dataset(dataset)
         set_seed(args.seed)  # an adapter starts at random
         folder = model if isinstance(model, str) else None
-        model = _load(model, args) if isinstance(model, str) else model
+        model = load_model(model, args) if isinstance(model, str) else model
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
         self.rewards = Rewards(
-            reward_funcs, args.reward_weights, reward_processing_classes, _dict(args.model_init_kwargs)
+            reward_funcs, args.reward_weights, reward_processing_classes, as_dict(args.model_init_kwargs)
         )
         if peft_config is not None:
             from peft import get_peft_model
@@ -120,7 +120,7 @@ class PPOTrainer(Trainer):
             else:
                 self.ref_model = frozen_copy(model)
         self._attach_value(value_model, folder)
-        self.generator = _generator(self.policy, processing_class, args)
+        self.generator = make_generator(model, self.policy, processing_class, args)
         if is_peft(model) and args.gradient_checkpointing:
             model.enable_input_require_grads()
 
@@ -176,7 +176,7 @@ class PPOTrainer(Trainer):
             self._signature_columns = ["prompt"]
 
     def get_train_dataloader(self) -> Any:
-        _check_dataset(self.train_dataset)
+        check_dataset(self.train_dataset)
         if self.train_dataset is None:
             raise ValueError("train_dataset is None: training needs rows with a `prompt`.")
         return self._get_dataloader(
@@ -281,7 +281,14 @@ class PPOTrainer(Trainer):
         raw_advantages = advantages
         if args.whiten_advantages:
             advantages = ppo.whiten(advantages, mask, total=self._total)
-        self._measure(done, by_function, scores, logprobs, kl, values, returns, raw_advantages, mask)
+        self.table.set_last("advantage", self.accelerator.gather(raw_advantages.sum(1) / done.lengths).tolist())
+        measured = rollout_metrics(
+            self.accelerator, self.rewards.names, by_function, scores, done, logprobs, kl, values[:, :-1], returns
+        )
+        self.metrics.add("train", measured | {"kl_coef": self.kl_coef})
+        if kl is not None and args.kl_target is not None:
+            episodes = args.rollout_size * args.world_size
+            self.kl_coef = ppo.adapt_kl_coef(self.kl_coef, measured["kl"], args.kl_target, args.kl_horizon, episodes)
         return {
             "ids": done.ids,
             "prompt_lengths": done.prompt_lengths,
@@ -290,73 +297,6 @@ class PPOTrainer(Trainer):
             "values": values[:, :-1] * mask,
             "advantages": advantages,
             "returns": returns,
-        }
-
-    def _measure(
-        self,
-        done: Completions,
-        by_function: torch.Tensor,
-        scores: torch.Tensor,
-        logprobs: torch.Tensor,
-        kl: torch.Tensor | None,
-        values: torch.Tensor,
-        returns: torch.Tensor,
-        advantages: torch.Tensor,
-        mask: torch.Tensor,
-    ) -> None:
-        """Log the rollout, over all processes, and adapt `kl_coef`."""
-        per_completion = {
-            "scores": scores,
-            "lengths": done.lengths.float(),
-            "ended": done.ended.float(),
-            "entropy": -(logprobs * mask).sum(1) / done.lengths,
-            "advantage": (advantages * mask).sum(1) / done.lengths,
-        }
-        if kl is not None:
-            per_completion["kl"] = (kl * mask).sum(1)
-        columns = torch.stack(list(per_completion.values()), dim=1)
-        gathered = self.accelerator.gather(torch.cat([by_function, columns], dim=1))
-        functions = len(self.rewards.names)
-        found = dict(zip(per_completion, gathered[:, functions:].T, strict=True))
-        self.metrics.add("train", self._reward_metrics(gathered[:, :functions], found["scores"]))
-        self.metrics.add("train", self._length_metrics(found["lengths"], found["ended"]))
-        self.table.set_last("advantage", found["advantage"].tolist())
-        flat = [self.accelerator.pad_across_processes(x, dim=0) for x in (values[:, :-1][mask], returns[mask])]
-        real = self.accelerator.pad_across_processes(torch.ones_like(flat[0][: int(mask.sum())]), dim=0)
-        old, wanted, real = (self.accelerator.gather(x) for x in (*flat, real))
-        self.metrics.add(
-            "train",
-            {
-                "entropy": found["entropy"].mean().item(),
-                "value/explained_variance": ppo.explained_variance(old[real > 0], wanted[real > 0]),
-                "value/mean": old[real > 0].mean().item(),
-                "kl_coef": self.kl_coef,
-            },
-        )
-        if kl is not None:
-            mean = found["kl"].mean().item()
-            self.metrics.add("train", {"kl": mean})
-            if self.args.kl_target is not None:
-                self.kl_coef = ppo.adapt_kl_coef(
-                    self.kl_coef, mean, self.args.kl_target, self.args.kl_horizon, len(gathered)
-                )
-
-    def _reward_metrics(self, by_function: torch.Tensor, scores: torch.Tensor) -> dict[str, float]:
-        found = {"reward": scores.mean().item(), "reward_std": scores.std(unbiased=False).item()}
-        for name, column in zip(self.rewards.names, by_function.T, strict=True):
-            given = column[~column.isnan()]
-            if len(given):
-                found[f"rewards/{name}/mean"] = given.mean().item()
-                found[f"rewards/{name}/std"] = given.std(unbiased=False).item()
-        return found
-
-    @staticmethod
-    def _length_metrics(lengths: torch.Tensor, ended: torch.Tensor) -> dict[str, float]:
-        return {
-            "completions/mean_length": lengths.mean().item(),
-            "completions/min_length": lengths.min().item(),
-            "completions/max_length": lengths.max().item(),
-            "completions/ended_ratio": ended.mean().item(),
         }
 
     # The update
@@ -450,7 +390,7 @@ class PPOTrainer(Trainer):
         self.table = kept
         everything = torch.cat(found)
         scores, lengths, ended = everything[:, -3:].T
-        metrics = self._reward_metrics(everything[:, :-3], scores) | self._length_metrics(lengths, ended)
+        metrics = reward_metrics(self.rewards.names, everything[:, :-3], scores) | length_metrics(lengths, ended)
         metrics |= self.metrics.take("eval")
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(everything))
@@ -516,77 +456,3 @@ class PPOTrainer(Trainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self.value_function.load(self.state.best_model_checkpoint)
-
-
-def _check_arguments(model: Any, args: PPOConfig, peft_config: Any) -> None:
-    if not isinstance(args, PPOConfig):
-        raise TypeError(f"args is a {type(args).__name__}; pass a PPOConfig.")
-    if peft_config is not None and is_peft(model):
-        raise ValueError("peft_config is for a bare model, and this one has an adapter already: pass one or the other.")
-    if args.fsdp or args.deepspeed:
-        raise ValueError(
-            "PPOTrainer runs in one process or under DDP. Under FSDP and DeepSpeed generation and the value function "
-            "would need the sharded weights together: leave fsdp and deepspeed unset."
-        )
-
-
-def _check_dataset(dataset: Any) -> None:
-    if dataset is None:
-        return
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise ValueError(
-            f"The dataset is a {type(dataset).__name__}, which has no length and cannot be read twice, so a run could "
-            "not be resumed. Pass one with a length, such as Dataset.from_list(list(rows))."
-        )
-    if not len(dataset):
-        raise ValueError("The dataset has no rows.")
-    columns = getattr(dataset, "column_names", None) or list(dataset[0])
-    if "prompt" not in columns:
-        raise ValueError(f"The dataset has the columns {columns} and no `prompt`. Rename the one with the prompts.")
-    prompt = dataset[0]["prompt"]
-    if not isinstance(prompt, str | list):
-        raise ValueError(
-            f"The `prompt` of the first row is a {type(prompt).__name__}; it must be text or a list of messages. "
-            "PPOTrainer tokenises by itself."
-        )
-
-
-def _load(name: str, args: PPOConfig) -> Any:
-    """A model by name or path; float32 unless told otherwise, as TRL's trainers do. An adapter's path loads both."""
-    settings = {"dtype": "float32", **_dict(args.model_init_kwargs)}
-    if (Path(name) / "adapter_config.json").is_file():
-        from peft import AutoPeftModelForCausalLM
-
-        return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **settings)
-    return AutoModelForCausalLM.from_pretrained(name, **settings)
-
-
-def _dict(setting: Any) -> dict[str, Any]:
-    """A setting that TrainingArguments has turned from JSON text into a dict."""
-    assert setting is None or isinstance(setting, dict)
-    return setting or {}
-
-
-def _generator(policy: Any, tokenizer: Any, args: PPOConfig) -> Generator:
-    stop_ids: list[int] = []
-    if args.stop_token_id is not None:
-        stop_ids = [args.stop_token_id]
-    elif args.stop_token == "eos":
-        if tokenizer.eos_token_id is None:
-            raise ValueError(
-                "The tokenizer has no EOS token, so no completion could ever end. Set tokenizer.eos_token, or "
-                "PPOConfig(stop_token_id=...), or PPOConfig(stop_token=None) for completions of a fixed length."
-            )
-        declared = policy.generation_config.eos_token_id
-        declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
-        stop_ids = list(dict.fromkeys([tokenizer.eos_token_id, *declared]))
-    context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
-    return Generator(
-        tokenizer,
-        stop_ids,
-        args.stop_strings or [],
-        args.max_completion_length,
-        args.temperature,
-        context,
-        _dict(args.chat_template_kwargs),
-    )

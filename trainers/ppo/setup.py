@@ -1,0 +1,91 @@
+"""Checks of what PPOTrainer is given, before anything is trained, and the loading of models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import IterableDataset
+from transformers import AutoModelForCausalLM
+
+from .config import PPOConfig
+from .reference import is_peft
+from .rollout import Generator
+
+
+def check_arguments(model: Any, args: PPOConfig, peft_config: Any) -> None:
+    """Raise where the arguments contradict each other or what PPOTrainer can do."""
+    if not isinstance(args, PPOConfig):
+        raise TypeError(f"args is a {type(args).__name__}; pass a PPOConfig.")
+    if peft_config is not None and is_peft(model):
+        raise ValueError("peft_config is for a bare model, and this one has an adapter already: pass one or the other.")
+    if args.fsdp or args.deepspeed:
+        raise ValueError(
+            "PPOTrainer runs in one process or under DDP. Under FSDP and DeepSpeed generation and the value function "
+            "would need the sharded weights together: leave fsdp and deepspeed unset."
+        )
+
+
+def check_dataset(dataset: Any) -> None:
+    """Raise unless it has a length, rows, and prompts that are text or conversations."""
+    if dataset is None:
+        return
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"The dataset is a {type(dataset).__name__}, which has no length and cannot be read twice, so a run could "
+            "not be resumed. Pass one with a length, such as Dataset.from_list(list(rows))."
+        )
+    if not len(dataset):
+        raise ValueError("The dataset has no rows.")
+    columns = getattr(dataset, "column_names", None) or list(dataset[0])
+    if "prompt" not in columns:
+        raise ValueError(f"The dataset has the columns {columns} and no `prompt`. Rename the one with the prompts.")
+    prompt = dataset[0]["prompt"]
+    if not isinstance(prompt, str | list):
+        raise ValueError(
+            f"The `prompt` of the first row is a {type(prompt).__name__}; it must be text or a list of messages. "
+            "PPOTrainer tokenises by itself."
+        )
+
+
+def load_model(name: str, args: PPOConfig) -> Any:
+    """A model by name or path; float32 unless told otherwise, as TRL's trainers do. An adapter's path loads both."""
+    settings = {"dtype": "float32", **as_dict(args.model_init_kwargs)}
+    if (Path(name) / "adapter_config.json").is_file():
+        from peft import AutoPeftModelForCausalLM
+
+        return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **settings)
+    return AutoModelForCausalLM.from_pretrained(name, **settings)
+
+
+def as_dict(setting: Any) -> dict[str, Any]:
+    """A setting that TrainingArguments has turned from JSON text into a dict."""
+    assert setting is None or isinstance(setting, dict)
+    return setting or {}
+
+
+def make_generator(model: Any, policy: Any, tokenizer: Any, args: PPOConfig) -> Generator:
+    """The generator for a policy, with all tokens that end its completions."""
+    stop_ids: list[int] = []
+    if args.stop_token_id is not None:
+        stop_ids = [args.stop_token_id]
+    elif args.stop_token == "eos":
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "The tokenizer has no EOS token, so no completion could ever end. Set tokenizer.eos_token, or "
+                "PPOConfig(stop_token_id=...), or PPOConfig(stop_token=None) for completions of a fixed length."
+            )
+        declared = policy.generation_config.eos_token_id
+        declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
+        stop_ids = list(dict.fromkeys([tokenizer.eos_token_id, *declared]))
+    context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    return Generator(
+        tokenizer,
+        stop_ids,
+        args.stop_strings or [],
+        args.max_completion_length,
+        args.temperature,
+        context,
+        is_peft(model) and model.active_peft_config.is_prompt_learning,
+        as_dict(args.chat_template_kwargs),
+    )
