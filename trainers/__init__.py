@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peft_dynamic.trainers.ppo import PPOConfig, PPOTrainer
+    from peft_dynamic.trainers.ppo.nlu import nlu_parse, nlu_prompt, nlu_reward, nlu_target
+    from peft_dynamic.trainers.ppo.nlu_eval import evaluate_nlu, nlu_metrics
+    from peft_dynamic.trainers.ppo.nlu_tasks import record_rows
     from peft_dynamic.trainers.soft.adaptive import generate_adaptive, paper_thresholds
     from peft_dynamic.trainers.soft.calibrate import calibrate_thresholds
     from peft_dynamic.trainers.soft.config import SoFTConfig
@@ -35,11 +38,18 @@ _PLACES: dict[str, str] = {
     "SoFTTrainer": "soft.trainer",
     "assisted_exit": "soft.speculative",
     "calibrate_thresholds": "soft.calibrate",
+    "evaluate_nlu": "ppo.nlu_eval",
     "exit_at": "soft.exits",
     "exit_curve": "soft.curve",
     "generate_adaptive": "soft.adaptive",
     "generate_speculative": "soft.speculative",
+    "nlu_metrics": "ppo.nlu_eval",
+    "nlu_parse": "ppo.nlu",
+    "nlu_prompt": "ppo.nlu",
+    "nlu_reward": "ppo.nlu",
+    "nlu_target": "ppo.nlu",
     "paper_thresholds": "soft.adaptive",
+    "record_rows": "ppo.nlu_tasks",
     "truncate_to_exit": "soft.exits",
 }
 
@@ -51,11 +61,18 @@ __all__ = [
     "SoFTTrainer",
     "assisted_exit",
     "calibrate_thresholds",
+    "evaluate_nlu",
     "exit_at",
     "exit_curve",
     "generate_adaptive",
     "generate_speculative",
+    "nlu_metrics",
+    "nlu_parse",
+    "nlu_prompt",
+    "nlu_reward",
+    "nlu_target",
     "paper_thresholds",
+    "record_rows",
     "truncate_to_exit",
 ]
 
