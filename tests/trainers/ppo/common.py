@@ -69,12 +69,12 @@ def prompts(number: int = 8) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def letters_a(completions: list[str], **columns: Any) -> list[float]:
-    """The share of a's."""
-    return [text.count("a") / max(1, len(text)) for text in completions]
+def early_letters(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """1 for a's, 0 for the end, and between for the other letters; averaged over a completion."""
+    return [1 - sum(ids) / (EOS * len(ids)) for ids in completion_ids]
 
 
-def trainer(folder: Path, model: Any = None, reward_funcs: Any = letters_a, **settings: Any) -> PPOTrainer:
+def trainer(folder: Path, model: Any = None, reward_funcs: Any = early_letters, **settings: Any) -> PPOTrainer:
     names = (
         "train_dataset",
         "eval_dataset",
