@@ -51,10 +51,10 @@ def find_citations(text: str) -> list[Citation]:
     """The citation marks of a text, in their order.
 
     These are marks: [1], [1, 2], [1; 2], [1 and 2], [1-3] (that is 1, 2 and 3), the same in ［］, 【】 and 〔〕, and
-    `<sup>1</sup>`. (1) and (1, 2) only behind a word and a space, a punctuation mark or another mark, and only before
-    a punctuation mark, another mark or the end of a line: "two reasons: (1) cost and (2) time", "f(1)" and "(1990)" are
-    none, "in May (1)." is one. ¹ and ¹,² only behind a punctuation mark or a word of three letters or more that is no
-    unit: "10³", "x²" and "km²" are none. Nothing within code or a URL is a mark.
+    `<sup>1</sup>`. (1) and (1, 2) only in a text without any of these, behind a word and a space, a punctuation mark or
+    another mark, and before a punctuation mark, another mark or the end of a line: "in May (1)." is one, "two reasons:
+    (1) cost and (2) time", "f(1)", "(772)" and "goals (72) [1]" are none. ¹ and ¹,² only behind a punctuation mark or
+    a word of three letters or more that is no unit: "10³", "x²" and "km²" are none. Nothing within code or a URL is.
 
     An id may be any number, 0 and such beyond the passages included: whether it is valid is the caller's question.
 
@@ -88,13 +88,19 @@ def map_citations(text: str, mapping: Mapping[int, int | None] | Callable[[int],
     Returns:
         The text; all else in it is as it was, but for the space before a mark that is taken away.
     """
-    change = mapping if callable(mapping) else lambda i: mapping.get(i, i)
-    out, last = [], 0
-    for start, end, ids in find_citations(text):
+    return _rewrite(text, find_citations(text), mapping if callable(mapping) else lambda i: mapping.get(i, i))
+
+
+def _rewrite(text: str, marks: list[Citation], change: Callable[[int], int | None]) -> str:
+    out: list[str] = []
+    last = 0
+    for start, end, ids in marks:
         new = list(dict.fromkeys(j for j in map(change, ids) if j is not None))
         out.append(text[last:start])
         last = end
         if new:
+            if text[start] == "<" and text[start - 1 : start].strip():
+                out.append(" ")  # a URL ends at <sup>, but would go on over a [
             out.append("".join(f"[{j}]" for j in new))
             continue
         # Nothing is left of the mark: close the gap, and at the start of a line the one behind it.
@@ -108,10 +114,8 @@ def map_citations(text: str, mapping: Mapping[int, int | None] | Callable[[int],
 
 
 def strip_citations(text: str) -> str:
-    """The text without its citation marks, and without the spaces before them and the commas between them."""
-    while (stripped := map_citations(normalise_citations(text), lambda _: None)) != text:
-        text = stripped  # once more: what stood around a mark may be one now
-    return text
+    """The text without its citation marks, the spaces before them and the commas between them."""
+    return map_citations(normalise_citations(text), lambda _: None)
 
 
 def normalise_citations(text: str) -> str:
@@ -139,6 +143,10 @@ def split_sentences(text: str) -> list[str]:
     A sentence ends at a line break, or at . ! ? and what closes them (quotes, brackets, citation marks) before a space
     and a sentence's start; not after an abbreviation or an initial, and not within code or a URL.
     """
+    return [text[start:end] for start, end in _sentences(text)]
+
+
+def _sentences(text: str) -> list[tuple[int, int]]:
     protected = _protected(text)
     marks = [(start, end) for start, end, _ in _find(text, protected)]
     cuts, start, i = [], 0, 0
@@ -163,12 +171,24 @@ def split_sentences(text: str) -> list[str]:
             continue
         i += 1
     cuts.append((start, len(text)))
-    return [sentence for begin, end in cuts if (sentence := text[begin:end].strip())]
+    spans = []
+    for begin, end in cuts:
+        piece = text[begin:end]
+        begin += len(piece) - len(piece.lstrip())
+        if piece.strip():
+            spans.append((begin, begin + len(piece.strip())))
+    return spans
 
 
 def sentence_citations(text: str) -> list[tuple[str, list[int]]]:
     """Each sentence without its marks, and the ids it cites, each once, as they are written."""
-    return [(strip_citations(sentence), cited_ids(sentence)) for sentence in split_sentences(text)]
+    found = find_citations(text)  # in the whole text: a sentence alone does not say which style it is in
+    pairs = []
+    for start, end in _sentences(text):
+        marks = [Citation(a - start, b - start, ids) for a, b, ids in found if start <= a < end]
+        ids = list(dict.fromkeys(i for mark in marks for i in mark.ids))
+        pairs.append((_rewrite(text[start:end], marks, lambda _: None), ids))
+    return pairs
 
 
 def _settle(text: str) -> str:
@@ -198,15 +218,19 @@ def _settle(text: str) -> str:
 
 
 def _find(text: str, protected: list[tuple[int, int]]) -> list[Citation]:
+    marks = [
+        match
+        for match in _MARK.finditer(text)
+        if not any(begin < match.end() and match.start() < stop for begin, stop in protected)
+    ]
+    other = any(match["round"] is None and match[0][0] in "[［【〔〚⟦<" and _ids(match[0]) for match in marks)
     found: list[Citation] = []
-    for match in _MARK.finditer(text):
+    for match in marks:
         start, end = match.span()
-        if any(begin < end and start < stop for begin, stop in protected):
-            continue
         ids = _ids(match[0])
         if ids is None or (match["raised"] and not _raised_stands_so(text, start, found)):
             continue
-        if match["round"] and not _round_stands_so(text, start, end, found):
+        if match["round"] and (other or not _round_stands_so(text, start, end, found)):
             continue
         found.append(Citation(start, end, ids))
     return found
@@ -240,8 +264,8 @@ def _ids(mark: str) -> tuple[int, ...] | None:
 
 
 def _round_stands_so(text: str, start: int, end: int, found: list[Citation]) -> bool:
-    if len(max(re.findall(r"\d+", text[start:end]), key=len)) > 3:
-        return False  # a year
+    if len(max(re.findall(r"\d+", text[start:end]), key=len)) > 2:
+        return False  # a year or another number
     if found and found[-1].end == start:
         return True
     before = text[:start].rstrip(" \t")
