@@ -199,8 +199,8 @@ def _read(
     if not isinstance(question, str) or not isinstance(answer, str | None):
         raise TypeError(f"row {number}: question and answer have to be texts, not {question!r} and {answer!r}.")
     listed = read_passages([] if given is None else given, f"row {number}")
-    indices = [passage.get("index") if isinstance(passage, Mapping) else None for passage in given or []]
-    if not all(isinstance(index, int) for index in indices):
+    indices = [p["index"] for p in given or [] if isinstance(p, Mapping) and isinstance(p.get("index"), int)]
+    if len(indices) < len(listed):
         indices = [*range(1, len(listed) + 1)]
     if len({*indices}) < len(indices) or min(indices, default=1) < 1:
         raise ValueError(
