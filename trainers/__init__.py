@@ -17,6 +17,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peft_dynamic.trainers.citation.entailment import EntailmentCache, EntailmentModel, measure_entailment
+    from peft_dynamic.trainers.citation.evaluate import CitationEvaluation, evaluate_citations
     from peft_dynamic.trainers.ppo import PPOConfig, PPOTrainer
     from peft_dynamic.trainers.ppo.nlu import nlu_parse, nlu_prompt, nlu_reward, nlu_target
     from peft_dynamic.trainers.ppo.nlu_eval import evaluate_nlu, nlu_metrics
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
 
 # Public name: the module that has it.
 _PLACES: dict[str, str] = {
+    "CitationEvaluation": "citation.evaluate",
+    "EntailmentCache": "citation.entailment",
+    "EntailmentModel": "citation.entailment",
     "ExitCurve": "soft.curve",
     "PPOConfig": "ppo",
     "PPOTrainer": "ppo",
@@ -38,11 +43,13 @@ _PLACES: dict[str, str] = {
     "SoFTTrainer": "soft.trainer",
     "assisted_exit": "soft.speculative",
     "calibrate_thresholds": "soft.calibrate",
+    "evaluate_citations": "citation.evaluate",
     "evaluate_nlu": "ppo.nlu_eval",
     "exit_at": "soft.exits",
     "exit_curve": "soft.curve",
     "generate_adaptive": "soft.adaptive",
     "generate_speculative": "soft.speculative",
+    "measure_entailment": "citation.entailment",
     "nlu_metrics": "ppo.nlu_eval",
     "nlu_parse": "ppo.nlu",
     "nlu_prompt": "ppo.nlu",
@@ -54,6 +61,9 @@ _PLACES: dict[str, str] = {
 }
 
 __all__ = [
+    "CitationEvaluation",
+    "EntailmentCache",
+    "EntailmentModel",
     "ExitCurve",
     "PPOConfig",
     "PPOTrainer",
@@ -61,11 +71,13 @@ __all__ = [
     "SoFTTrainer",
     "assisted_exit",
     "calibrate_thresholds",
+    "evaluate_citations",
     "evaluate_nlu",
     "exit_at",
     "exit_curve",
     "generate_adaptive",
     "generate_speculative",
+    "measure_entailment",
     "nlu_metrics",
     "nlu_parse",
     "nlu_prompt",
