@@ -23,7 +23,8 @@ from peft_dynamic.trainers.citation.fid import FiDForConditionalGeneration
 
 HERE = Path(__file__).parent
 EPOCHS = {"decoder": 1, "fid": 2}
-NQ_ROWS, BATCH, LR, NEW_TOKENS = 105, 4, 1e-3, 96  # beside all of ALCE's and ExpertQA's
+ROWS = {"alce": 24, "expertqa": 8, "nq": 64}  # of each kind, drawn anew for each seed
+BATCH, LR, NEW_TOKENS = 4, 1e-3, 72
 
 
 def load(kind: str, models: Path, seed: int | None) -> tuple[Any, Any, Any]:
@@ -53,8 +54,11 @@ def loss_of(model: Any, batch: dict[str, torch.Tensor], kind: str) -> torch.Tens
 
 def train(kind: str, model: Any, collator: Any, train_rows: list[Row], seed: int) -> dict[str, Any]:
     rng = random.Random(seed)
-    nq = [row for row in train_rows if row["kind"] == "nq"]
-    chosen = [row for row in train_rows if row["kind"] != "nq"] + rng.sample(nq, NQ_ROWS)
+    chosen = [
+        row
+        for name, count in ROWS.items()
+        for row in rng.sample([row for row in train_rows if row["kind"] == name], count)
+    ]
     order = [row for _ in range(EPOCHS[kind]) for row in rng.sample(chosen, len(chosen))]
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)

@@ -85,7 +85,7 @@ def rows(data: Path, seed: int = 0) -> tuple[list[Row], list[Row], str]:
         "evaluation": {
             "alce": [row for row in alce if row["question"] in held and not row["augmented"]],
             "expertqa": expert["validation"],
-            "nq": nq["validation"][:28],
+            "nq": nq["validation"][:20],
         },
     }
     made: dict[str, list[Row]] = {}
