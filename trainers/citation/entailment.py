@@ -177,9 +177,11 @@ class EntailmentCache:
         if self.path is not None and self.path.is_file():
             with self.path.open(encoding="utf-8") as lines:
                 for line in lines:
-                    if line.endswith("\n"):  # a last line that was cut off is asked again
+                    try:
                         key, answer = json.loads(line)
-                        self._known[key] = answer
+                    except ValueError:
+                        continue  # cut off, by the end of a process: it is asked again
+                    self._known[key] = answer
 
     def __call__(self, premises: Sequence[str], hypotheses: Sequence[str], *, progress: bool = False) -> list[float]:
         """The probability of support of each pair."""
@@ -205,10 +207,9 @@ class EntailmentCache:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        cut_off = self.path.is_file() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size > 0
         with self.path.open("a", encoding="utf-8") as lines:
-            lines.write("\n" if cut_off else "")
-            lines.writelines(json.dumps(pair) + "\n" for pair in zip(keys, answers, strict=True))
+            # The line break comes first: the last line may have been cut off.
+            lines.writelines("\n" + json.dumps(pair) for pair in zip(keys, answers, strict=True))
 
 
 def probabilities(answers: Sequence[float], expected: int) -> list[float]:
