@@ -1,5 +1,6 @@
 """Each example runs as a user would run it, at toy size."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -23,10 +24,13 @@ def run(name: str, *arguments: object) -> str:
 
 def test_all_examples_are_run_here() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "citation_fid.py",
+        "citation_sft.py",
         "classify.py",
         "density_loss.py",
         "plain_loop.py",
         "sft_trainer.py",
+        "train_entailment.py",
     }
 
 
@@ -40,6 +44,44 @@ def test_plain_loop(tmp_path: Path) -> None:
 def test_density_loss(tmp_path: Path) -> None:
     assert "fewer" in run("density_loss.py", "--toy", "--output", tmp_path, "--steps", 60)
     assert json.loads((tmp_path / "density.json").read_text())["mean"]["all"]["exact"] < 0.3
+
+
+@pytest.mark.parametrize("kind", ["sft", "fid"])
+def test_citations(tmp_path: Path, kind: str) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, T5ForConditionalGeneration
+
+    from tests.trainers.citation.common import tiny_t5, tokenizer
+
+    tokenizer(end=kind == "fid").save_pretrained(tmp_path / "tiny")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    llama = LlamaConfig(vocab_size=330, pad_token_id=0, eos_token_id=1, **sizes)
+    model = LlamaForCausalLM(llama) if kind == "sft" else T5ForConditionalGeneration(tiny_t5())
+    model.save_pretrained(tmp_path / "tiny")
+    facts = [{"title": f"Fact {i}", "text": f"The sea is {i} wide."} for i in range(12)]
+    rows = [
+        {"question": f"How wide is {i}?", "passages": facts[i : i + 2], "answer": f"It is {i} [1, 2]."}
+        for i in range(10)
+    ]
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, {**rows[0], "answer": "[7]"}])
+    )
+    out = tmp_path / "out"
+    sizes = ("--passages", 3, "--held", 0.2, "--max_length", 700 if kind == "sft" else 64, "--max_new_tokens", 8)
+    training = ("--output_dir", out, "--max_steps", 2, "--per_device_train_batch_size", 2, "--report_to", "none")
+    own = {
+        "sft": ("--model_name_or_path", tmp_path / "tiny", "--use_peft", "--lora_target_modules", "all-linear"),
+        "fid": ("--model", tmp_path / "tiny", "--passages_per_pass", 2, "--num_beams", 2),
+    }
+    options = (*sizes, *training, *own[kind], "--use_cpu", "true", "--bf16", "false")
+    printed = run(f"citation_{kind}.py", "--rows", tmp_path / "rows.jsonl", *options)
+    assert "| dropped: cites an id that no passage has | 1 |" in printed
+    assert "| kept: citation marks rewritten | 10 |" in printed
+    assert "valid_citations" in printed
+    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 2
+    assert all(len(row["passages"]) == 3 and isinstance(row["output"], str) for row in answers)
+    assert (out / "report.html").is_file()
+    assert (out / ("adapter_config.json" if kind == "sft" else "config.json")).is_file()
 
 
 @pytest.mark.parametrize("method", ["moslora", "loretta-rep", "loretta-adp"])
@@ -85,3 +127,50 @@ def test_sft_trainer(tmp_path: Path) -> None:
     assert "base" in printed
     assert json.loads((out / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert json.loads((out / "adapter" / "adapter_config.json").read_text())["peft_type"] == "DYLORA"
+
+
+def test_train_entailment(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["[PAD]", "?", "[SEP]", "good", "bad", "film", "book"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[SEP] $A", pair="[SEP]:0 $A:0 [SEP]:1 $B:1", special_tokens=[("[SEP]", 2)]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="?")
+    fast.save_pretrained(tmp_path / "tiny")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=7, max_position_embeddings=32, **sizes)).save_pretrained(tmp_path / "tiny")
+    things = [
+        ("good film", "good", True),
+        ("bad film", "good", False),
+        ("good book", "good", True),
+        ("bad", "good", False),
+    ]
+    claims = [
+        {"claim": b, "references": [a, "film"], "label": "attributable" if label else "not attributable"}
+        for a, b, label in things * 4
+    ]
+    pairs = [{"premise": a, "hypothesis": b, "label": 0 if label else 2} for a, b, label in things * 4]
+    (tmp_path / "claims.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, claims)).encode()))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    out = tmp_path / "out"
+    files = (
+        "--train",
+        tmp_path / "claims.jsonl.gz",
+        tmp_path / "pairs.jsonl",
+        "--eval",
+        f"toy={tmp_path / 'pairs.jsonl'}",
+    )
+    settings = ("--epochs", 12, "--batch-size", 8, "--lr", 0.005, "--irrelevant", 0, "--save-steps", 20)
+    printed = run("train_entailment.py", "--model", tmp_path / "tiny", *files, "--output", out, *settings)
+    assert "toy" in printed
+    assert json.loads((out / "scores.json").read_text())["toy"] == {"auc": 1.0, "balanced_accuracy": 1.0, "rows": 16}
+    assert json.loads((out / "model" / "config.json").read_text())["id2label"] == {
+        "0": "not_supported",
+        "1": "supported",
+    }
+    # Run again, it goes on from the last checkpoint, of which nothing is left to do.
+    assert "toy" in run("train_entailment.py", "--model", tmp_path / "tiny", *files, "--output", out, *settings)

@@ -17,8 +17,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peft_dynamic.trainers.citation.collators import CitationDataCollator, FiDDataCollator
+    from peft_dynamic.trainers.citation.data import CitationReport, build_citation_dataset
     from peft_dynamic.trainers.citation.entailment import EntailmentCache, EntailmentModel, measure_entailment
     from peft_dynamic.trainers.citation.evaluate import CitationEvaluation, evaluate_citations
+    from peft_dynamic.trainers.citation.fid import FiDForConditionalGeneration
+    from peft_dynamic.trainers.citation.formats import CitationFormat, citation_prompt_completion
+    from peft_dynamic.trainers.citation.generate import answer_questions
     from peft_dynamic.trainers.ppo import PPOConfig, PPOTrainer
     from peft_dynamic.trainers.ppo.nlu import nlu_parse, nlu_prompt, nlu_reward, nlu_target
     from peft_dynamic.trainers.ppo.nlu_eval import evaluate_nlu, nlu_metrics
@@ -33,16 +38,24 @@ if TYPE_CHECKING:
 
 # Public name: the module that has it.
 _PLACES: dict[str, str] = {
+    "CitationDataCollator": "citation.collators",
     "CitationEvaluation": "citation.evaluate",
+    "CitationFormat": "citation.formats",
+    "CitationReport": "citation.data",
     "EntailmentCache": "citation.entailment",
     "EntailmentModel": "citation.entailment",
     "ExitCurve": "soft.curve",
+    "FiDDataCollator": "citation.collators",
+    "FiDForConditionalGeneration": "citation.fid",
     "PPOConfig": "ppo",
     "PPOTrainer": "ppo",
     "SoFTConfig": "soft.config",
     "SoFTTrainer": "soft.trainer",
+    "answer_questions": "citation.generate",
     "assisted_exit": "soft.speculative",
+    "build_citation_dataset": "citation.data",
     "calibrate_thresholds": "soft.calibrate",
+    "citation_prompt_completion": "citation.formats",
     "evaluate_citations": "citation.evaluate",
     "evaluate_nlu": "ppo.nlu_eval",
     "exit_at": "soft.exits",
@@ -61,16 +74,24 @@ _PLACES: dict[str, str] = {
 }
 
 __all__ = [
+    "CitationDataCollator",
     "CitationEvaluation",
+    "CitationFormat",
+    "CitationReport",
     "EntailmentCache",
     "EntailmentModel",
     "ExitCurve",
+    "FiDDataCollator",
+    "FiDForConditionalGeneration",
     "PPOConfig",
     "PPOTrainer",
     "SoFTConfig",
     "SoFTTrainer",
+    "answer_questions",
     "assisted_exit",
+    "build_citation_dataset",
     "calibrate_thresholds",
+    "citation_prompt_completion",
     "evaluate_citations",
     "evaluate_nlu",
     "exit_at",

@@ -38,8 +38,8 @@ class CitationDataCollator:
         trainer = SFTTrainer(model, train_dataset=rows, data_collator=CitationDataCollator(tokenizer),
                              args=SFTConfig(remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True}))
 
-    or under `transformers.Trainer`, or a loop. The tokens are those that SFTTrainer makes of `to_prompt_completion`,
-    which is the way to packing and padding-free training.
+    or under `transformers.Trainer`, or a loop. The tokens are those that SFTTrainer makes of
+    `citation_prompt_completion`, which is the way to packing and padding-free training.
 
     Args:
         tokenizer: of the model.
@@ -63,6 +63,7 @@ class CitationDataCollator:
         pad_to_multiple_of: int | None = None,
     ) -> None:
         self._fitter = Fitter(tokenizer, format, max_length, chat)
+        self.tokenizer = tokenizer
         self._pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.pad_to_multiple_of = pad_to_multiple_of
 

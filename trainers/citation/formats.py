@@ -224,7 +224,7 @@ def _cut(tokenizer: Any, text: str, ids: list[int], count: int) -> str:
     return text[: offsets[count - 1][1]].rstrip() if count else ""
 
 
-def to_prompt_completion(
+def citation_prompt_completion(
     dataset: Any,
     tokenizer: Any,
     *,

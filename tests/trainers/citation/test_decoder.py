@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_dynamic.trainers.citation.collators import CitationDataCollator
-from peft_dynamic.trainers.citation.formats import FORMATS, CitationFormat, share, to_prompt_completion
+from peft_dynamic.trainers.citation.formats import FORMATS, CitationFormat, share, citation_prompt_completion
 
 from .common import ROWS, tokenizer
 
@@ -63,9 +63,9 @@ def test_only_passages_are_cut(chat: bool, max_length: int) -> None:
     made = tokenizer(chat=chat)
     if max_length < 300:
         with pytest.warns(UserWarning, match=f"cut in 1 rows, by .* to fit into max_length={max_length}"):
-            data = to_prompt_completion([LONG], made, format=PLAIN, max_length=max_length)
+            data = citation_prompt_completion([LONG], made, format=PLAIN, max_length=max_length)
     else:
-        data = to_prompt_completion([LONG], made, format=PLAIN, max_length=max_length)
+        data = citation_prompt_completion([LONG], made, format=PLAIN, max_length=max_length)
     prompt, completion = data[0]["prompt"], data[0]["completion"]
     if chat:
         assert completion == [{"role": "assistant", "content": LONG["answer"]}]
@@ -144,14 +144,14 @@ def test_bad_input(row: dict[str, Any], arguments: dict[str, Any], message: str)
     with pytest.raises(ValueError, match=message):
         CitationDataCollator(tokenizer(), **arguments)([ROWS[0] | row])
     with pytest.raises(ValueError, match=message):
-        to_prompt_completion([ROWS[0] | row], tokenizer(), **arguments)
+        citation_prompt_completion([ROWS[0] | row], tokenizer(), **arguments)
 
 
 def test_answers_in_some_rows_only() -> None:
     with pytest.raises(ValueError, match="not both"):
         CitationDataCollator(tokenizer())([ROWS[0], {**ROWS[1], "answer": None}])
     with pytest.raises(ValueError, match="nothing to learn"):
-        to_prompt_completion([{**ROWS[1], "answer": None}], tokenizer())
+        citation_prompt_completion([{**ROWS[1], "answer": None}], tokenizer())
     without = tokenizer()
     without.eos_token = None
     with pytest.raises(ValueError, match="no eos_token"):
@@ -178,7 +178,7 @@ def sft(folder: Path, made: Any, data: Any, collator: Any = None, **settings: An
 @pytest.mark.parametrize("chat", [False, True])
 def test_sft_trainer_sees_the_collators_tokens(tmp_path: Path, chat: bool) -> None:
     made = tokenizer(chat=chat)
-    trainer = sft(tmp_path, made, to_prompt_completion(ROWS, made))
+    trainer = sft(tmp_path, made, citation_prompt_completion(ROWS, made))
     collator = CitationDataCollator(made)
     theirs = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
     ours = collator(ROWS)
@@ -200,7 +200,7 @@ def test_sft_trainer_sees_the_collators_tokens(tmp_path: Path, chat: bool) -> No
 )
 def test_packed_and_padding_free_losses_are_the_padded_one(tmp_path: Path, settings: dict[str, Any]) -> None:
     made = tokenizer()
-    data = to_prompt_completion(ROWS, made)
+    data = citation_prompt_completion(ROWS, made)
     losses = []
     for changes in ({}, settings):
         trainer = sft(tmp_path, made, data, max_steps=1, **changes)
