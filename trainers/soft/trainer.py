@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -199,7 +199,8 @@ def _soft_args(model: Any, args: TrainingArguments | None) -> SoFTConfig:
         return SoFTConfig(f"{name.rstrip('/').split('/')[-1]}-SoFT")
     if isinstance(args, SoFTConfig):
         return args
-    return SoFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # to_dict hides the hub_token
+    # to_dict() hides all that is called a token, such as SFTConfig's eos_token
+    return SoFTConfig(**{field.name: getattr(args, field.name) for field in fields(args) if field.init})
 
 
 def _add_exits(decoder: Decoder) -> None:

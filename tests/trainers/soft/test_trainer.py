@@ -311,6 +311,9 @@ def test_plain_training_arguments_and_none(tmp_path: Path, monkeypatch: pytest.M
     assert isinstance(made.args, SoFTConfig)
     assert made.args.hub_token == "secret"
     assert made.exits == [2, 3, 4, 5, 6]  # the paper's eight of six layers, each once
+    given = trl.SFTConfig(str(tmp_path), eos_token="w9", max_length=17, use_cpu=True, report_to=[])
+    made = SoFTTrainer(build("llama"), given, train_dataset=data, processing_class=tokenizer())
+    assert (made.args.eos_token, made.args.pad_token, made.args.max_length) == ("w9", None, 17)
     monkeypatch.setattr("peft_dynamic.trainers.soft.trainer.SoFTConfig", functools.partial(SoFTConfig, use_cpu=True))
     model = build("llama")
     model.config._name_or_path = "someone/tiny"
