@@ -1,0 +1,244 @@
+"""What leaving early saves: time for a token by exit, with adaptive decoding and with self-speculative decoding.
+
+    PYTHONPATH=. python benchmarks/soft_decoding/run.py --model DIR --data DATA --name soft [--batch 4]
+    PYTHONPATH=. python benchmarks/soft_decoding/run.py --plot
+
+DIR holds SmolLM2-135M-Instruct or what SoFT made of it (benchmarks/soft_quality/run.py --save), DATA the file
+e2e_nlg/validation.jsonl. Each round takes other prompts and runs every way of decoding on them in turn, greedily, to
+the end of the text; the order rotates. Time is per new token, the prompt's included, and is given over that of
+`generate` in the same round: the machine is noisy, so read the ratios. Thresholds are calibrated on other rows than
+those that are timed.
+"""
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.tasks import read
+from peft_dynamic.trainers import (
+    assisted_exit,
+    calibrate_thresholds,
+    exit_at,
+    generate_adaptive,
+    generate_speculative,
+    paper_thresholds,
+)
+
+RESULTS = Path(__file__).with_name("results.json")
+EXITS = [9, 12, 15, 18, 21, 24, 27]
+DRAFTS = [9, 12, 15, 21]
+ASSISTED = [9, 15]
+AGREEMENTS = [0.9, 0.95, 0.98]
+CALIBRATED = 48  # rows
+NEW = 40  # tokens at most
+WARM_UP = 1  # rounds that do not count
+
+
+def rows_of(data: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows to calibrate on, and prompts to time."""
+    rows = read(data / "e2e_nlg/validation.jsonl")
+    random.Random(11).shuffle(rows)
+    return rows[:CALIBRATED], [row["mr"] + "\n" for row in rows[CALIBRATED:]]
+
+
+def calibration_batches(rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, torch.Tensor]]:
+    """One row each: the prompt, and a reference whose tokens count."""
+    batches = []
+    for row in rows:
+        prompt = tokenizer(row["mr"] + "\n")["input_ids"]
+        answer = tokenizer(row["refs"][0])["input_ids"] + [tokenizer.eos_token_id]
+        ids = torch.tensor([prompt + answer])
+        batches.append({"input_ids": ids, "labels": torch.where(torch.arange(ids.shape[1]) < len(prompt), -100, ids)})
+    return batches
+
+
+Decode = Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, dict[str, float]]]
+
+
+def ways(model: Any, thresholds: dict[str, dict[int, float]], batch: int) -> dict[str, Decode]:
+    """Name -> decoding: from a tokeniser's output to all tokens and what else is worth noting."""
+
+    def plain(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        return model.generate(**inputs, max_new_tokens=NEW, do_sample=False), {}
+
+    def at_exit(inputs: dict[str, torch.Tensor], exit: int) -> tuple[torch.Tensor, dict[str, float]]:
+        with exit_at(model, exit):
+            return plain(inputs)
+
+    def adaptive(inputs: dict[str, torch.Tensor], limits: dict[int, float]) -> tuple[torch.Tensor, dict[str, float]]:
+        output = generate_adaptive(model, **inputs, thresholds=limits, max_new_tokens=NEW)
+        return output.sequences, {"mean_exit": output.mean_exit}
+
+    def speculative(inputs: dict[str, torch.Tensor], exit: int) -> tuple[torch.Tensor, dict[str, float]]:
+        output = generate_speculative(model, **inputs, exit=exit, max_new_tokens=NEW)
+        return output.sequences, {"acceptance": output.acceptance}
+
+    def assisted(inputs: dict[str, torch.Tensor], exit: int) -> tuple[torch.Tensor, dict[str, float]]:
+        with assisted_exit(model, exit) as how:
+            return model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **how), {}
+
+    found: dict[str, Decode] = {"generate": plain}
+    found |= {f"exit {exit}": partial(at_exit, exit=exit) for exit in EXITS}
+    found["adaptive, never early"] = partial(adaptive, limits=dict.fromkeys(EXITS, 2.0))
+    found |= {f"adaptive, {name}": partial(adaptive, limits=limits) for name, limits in thresholds.items()}
+    found |= {f"speculative {exit}": partial(speculative, exit=exit) for exit in DRAFTS}
+    if batch == 1:  # transformers' own takes no more
+        found |= {f"transformers' {exit}": partial(assisted, exit=exit) for exit in ASSISTED}
+    return found
+
+
+def timed(model: Any, tokenizer: Any, prompts: list[str], calls: dict[str, Decode], batch: int, seconds: float) -> Any:
+    """Milliseconds per new token, notes and texts of each way, round by round, until the time is up."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    notes: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
+    texts: dict[str, list[list[str]]] = {name: [] for name in calls}
+    started, number = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        chosen = [prompts[(number * batch + i) % len(prompts)] for i in range(batch)]
+        inputs = dict(tokenizer(chosen, return_tensors="pt", padding=True))
+        length = inputs["input_ids"].shape[1]
+        first = number % len(calls)
+        for name in [*calls][first:] + [*calls][:first]:
+            start = time.perf_counter()
+            tokens, noted = calls[name](inputs)
+            spent = time.perf_counter() - start
+            if number >= WARM_UP:
+                taken[name].append(1000 * spent / (tokens.shape[1] - length))
+                notes[name].append(noted)
+                texts[name].append(tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True))
+        number += 1
+    return taken, notes, texts
+
+
+def summary(taken: Any, notes: Any, texts: Any) -> dict[str, Any]:
+    """Ratios to `generate` in the same round, and how many texts are the same as its."""
+    result = {}
+    for name, times in taken.items():
+        ratios = [mine / other for mine, other in zip(times, taken["generate"], strict=True)]
+        same = [
+            a == b
+            for mine, other in zip(texts[name], texts["generate"], strict=True)
+            for a, b in zip(mine, other, strict=True)
+        ]
+        result[name] = {
+            "ms_per_token": statistics.mean(times),
+            "ratio_median": statistics.median(ratios),
+            "ratio_quartiles": statistics.quantiles(ratios, n=4),
+            "speed_up": 1 / statistics.median(ratios),
+            "same_text": sum(same) / len(same),
+            **{key: statistics.mean(each[key] for each in notes[name]) for key in notes[name][0]},
+        }
+    return result
+
+
+def measured(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    rows, prompts = rows_of(args.data)
+    thresholds: dict[str, dict[int, float]] = {"paper's thresholds": paper_thresholds(model)}
+    calibrations = {}
+    for agreement in AGREEMENTS:
+        batches = calibration_batches(rows, tokenizer)
+        found = calibrate_thresholds(model, batches, exits=EXITS, agreement=agreement)
+        calibrations[str(agreement)] = vars(found) | {"thresholds": {str(k): p for k, p in found.thresholds.items()}}
+        thresholds[f"{agreement:.0%} agreement"] = found.thresholds
+    calls = ways(model, thresholds, args.batch)
+    taken, notes, texts = timed(model, tokenizer, prompts, calls, args.batch, args.seconds)
+    layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    record = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    record[f"{args.name}, batch {args.batch}"] = {
+        "machine": {"cpu": platform.processor() or platform.machine(), "threads": args.threads},
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "rounds": len(taken["generate"]),
+        "depth": model.config.num_hidden_layers,
+        "head_in_layers": model.lm_head.weight.numel() / layer,
+        "calibration": calibrations,
+        "ways": summary(taken, notes, texts),
+    }
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(table(record[f"{args.name}, batch {args.batch}"]))
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        "| | time per token over `generate`'s | quartiles | same text | mean exit | acceptance |",
+        "|---" * 6 + "|",
+    ]
+    for name, each in result["ways"].items():
+        low, _, high = each["ratio_quartiles"]
+        extra = [
+            f"{each[key]:{form}}" if key in each else "" for key, form in (("mean_exit", ".1f"), ("acceptance", ".2f"))
+        ]
+        cells = [name, f"{each['ratio_median']:.2f}", f"{low:.2f} to {high:.2f}", f"{each['same_text']:.0%}", *extra]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot() -> None:
+    """Time by exit beside the ideal, and the other ways as levels."""
+    from matplotlib.figure import Figure
+
+    record = json.loads(RESULTS.read_text())
+    figure = Figure(figsize=(5.2 * len(record), 4.4), layout="constrained")
+    axes = figure.subplots(1, len(record), squeeze=False, sharey=True)[0]
+    for axis, (title, result) in zip(axes, record.items(), strict=True):
+        depth, head = result["depth"], result["head_in_layers"]
+        exits = [*EXITS, depth]
+        found = [result["ways"][f"exit {k}"]["ratio_median"] for k in EXITS] + [1.0]
+        axis.plot(exits, [k / depth for k in exits], color="0.6", linestyle=":", label="k / L")
+        axis.plot(
+            exits, [(k + head) / (depth + head) for k in exits], color="0.6", linestyle="--", label="with the head"
+        )
+        axis.plot(exits, found, color="C0", marker="o", label="exit_at(k)")
+        for kind, color, marker, at in (
+            ("adaptive, ", "C1", "s", lambda each, name: each["mean_exit"]),
+            ("speculative ", "C2", "^", lambda each, name: int(name.split()[-1])),
+            ("transformers' ", "C3", "v", lambda each, name: int(name.split()[-1])),
+        ):
+            points = [
+                (at(each, name), each["ratio_median"]) for name, each in result["ways"].items() if name.startswith(kind)
+            ]
+            if points:
+                label = {"adaptive, ": "adaptive (at its mean exit)", "speculative ": "speculative (draft exit)"}
+                axis.plot(*zip(*points, strict=True), marker, color=color, label=label.get(kind, "transformers' own"))
+        axis.axhline(1, color="0.8", linewidth=0.8)
+        axis.set(xlabel="layer", title=title, xticks=exits)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("time per token over generate's")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(RESULTS.with_name("latency.png"), dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--name", default="soft")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=220)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--plot", action="store_true")
+    args = parser.parse_args()
+    if args.plot:
+        plot()
+    elif args.model is None or args.data is None:
+        parser.error("--model and --data are needed, or --plot alone")
+    else:
+        measured(args)
+
+
+if __name__ == "__main__":
+    main()
