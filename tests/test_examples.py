@@ -29,6 +29,7 @@ def test_all_examples_are_run_here() -> None:
         "classify.py",
         "density_loss.py",
         "plain_loop.py",
+        "ppo_glue.py",
         "sft_trainer.py",
         "train_entailment.py",
     }
@@ -174,3 +175,46 @@ def test_train_entailment(tmp_path: Path) -> None:
     }
     # Run again, it goes on from the last checkpoint, of which nothing is left to do.
     assert "toy" in run("train_entailment.py", "--model", tmp_path / "tiny", *files, "--output", out, *settings)
+def test_ppo_glue(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.trainers.ppo.nlu_words import tokenizer
+
+    tokenizer().save_pretrained(tmp_path / "tiny")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.3}
+    config = LlamaConfig(vocab_size=6, eos_token_id=0, pad_token_id=0, bos_token_id=None, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
+    # Of these words "No" has a token of its own, and the label goes by it
+    rows = [{"sentence": text, "label": label} for text, label in (("No", 0), ("a", 1), ("No a", 0), ("a a", 1)) * 4]
+    for name in ("train", "eval"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    settings = {
+        "task": "cola",
+        "train_file": str(tmp_path / "train.jsonl"),
+        "eval_file": str(tmp_path / "eval.jsonl"),
+        "model_name_or_path": str(tmp_path / "tiny"),
+        "use_peft": True,
+        "lora_target_modules": "all-linear",
+        "dtype": "float32",
+        "sft_steps": 60,
+        "sft_learning_rate": 0.01,
+        "per_device_train_batch_size": 16,
+        "max_steps": 4,
+        "num_ppo_epochs": 2,
+        "learning_rate": 0.001,
+        "max_completion_length": 4,
+        "output_dir": str(out),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+    }
+    # JSON is YAML, too
+    (tmp_path / "settings.yaml").write_text(json.dumps(settings))
+    printed = run("ppo_glue.py", "--config", tmp_path / "settings.yaml")
+    assert "ppo: matthews_correlation" in printed
+    scores = json.loads((out / "scores.json").read_text())
+    assert list(scores) == ["before", "sft", "ppo"]
+    assert scores["before"]["unparsable"] > 0.5
+    assert scores["sft"]["unparsable"] == scores["ppo"]["unparsable"] == 0.0
+    assert json.loads((out / "adapter_config.json").read_text())["peft_type"] == "LORA"
