@@ -247,29 +247,27 @@ def test_a_policy_without_gradients_stops_training(tmp_path: Path) -> None:
 # ---- Learning
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_it_learns_what_only_the_best_behaviour_is_paid_for(tmp_path: Path, seed: int) -> None:
-    """Say the letter behind the prompt's, and stop: chance has it once in 17 * 17 = 289 times."""
+    """Say the letter behind the prompt's: chance does once in 17 times, and nothing else is worth anything."""
 
-    def reward(completion_ids: list[list[int]], wanted: list[str], **_: Any) -> list[float]:
-        targets = [[ord(letter) - ord("a"), EOS] for letter in wanted]
-        return [float(ids == target) for ids, target in zip(completion_ids, targets, strict=True)]
+    def reward(completions: list[str], wanted: list[str], **_: Any) -> list[float]:
+        return [float(said == right) for said, right in zip(completions, wanted, strict=True)]
 
-    rows = Dataset.from_list([{"prompt": "ab"[i], "wanted": "bc"[i]} for i in range(2)])
+    rows = Dataset.from_list([{"prompt": "a", "wanted": "b"}, {"prompt": "b", "wanted": "c"}])
     made = trainer(
         tmp_path,
-        tiny_policy(seed=seed),
+        tiny_policy(seed=seed, initializer_range=0.1),
         reward,
         train_dataset=rows,
         eval_dataset=rows,
         peft_config=lora(),
         per_device_train_batch_size=64,
-        max_steps=80,
-        num_ppo_epochs=4,
-        max_completion_length=3,
-        kl_coef=0.0,
+        max_steps=60,
+        max_completion_length=1,
         seed=seed,
     )
-    assert made.evaluate()["eval_reward"] == 0.0
     made.train()
+    rewards = [entry["reward"] for entry in made.state.log_history if "reward" in entry]
+    assert rewards[0] < 0.2 < 0.4 < rewards[-1]
     assert made.evaluate()["eval_reward"] == 1.0
