@@ -1,0 +1,135 @@
+"""Train a small judge of support: does a passage support a statement? For `evaluate_citations` on one's own machine.
+
+    python examples/train_entailment.py --model MODEL --train mnli.jsonl claims.jsonl --eval mnli=mnli_val.jsonl
+
+The whole of an encoder is fine-tuned to tell `supported` from `not_supported`. A line of a file (.jsonl or .jsonl.gz)
+is either of natural language inference, `premise`, `hypothesis` and `label` (0 is entailment, all else is no support),
+or of attribution, `claim`, `references` (a list of texts) and `label` (`attributable` is support). Some pairs with a
+premise of another row are added as not supported, because the negatives of such data are all on the subject.
+OUTPUT/model then goes into `evaluate_citations(rows, "OUTPUT/model")`, and OUTPUT/scores.json has what it is worth on
+each evaluation file.
+"""
+
+import argparse
+import gzip
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from peft_dynamic.trainers.citation.entailment import EntailmentModel, measure_entailment
+
+LABELS = ["not_supported", "supported"]
+Pair = tuple[str, str, bool]
+
+
+def read(path: Path) -> list[Pair]:
+    """(premise, hypothesis, supported) of each line."""
+    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    rows = [json.loads(line) for line in text.splitlines()]
+    return [
+        (row["premise"], row["hypothesis"], row["label"] == 0)
+        if "premise" in row
+        else ("\n".join(row["references"]), row["claim"], row["label"] == "attributable")
+        for row in rows
+    ]
+
+
+def with_irrelevant(pairs: list[Pair], share: float, rng: random.Random) -> list[Pair]:
+    """The pairs, and `share` as many more of a supported hypothesis with the premise of another row."""
+    supported = [hypothesis for _, hypothesis, label in pairs if label]
+    chosen = rng.sample(supported, min(len(supported), round(share * len(pairs))))
+    return pairs + [(rng.choice(pairs)[0], hypothesis, False) for hypothesis in chosen]
+
+
+def encoded(pairs: list[Pair], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
+    # Where a pair is too long, the longer of the two is shortened: that is the premise, but for a few.
+    return [
+        {**tokenizer(premise, hypothesis, truncation="longest_first", max_length=max_length), "labels": int(label)}
+        for premise, hypothesis, label in pairs
+    ]
+
+
+def main(arguments: argparse.Namespace) -> None:
+    set_seed(arguments.seed)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        arguments.model,
+        num_labels=2,
+        id2label=dict(enumerate(LABELS)),
+        label2id={label: i for i, label in enumerate(LABELS)},
+        attn_implementation="eager",
+    )
+    rng = random.Random(arguments.seed)
+    train = [pair for path in arguments.train for pair in with_irrelevant(read(path), arguments.irrelevant, rng)]
+    checkpoints = arguments.output / "checkpoints"
+    settings = TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=arguments.epochs,
+        per_device_train_batch_size=arguments.batch_size,
+        learning_rate=arguments.lr,
+        warmup_steps=0.06,  # a share
+        weight_decay=0.01,
+        train_sampling_strategy="group_by_length",
+        bf16=arguments.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        save_steps=arguments.save_steps,
+        save_total_limit=1,
+        logging_steps=arguments.save_steps,
+        report_to="none",
+        seed=arguments.seed,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(
+        model,
+        settings,
+        train_dataset=encoded(train, tokenizer, arguments.max_length),
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    model.eval().save_pretrained(arguments.output / "model")
+    tokenizer.save_pretrained(arguments.output / "model")
+
+    judge = EntailmentModel(arguments.output / "model")
+    scores = {}
+    for name, path in arguments.eval:
+        premises, hypotheses, labels = zip(*read(path), strict=True)
+        scores[name] = measure_entailment(judge, premises, hypotheses, labels)
+        print(name, json.dumps(scores[name]))
+    (arguments.output / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+
+
+def named(text: str) -> tuple[str, Path]:
+    name, _, path = text.rpartition("=")
+    return name or Path(path).stem, Path(path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="an encoder, from the Hub or a folder")
+    parser.add_argument("--train", type=Path, nargs="+", required=True)
+    parser.add_argument("--eval", type=named, nargs="+", default=[], metavar="NAME=FILE")
+    parser.add_argument("--output", type=Path, default=Path("out/entailment"))
+    parser.add_argument("--epochs", type=float, default=4)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument(
+        "--irrelevant", type=float, default=0.1, help="how many pairs to add with another row's premise"
+    )
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--save-steps", type=int, default=100, help="a run goes on from its last checkpoint")
+    parser.add_argument("--seed", type=int, default=0)
+    main(parser.parse_args())
