@@ -14,7 +14,7 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b; }
 table { border-collapse: collapse; } td { padding: .1rem 1rem .1rem 0; } td + td { text-align: right; }
 article { border-top: 1px solid #bbb; margin-top: 1.5rem; } h2 { font-size: 1.1rem; }
-ol.sentences { padding-left: 1.5rem; }
+ol.sentences { padding-left: 0; list-style: none; }
 .sentences li { margin: .4rem 0; padding: .3rem .6rem; border-left: .3rem solid; }
 .supported { border-color: #2a7d46; } .unsupported { border-color: #b3261e; } .uncited { border-color: #8a8a8a; }
 .verdict, .citation { font-size: .8rem; margin-left: .4rem; padding: 0 .4rem; border-radius: .6rem; }
@@ -91,9 +91,9 @@ def _html_sentence(sentence: Sentence, answer: Answer) -> str:
     kind = "supported" if sentence.supported else "unsupported" if sentence.citations else "uncited"
     sure = "" if sentence.support is None else f" ({sentence.support:.2f})"
     marks = "".join(
-        f"<span class='citation {_kind(what)}'>{mark} {what}</span>" for mark, what in _citations(sentence, answer)
+        f" <span class='citation {_kind(what)}'>{mark} {what}</span>" for mark, what in _citations(sentence, answer)
     )
-    return f"<li class='{kind}'>{escape(sentence.statement)}<span class='verdict'>{found}{sure}</span>{marks}</li>"
+    return f"<li class='{kind}'>{escape(sentence.statement)} <span class='verdict'>{found}{sure}</span>{marks}</li>"
 
 
 def _kind(found: str) -> str:

@@ -1,0 +1,116 @@
+"""What a judge of examples/train_entailment.py is worth for `evaluate_citations`.
+
+    PYTHONPATH=. python benchmarks/citation_judge/run.py --data DATA --judge OUTPUT [OUTPUT ...]
+
+OUTPUT is what the example has written: `scores.json` for its validation rows, and the model, of which the first is used
+for two checks on data that it was not trained on. Cited answers that people found right (alce_citation_sft, without its
+augmentations): their citations as they are, each replaced by another passage of the same question, and with the
+passages of another question. And the claims of expertqa_cited that are not in attributionbench's training rows: do
+experts and judge agree on which are supported?
+"""
+
+import argparse
+import gzip
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peft_dynamic.trainers.citation.entailment import EntailmentCache, EntailmentModel, measure_entailment
+from peft_dynamic.trainers.citation.evaluate import evaluate_citations
+
+SEEDS = (0, 1, 2)
+Row = dict[str, Any]
+
+
+def read(path: Path) -> list[Row]:
+    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def answers(data: Path) -> list[Row]:
+    rows = read(data / "alce_citation_sft" / "train.jsonl")
+    return [
+        {"question": row["question"], "output": row["label"], "passages": row["docs"]}
+        for row in rows
+        if not row["augmented"]
+    ]
+
+
+def recited(row: Row, rng: random.Random) -> Row:
+    """Each citation replaced by one of a passage that its sentence does not cite."""
+    passages = {passage["index"] for passage in row["passages"]}
+
+    def other(run: re.Match[str]) -> str:
+        cited = [int(i) for i in re.findall(r"\d+", run[0])]
+        left = sorted(passages - set(cited))
+        return "".join(f"[{i}]" for i in rng.sample(left, min(len(cited), len(left))))
+
+    return row | {"output": re.sub(r"(?:\[\d+\])+", other, row["output"])}
+
+
+def with_other_passages(rows: list[Row]) -> list[Row]:
+    """Each answer with the passages of the next question, of which there must be as many."""
+    return [row | {"passages": other["passages"]} for row, other in zip(rows, rows[1:] + rows[:1], strict=True)]
+
+
+def sanity(judge: EntailmentCache, rows: list[Row]) -> Row:
+    versions = {"as written": [rows], "passages of another question": [with_other_passages(rows)]}
+    versions["other passages of the question"] = [
+        [recited(row, rng) for row in rows] for rng in map(random.Random, SEEDS)
+    ]
+    found = {}
+    for name, each in versions.items():
+        evaluations = [evaluate_citations(version, judge, progress=False) for version in each]
+        found[name] = {
+            "citation_recall": [evaluation.citation_recall for evaluation in evaluations],
+            "citation_precision": [evaluation.citation_precision for evaluation in evaluations],
+            "sentences": evaluations[0].counts["sentences"],
+        }
+        print(name, json.dumps(found[name]))
+    return found
+
+
+def plain(claim: str) -> str:
+    return re.sub(r"\s*\[\d+\]", "", claim).strip()
+
+
+def experts(judge: EntailmentCache, data: Path) -> Row:
+    """The judge against experts who said Complete, or Partial, Incomplete or Missing, of a claim that cites."""
+    known = {plain(row["claim"]) for row in read(data / "attributionbench" / "train.jsonl.gz")}
+    premises, hypotheses, labels = [], [], []
+    for file in ("train", "validation"):
+        for row in read(data / "expertqa_cited" / f"{file}.jsonl"):
+            texts = {passage["index"]: passage["text"] for passage in row["docs"]}
+            for claim in row["claims"]:
+                cited = [texts[i] for i in claim["citations"] if i in texts]
+                if cited and plain(claim["claim"]) not in known and claim["support"] not in (None, "N/A"):
+                    premises.append("\n".join(cited))
+                    hypotheses.append(plain(claim["claim"]))
+                    labels.append(claim["support"] == "Complete")
+    return measure_entailment(judge, premises, hypotheses, labels) | {"supported": sum(labels)}
+
+
+def main(arguments: argparse.Namespace) -> None:
+    scores = [json.loads((folder / "scores.json").read_text()) for folder in arguments.judge]
+    model = EntailmentModel(arguments.judge[0] / "model", dtype=torch.bfloat16, batch_size=16)
+    judge = EntailmentCache(model, arguments.cache)
+    result = {
+        "validation": {name: [each[name] for each in scores] for name in scores[0]},
+        "citations": sanity(judge, answers(arguments.data)),
+        "expertqa": experts(judge, arguments.data),
+    }
+    print(json.dumps(result["expertqa"]))
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--judge", type=Path, nargs="+", required=True)
+    parser.add_argument("--cache", type=Path, help="a file for the judge's answers")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.json")
+    main(parser.parse_args())
