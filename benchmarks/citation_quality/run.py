@@ -23,7 +23,7 @@ from peft_dynamic.trainers.citation.fid import FiDForConditionalGeneration
 
 HERE = Path(__file__).parent
 EPOCHS = {"decoder": 1, "fid": 2}
-ROWS = {"alce": 24, "expertqa": 8, "nq": 64}  # of each kind, drawn anew for each seed
+ROWS = {"alce": 16, "expertqa": 4, "nq": 44}  # of each kind, drawn anew for each seed
 BATCH, LR, NEW_TOKENS = 4, 1e-3, 72
 
 

@@ -94,6 +94,7 @@ class FiDForConditionalGeneration:
         self,
         input_ids: torch.Tensor | None = None,  # (batch, passages, tokens)
         attention_mask: torch.Tensor | None = None,  # (batch, passages, tokens)
+        *,
         labels: torch.Tensor | None = None,  # (batch, answer tokens)
         encoder_outputs: Any = None,
         num_items_in_batch: torch.Tensor | int | None = None,
