@@ -52,6 +52,9 @@ TEST_CASES = [("yardstick " + n, m, _config, k) for n, m, k in _json.loads(_os.e
 # LoRETTA's factors are tensor trains of linear layers; other layers it refuses. These layers are tiny, and a
 # larger alpha makes one of PEFT's tests diverge, which steps by plain gradients at a rate made for LoRA.
 LINEAR_ONLY = {"LorettaRepConfig": {"bottleneck": 4, "tensor_rank": 2, "lora_alpha": 2, "train_layer_norms": False}}
+# A density loss counts the output of a named module where there are no blocks. Its weight is 0: PEFT's loops make their
+# loss from the outputs, where the term would be missing, and so are refused.
+COUNTED = {"MHA": "lin0", "EmbConv1D": "lin0"}
 # PEFT's test that each parameter moves by 1e-4 in three steps has a list of methods that need a larger learning rate on
 # the embedding: those whose factors start at zero and meet more than one other factor. Ours of that kind join it.
 LARGER_RATE = ("MoSLoRAConfig", "LorettaRepConfig")
@@ -81,6 +84,12 @@ def main() -> int:
         if args.config in LINEAR_ONLY:
             cases = [
                 (name, model, kwargs | LINEAR_ONLY[args.config]) for name, model, kwargs in CASES if model == "MLP"
+            ]
+        if args.config == "DensityLoRAConfig":
+            settings = {"density_weight": 0.0, "include_padding": True}
+            cases = [
+                (name, model, kwargs | settings | {"activation_modules": COUNTED.get(model, "relu")})
+                for name, model, kwargs in CASES
             ]
         environment = os.environ | {"YARDSTICK_CONFIG": args.config, "YARDSTICK_CASES": json.dumps(cases)}
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-W", "ignore"]

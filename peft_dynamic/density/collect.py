@@ -3,6 +3,7 @@
 Notable: the hooks sit on the activations, which checkpointing runs again in the backward pass, and on the model, its
 PEFT wrappers and its backbone. The outermost of these opens and closes a pass, so any of them may be the one that a
 loop, a trainer or a fused head calls. The mask is taken from the innermost call, where virtual tokens are in it.
+torch.compile leaves the hooks out: the graph breaks at each, and the parts between them are compiled.
 """
 
 from __future__ import annotations
@@ -129,12 +130,14 @@ class Collector:
         for handle in self._handles:
             handle.remove()
 
+    @torch.compiler.disable
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self.current is None and self._begin(module):
             self.current = Pass(module, self._pad)
         if self.current is not None:
             self.current.read(module, args, kwargs)
 
+    @torch.compiler.disable
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
         done = self.current
         if done is None or done.opener is not module:
@@ -144,6 +147,7 @@ class Collector:
             return None
         return self._on_end(done, output)
 
+    @torch.compiler.disable
     def _activation(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         self._on_activation(self._by_module[module], module, args, output, self.current)
 

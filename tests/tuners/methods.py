@@ -29,6 +29,10 @@ METHODS: dict[str, Callable[[], PeftConfig]] = {
     ),
     "loretta-adp": lambda: LorettaAdpConfig(task_type="CAUSAL_LM", bottleneck=8, tensor_rank=2),
 }
+# Refused, since what a block computes is without gradients there: design, not a defect.
+REFUSES_REENTRANT = {"density-lora"}
+# Hooks that read the pass and its mask are not traced; what is between them is.
+COMPILES_IN_PARTS = {"density-lora"}
 
 
 def with_method(name: str) -> Any:
