@@ -28,6 +28,7 @@ def test_all_examples_are_run_here() -> None:
         "citation_sft.py",
         "classify.py",
         "density_loss.py",
+        "exit_early.py",
         "plain_loop.py",
         "ppo_glue.py",
         "sft_trainer.py",
@@ -109,7 +110,8 @@ def test_classify(tmp_path: Path, method: str) -> None:
     assert (tmp_path / "out/lora").exists() == (method in ("dylora", "moslora", "loretta-rep"))
 
 
-def test_sft_trainer(tmp_path: Path) -> None:
+def tiny_language_model(folder: Path) -> Path:
+    """A model of two layers and a tokenizer of six words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -117,8 +119,23 @@ def test_sft_trainer(tmp_path: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>", unk_token="?")
-    fast.save_pretrained(tmp_path / "tiny")
-    tiny_llama().save_pretrained(tmp_path / "tiny")
+    fast.save_pretrained(folder / "tiny")
+    tiny_llama().save_pretrained(folder / "tiny")
+    return folder / "tiny"
+
+
+def test_exit_early(tmp_path: Path) -> None:
+    out = ("--output", tmp_path / "out", "--tokens", 5)
+    printed = run("exit_early.py", "--model", tiny_language_model(tmp_path), "--text", "say one two", *out)
+    chosen = next(line for line in printed.splitlines() if line.startswith("exit "))
+    layers = json.loads((tmp_path / "out" / "small" / "config.json").read_text())["num_hidden_layers"]
+    assert chosen.startswith(f"exit {layers}: say one two")
+    assert "thresholds {" in printed
+    assert "drafts accepted: say one two" in printed
+
+
+def test_sft_trainer(tmp_path: Path) -> None:
+    tiny_language_model(tmp_path)
     rows = [{"prompt": "say ", "completion": word} for word in ("one", "two", "three", "one two") * 5]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out"
