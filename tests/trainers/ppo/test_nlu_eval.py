@@ -182,6 +182,16 @@ def test_an_evaluation_by_the_chat_template() -> None:
     assert found == nlu_metrics("cola", [nlu_parse("cola", text) for text in said], data)
 
 
+def test_a_quantised_model_can_be_trained_after_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, words = model_and_tokenizer()
+    kept: list[Any] = []
+    monkeypatch.setattr(
+        nlu_eval, "keep_training_on_cpu", kept.append
+    )  # tested where it belongs; here: that it is called
+    evaluate_nlu(model, words, "cola", [{"sentence": "A", "label": 1}], max_new_tokens=1)
+    assert kept == [model]
+
+
 def test_a_tokenizer_without_padding_is_refused() -> None:
     model, words = model_and_tokenizer()
     words.pad_token = None
