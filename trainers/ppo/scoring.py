@@ -7,7 +7,7 @@ counts positions as it does without padding. Only the tokens of completions are 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -61,7 +61,12 @@ class Scorer:
         self.direct = self._head_is_direct()
 
     def __call__(
-        self, model: Callable[..., Any], sequences: Sequences, width: int, values: bool = True
+        self,
+        model: Callable[..., Any],
+        sequences: Sequences,
+        width: int,
+        values: bool = True,
+        within: AbstractContextManager[None] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-probabilities of the completions' tokens, and the values of their states.
 
@@ -70,13 +75,16 @@ class Scorer:
             sequences: of this batch.
             width: places per row in what is returned.
             values: whether to ask the value function too.
+            within: entered for the pass, such as one that switches the adapter off.
 
         Returns:
             log-probabilities (batch, width), and values (batch, width + 1) of the states 0..n of each row, or None;
             float32, 0 in the places that are not taken.
         """
         rows, columns = sequences.states(width)
-        with _forward(self.policy, lambda *args, **inputs: self._read(sequences, rows, columns, values, inputs)):
+        answer = _forward(self.policy, lambda *args, **inputs: self._read(sequences, rows, columns, values, inputs))
+        # In this order: an adapter with virtual tokens is switched off by keeping the policy's forward of that moment
+        with answer, within or nullcontext():
             found = model(**sequences.inputs())
         t = columns - sequences.prompt_lengths[rows] + 1
         acts = t < sequences.completion_lengths[rows]
@@ -84,7 +92,7 @@ class Scorer:
         logprobs = found["logprobs"].new_zeros(batch, width).index_put((rows[acts], t[acts]), found["logprobs"])
         if not values:
             return logprobs, None
-        return logprobs, found["values"].new_zeros(batch, width + 1).index_put((rows, t), found["values"])
+        return logprobs, found["state_values"].new_zeros(batch, width + 1).index_put((rows, t), found["state_values"])
 
     def _read(
         self, sequences: Sequences, rows: torch.Tensor, columns: torch.Tensor, values: bool, inputs: dict[str, Any]
@@ -112,7 +120,7 @@ class Scorer:
             output["logprobs"] = torch.log_softmax(chosen, dim=-1).gather(1, next_ids[:, None])[:, 0]
         if values:
             function: ValueFunction = getattr(self.policy, NAME)
-            output["values"] = function(states, rows * length + columns, **sequences.inputs())
+            output["state_values"] = function(states, rows * length + columns, **sequences.inputs())
         return output
 
     def _with_logits(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

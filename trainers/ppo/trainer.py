@@ -246,11 +246,11 @@ class PPOTrainer(Trainer):
                 if self.args.kl_coef and self.ref_scorer is not None:
                     found[1].append(self.ref_scorer(self.ref_model, batch, width, values=False)[0])
                 elif self.args.kl_coef:
-                    with reference_policy(self.model, self.ref_adapter):
-                        found[1].append(self.scorer(self.model, batch, width, values=False)[0])
+                    reference = reference_policy(self.model, self.ref_adapter)
+                    found[1].append(self.scorer(self.model, batch, width, values=False, within=reference)[0])
         self.model.train(was_training)
-        reference, state_values = (torch.cat(parts) if parts else None for parts in found[1:])
-        return torch.cat(found[0]), reference, state_values
+        joined = [torch.cat(parts) if parts else None for parts in found[1:]]
+        return torch.cat(found[0]), joined[0], joined[1]
 
     def _total(self, sums: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(sums, reduction="sum")
@@ -414,7 +414,8 @@ class PPOTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        self.value_function.save(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            self.value_function.save(output_dir or self.args.output_dir)
 
     def _state_file(self, folder: str) -> str:
         return os.path.join(folder, f"ppo_state_{self.args.process_index}.pt")

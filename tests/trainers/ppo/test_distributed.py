@@ -1,0 +1,41 @@
+"""Two gloo processes train as one process does with the same prompts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.trainers.ppo.distributed_script import made
+from tests.tuners.test_distributed import free_port
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    command += [str(ROOT / "tests/trainers/ppo/distributed_script.py"), str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(tmp_path / "out.pt", weights_only=False)
+    assert found["processes"] == 2
+    assert found["same"]  # resumed from the middle of a rollout
+    assert found["drawn"][0] != found["drawn"][1]
+
+    one = made(tmp_path / "one", per_device_train_batch_size=4)
+    one.train()
+    logs = [entry for entry in one.state.log_history if "loss" in entry]
+    for mine, theirs in zip(logs, found["logs"], strict=True):
+        for key in mine:
+            assert theirs[key] == pytest.approx(mine[key], rel=1e-3, abs=1e-5), key
+    assert found["eval"] == pytest.approx(one.evaluate()["eval_reward"], abs=1e-6)
+    own = dict(one.model.named_parameters())
+    moved = 0.0
+    for name, tensor in found["weights"].items():
+        torch.testing.assert_close(tensor, own[name].detach(), rtol=1e-4, atol=1e-6, msg=name)
+        if "lora_B" in name:
+            moved = max(moved, float(tensor.abs().max()))
+    assert moved > 1e-4
