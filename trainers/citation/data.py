@@ -88,10 +88,9 @@ def read_passages(passages: Any, where: str) -> list[dict[str, str]]:
     for passage in passages:
         if isinstance(passage, str):
             passage = {"text": passage}
-        if not isinstance(passage, Mapping) or not isinstance(passage.get("text"), str):
-            raise TypeError(
-                f"a passage of {where} is {passage!r}: it has to be a text, or a dict with a text in `text`."
-            )
+        texts = (passage.get("text"), passage.get("title") or "") if isinstance(passage, Mapping) else (None,)
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"a passage of {where} is {passage!r}: a text, or a dict with texts in `text` and `title`.")
         out.append({"title": (passage.get("title") or "").strip(), "text": passage["text"].strip()})
     return out
 
