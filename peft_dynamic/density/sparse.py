@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.nn.functional import embedding_bag, linear
+from torch.nn.functional import embedding_bag
 from transformers.pytorch_utils import Conv1D
 
 from peft_dynamic.functional.density import count_active
@@ -64,6 +64,28 @@ class _State:
     output: torch.Tensor | None = None  # during the first forward pass
     gate: list[tuple[nn.Module, torch.Tensor]] = field(default_factory=list)
     neurons: torch.Tensor | None = None
+
+    def select(self, a: torch.Tensor) -> None:
+        """Take note of the active neurons of a single token, if it is to take the sparse path."""
+        self.neurons = None
+        if self.row is None or not self.row.used or not _is_one_token(a):
+            return
+        neurons = a.reshape(-1).nonzero()[:, 0]
+        if len(neurons) <= self.row.break_even * a.shape[-1]:
+            self.neurons = neurons
+            self.row.sparse_tokens += 1
+        else:
+            self.row.dense_tokens += 1
+
+    def patch(self, down: nn.Linear | Conv1D, up: nn.Linear | None) -> list[nn.Module]:
+        """Put the sparse path in front of the layers' own; returns the layers."""
+        if isinstance(down, nn.Linear):
+            down.weight.data = down.weight.data.t().contiguous().t()
+        down.forward = partial(_down, self, down, down.forward)  # type: ignore[method-assign]
+        if up is None:
+            return [down]
+        up.forward = partial(_up, self, up, up.forward)  # type: ignore[method-assign]
+        return [down, up]
 
 
 class SparseInference:
@@ -130,17 +152,9 @@ class SparseInference:
         result = output
         if self.threshold:
             result = output.masked_fill(output.abs() <= self.threshold, 0)
-        state.neurons = None
-        if self._watchers:
-            if state.row is None:
-                state.output, state.gate = result, []
-        elif state.row is not None and state.row.used and _is_one_token(output):
-            neurons = result.detach().reshape(-1).nonzero()[:, 0]
-            if len(neurons) <= state.row.break_even * output.shape[-1]:
-                state.neurons = neurons
-                state.row.sparse_tokens += 1
-            else:
-                state.row.dense_tokens += 1
+        if self._watchers and state.row is None:
+            state.output, state.gate = result, []
+        state.select(result.detach())
         return result if self.threshold else None
 
     def _before(self, module: nn.Module, args: tuple) -> None:
@@ -175,17 +189,8 @@ class SparseInference:
             even = self._even[key]
         density = active / total
         state.row = SparseLayer(state.name, density, even, up is not None, density <= even and even > 0)
-        if not state.row.used:
-            return
-        if isinstance(base, nn.Linear):
-            base.weight.data = base.weight.data.t().contiguous().t()
-        self._patch(base, partial(_down, state, base, base.forward))
-        if up is not None:
-            self._patch(up, partial(_up, state, up, up.forward))
-
-    def _patch(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        module.forward = forward
-        self._patched.append(module)
+        if state.row.used:
+            self._patched += state.patch(base, up)
 
     def _learned(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._unwatch()
@@ -294,54 +299,52 @@ def some_rows(x: torch.Tensor, neurons: torch.Tensor, weight: torch.Tensor, bias
     return x.new_zeros(len(weight)).index_copy_(0, neurons, values).view(*x.shape[:-1], -1)
 
 
-def break_even(neurons: int, outputs: int, dtype: torch.dtype, gated: bool = False, repeats: int = 5) -> float:
-    """The density below which the sparse path beats the dense one for one token, on this machine and its threads.
+def break_even(neurons: int, outputs: int, dtype: torch.dtype, gated: bool = False, repeats: int = 7) -> float:
+    """The density below which a block is faster on the sparse path for one token, on this machine and its threads.
 
-    Layers are taken in turn, about 64 MiB of them, so that no cache holds the one that comes next.
+    Blocks of an activation and the projections that skip are taken in turn, about 64 MiB of them, so that no cache
+    holds the one that comes next, with the hooks that the sparse path has in a model.
 
     Args:
         neurons: inputs of the down-projection.
         outputs: outputs of it.
         dtype: of the weight.
         gated: with the projection of a gated block beside it.
-        repeats: rounds, of which the fastest counts.
+        repeats: rounds, of which the median counts.
 
     Returns:
         The largest density of a grid up to which it is faster; 0 where it never is.
     """
     count = max(2, min(32, 2**26 // (outputs * neurons * dtype.itemsize * (1 + gated))))
-    down = [torch.randn(outputs, neurons, dtype=torch.float32).to(dtype) for _ in range(count)]
-    rows = [weight.t().contiguous() for weight in down]
-    up = [torch.randn(neurons, outputs, dtype=torch.float32).to(dtype) for _ in range(count if gated else 0)]
-    x, hidden = torch.randn(1, neurons).to(dtype), torch.randn(1, outputs).to(dtype)
+    random = torch.randn(neurons, outputs)
+    downs = [nn.Linear(neurons, outputs, bias=False, dtype=dtype, device="meta") for _ in range(count)]
+    ups = [nn.Linear(outputs, neurons, bias=False, dtype=dtype, device="meta") for _ in range(count if gated else 0)]
+    for layer in downs:
+        layer.weight = nn.Parameter(random.t().to(dtype, copy=True).contiguous())
+    for layer in ups:
+        layer.weight = nn.Parameter(random.to(dtype, copy=True))
+    states = [_State("", nn.ReLU()) for _ in range(count)]
+    values, hidden = torch.rand(1, neurons).to(dtype), torch.randn(1, outputs).to(dtype)
 
-    def dense(i: int) -> None:
-        linear(x, down[i])
-        if gated:
-            linear(hidden, up[i])
-
-    def fastest(call: Callable[[int], None]) -> float:
-        taken = []
+    def taken(x: torch.Tensor) -> float:
+        times = []
         for _ in range(repeats):
             start = time.perf_counter()
-            for i in range(count):
-                call(i)
-            taken.append(time.perf_counter() - start)
-        return min(taken)
+            for i, state in enumerate(states):
+                a = state.module(x)
+                downs[i](a * ups[i](hidden) if gated else a)
+            times.append(time.perf_counter() - start)
+        return sorted(times)[repeats // 2]
 
+    even = 0.0
     with torch.no_grad():
-        reference, even = fastest(dense), 0.0
+        dense = taken(values)
+        for i, state in enumerate(states):
+            state.row = SparseLayer("", 0.0, 1.0, gated, True)
+            state.patch(downs[i], ups[i] if gated else None)
+            state.module.register_forward_hook(lambda _, args, a, state=state: state.select(a))
         for density in _GRID:
-            active = torch.randperm(neurons)[: max(1, round(density * neurons))].sort().values
-            some = torch.zeros_like(x).index_copy_(1, active, x[:, active])
-
-            def sparse(i: int, some: torch.Tensor = some) -> None:
-                found = some.reshape(-1).nonzero()[:, 0]
-                if gated:
-                    some_rows(hidden, found, up[i], None)
-                weighted_rows(some, found, rows[i])
-
-            if fastest(sparse) >= reference:
+            if taken(values * (torch.rand(neurons) < density)) >= dense:
                 break
             even = density
     return even

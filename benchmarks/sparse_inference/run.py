@@ -1,0 +1,162 @@
+"""One token through feed-forward blocks whose inactive neurons are skipped, against the dense model, by density.
+
+    PYTHONPATH=. python benchmarks/sparse_inference/run.py [--rounds 15] [--threads 1] [--out FILE] [--plot FILE]
+
+Random weights in the shapes of SmolLM2-135M (gated, 576 x 1536) and OPT-1.3B (2048 x 8192): "projections" are those
+that skip neurons, alone; "model" is a whole forward pass of one token through some layers with a small vocabulary,
+dense layers and attention included, under `sparse_inference`. The activation is a ReLU behind a fixed mask, which sets
+the density. Dense and sparse calls are taken in turn in one process: read the ratios.
+"""
+
+import argparse
+import json
+import platform
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from benchmarks.timing import in_turn, ratios
+from peft_dynamic import sparse_inference
+from peft_dynamic.density.sparse import break_even, some_rows, weighted_rows
+
+DENSITIES = [0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Shape -> outputs, neurons, gated, layers of the model
+SHAPES = {"SmolLM2-135M": (576, 1536, True, 12), "OPT-1.3B": (2048, 8192, False, 2)}
+CACHE = 2**27  # bytes of weights taken in turn, so that no cache holds the next ones
+
+
+class MaskedActivation(nn.ReLU):
+    """|x| where a fixed random mask is set, and 0 elsewhere."""
+
+    def __init__(self, neurons: int, density: float) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.rand(neurons) < density)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.abs() * self.mask
+
+
+def projections(name: str, dtype: torch.dtype, density: float, rounds: int) -> dict[str, Any]:
+    outputs, neurons, gated, _ = SHAPES[name]
+    count = max(2, CACHE // (outputs * neurons * dtype.itemsize * (1 + gated)))
+    down = [torch.randn(outputs, neurons).to(dtype) for _ in range(count)]
+    rows = [weight.t().contiguous() for weight in down]
+    up = [torch.randn(neurons, outputs).to(dtype) for _ in range(count if gated else 0)]
+    hidden = torch.randn(1, outputs).to(dtype)
+    x = torch.randn(1, neurons).to(dtype) * (torch.rand(neurons) < density)
+
+    def dense() -> None:
+        for i in range(count):
+            if gated:
+                linear(hidden, up[i])
+            linear(x, down[i])
+
+    def sparse() -> None:
+        for i in range(count):
+            found = x.reshape(-1).nonzero()[:, 0]
+            if gated:
+                some_rows(hidden, found, up[i], None)
+            weighted_rows(x, found, rows[i])
+
+    return ratios(in_turn({"dense": dense, "sparse": sparse}, rounds), "dense")["sparse"] | {"layers": count}
+
+
+def build(name: str, dtype: torch.dtype, density: float) -> nn.Module:
+    outputs, neurons, gated, layers = SHAPES[name]
+    torch.manual_seed(0)
+    if gated:
+        common = {"num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": layers}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=512, hidden_size=outputs, intermediate_size=neurons, **common))
+    else:
+        common = {"word_embed_proj_dim": outputs, "num_attention_heads": 32, "num_hidden_layers": layers}
+        model = OPTForCausalLM(OPTConfig(vocab_size=512, hidden_size=outputs, ffn_dim=neurons, **common))
+    for parent in list(model.modules()):
+        for child in ("act_fn", "activation_fn"):
+            if hasattr(parent, child):
+                setattr(parent, child, MaskedActivation(neurons, density))
+    return model.to(dtype).eval()
+
+
+def whole_model(name: str, dtype: torch.dtype, density: float, rounds: int) -> dict[str, Any]:
+    dense, sparse = build(name, dtype, density), build(name, dtype, density)
+    token = torch.tensor([[7]])
+    with torch.no_grad(), sparse_inference(sparse, max_density=1.0) as state:
+        sparse(input_ids=token)
+        found, expected = sparse(input_ids=token).logits.float(), dense(input_ids=token).logits.float()
+        calls = {"dense": partial(dense, input_ids=token), "sparse": partial(sparse, input_ids=token)}
+        timed = ratios(in_turn(calls, rounds), "dense")["sparse"]
+        assert all(row.sparse_tokens and not row.dense_tokens for row in state.layers)
+    return timed | {"difference": float((found - expected).abs().max() / expected.abs().max())}
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, what in zip(axes, ("projections", "model"), strict=True):
+        for (name, results), color in zip(record["shapes"].items(), ("C0", "C1"), strict=False):
+            for (dtype, found), style in zip(results.items(), ("-", "--"), strict=False):
+                speed = [1 / each["ratio_median"] for each in found[what].values()]
+                axis.plot([100 * float(d) for d in found[what]], speed, style, color=color, label=f"{name}, {dtype}")
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set_xscale("log")
+        axis.set_yscale("log", base=2)
+        ticks = [1, 2, 4, 8, 16]
+        axis.set_yticks(ticks, [f"{tick}x" for tick in ticks])
+        axis.set_xticks([2, 5, 10, 20, 50, 90], ["2", "5", "10", "20", "50", "90"])
+        axis.minorticks_off()
+        axis.set_xlabel("active neurons, %")
+        axis.set_title({"projections": "the projections that skip", "model": "whole model, one token"}[what])
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("speed against dense")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--densities", nargs="+", type=float, default=DENSITIES)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"))
+    parser.add_argument("--plot", type=Path, default=Path(__file__).with_name("speed.png"))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    record: dict[str, Any] = {
+        "what": "one token, sparse time over dense time",
+        "machine": {"cpu": platform.processor() or platform.machine(), "threads": args.threads},
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "rounds": args.rounds,
+        "shapes": {},
+    }
+    with torch.no_grad():
+        for name in args.shapes:
+            outputs, neurons, gated, _ = SHAPES[name]
+            for label, dtype in DTYPES.items():
+                record["shapes"].setdefault(name, {})[label] = {
+                    "break_even": break_even(neurons, outputs, dtype, gated),
+                    "projections": {str(d): projections(name, dtype, d, args.rounds) for d in args.densities},
+                    "model": {str(d): whole_model(name, dtype, d, args.rounds) for d in args.densities},
+                }
+                args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print("| shape | dtype | break-even | " + " | ".join(f"{100 * d:g} %" for d in args.densities) + " |")
+    for name, results in record["shapes"].items():
+        for label, found in results.items():
+            for what in ("projections", "model"):
+                speeds = " | ".join(f"{1 / each['ratio_median']:.2f}x" for each in found[what].values())
+                print(f"| {name}, {what} | {label} | {found['break_even']:.2f} | {speeds} |")
+    plot(record, args.plot)
+
+
+if __name__ == "__main__":
+    main()
