@@ -1,0 +1,201 @@
+"""Density and score of fine-tuned MiniLM with and without the density loss.
+
+    PYTHONPATH=. python benchmarks/density_quality/run.py --data DATA --models MODELS [--tasks sst2 mrpc qnli stsb]
+        [--adapters lora qlora] [--activations relu gelu] [--weights 0 1 3 10] [--seeds 0 1 2] [--report]
+
+One job is a task, an adapter, an activation and a seed. It trains the adapter for `--before` steps on the task alone.
+From there each weight goes on for `--after` steps, 0 among them: the run without the loss has the same steps, batches
+and learning rates. The weight rises over the first 30 % of these. Runs are appended to runs.jsonl, and those that are
+there are not made again. "relu" puts a ReLU in place of the model's GELU before training, with and without the loss.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, set_seed
+
+from benchmarks.tasks import Data, Task, evaluate, logits_and_labels, loss_of
+from peft_dynamic import ActivationDensityLoss, measure_density
+from peft_dynamic.tuners.quantization import keep_training_on_cpu
+
+TASKS = {  # task -> tokens, batch size, metric
+    "sst2": (64, 32, "accuracy"),
+    "mrpc": (96, 16, "accuracy"),
+    "qnli": (96, 16, "accuracy"),
+    "stsb": (64, 16, "correlation"),
+}
+TARGETS = ["query", "value", "intermediate.dense", "output.dense"]
+LR, RAMP, THRESHOLD = 2e-3, 0.3, 0.1
+HERE = Path(__file__).parent
+
+
+def prepared(name: str, adapter: str, activation: str, seed: int, models: Path) -> Any:
+    set_seed(seed)
+    extra: dict[str, Any] = {"num_labels": 1 if name == "stsb" else 2, "hidden_act": activation}
+    extra |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "attn_implementation": "eager"}
+    if adapter == "qlora":
+        extra["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        )
+    base = AutoModelForSequenceClassification.from_pretrained(models / "minilm", dtype=torch.float32, **extra)
+    if adapter == "qlora":
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    # The biases too: that of the layer before the activation is what moves a neuron as a whole
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="SEQ_CLS", bias="lora_only")
+    model = get_peft_model(base, config)
+    keep_training_on_cpu(model)  # bitsandbytes packs its weights in an evaluation, and then trains nothing
+    return model
+
+
+class Training:
+    """The steps of a job, and where they start anew."""
+
+    def __init__(self, model: Any, batches: list[Any]) -> None:
+        self.model, self.batches = model, batches
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=LR, weight_decay=0.0)
+
+    def save(self) -> Any:
+        return [p.detach().clone() for p in self.parameters], copy.deepcopy(self.optimizer.state_dict())
+
+    def restore(self, saved: Any) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, saved[0], strict=True):
+                parameter.copy_(value)
+        self.optimizer.load_state_dict(copy.deepcopy(saved[1]))
+
+    def go(self, first: int, last: int, weight: float = 0.0, eps: float = 1e-2) -> None:
+        """Linear warm-up over 6 % of all steps; linear decay over the last 70 %."""
+        total = len(self.batches)
+        density = ActivationDensityLoss(weight, eps).attach(self.model) if weight else None
+        self.model.train()
+        for step in range(first, last):
+            share = min(1.0, (step + 1) / (0.06 * total), (total - step) / (0.7 * total))
+            for group in self.optimizer.param_groups:
+                group["lr"] = LR * share
+            loss = loss_of(*logits_and_labels(self.model, self.batches[step]))
+            if density is not None:
+                density.weight = weight * min(1.0, (step - first + 1) / (RAMP * (last - first)))
+                loss = loss + density.penalty()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        if density is not None:
+            density.detach()
+
+
+def job(args: argparse.Namespace, name: str, adapter: str, activation: str, seed: int) -> None:
+    key = {"task": name, "adapter": adapter, "activation": activation, "seed": seed}
+    key |= {"before": args.before, "after": args.after, "eps": args.eps}
+    done = [{k: run[k] for k in (*key, "weight")} for run in read()]
+    weights = [weight for weight in args.weights if key | {"weight": weight} not in done]
+    if not weights:
+        return
+    length, size, metric = TASKS[name]
+    task = Task("minilm", (), length, args.before + args.after, size, 0)
+    data = Data(name, task, args.data, args.models)
+    training = Training(
+        prepared(name, adapter, activation, seed, args.models), list(data.batches(args.before + args.after, seed))
+    )
+    training.go(0, args.before)
+    saved = training.save()
+    for weight in weights:
+        training.restore(saved)
+        training.go(args.before, args.before + args.after, weight, args.eps)
+        found = evaluate(training.model, data.evaluation, metric)
+        batches = [{k: v for k, v in batch.items() if k != "labels"} for batch in data.evaluation]
+        report = measure_density(training.model, batches, threshold=THRESHOLD, max_batches=4)
+        run = key | {
+            "weight": weight,
+            "score": found[metric],
+            "exact": report.mean(),
+            "above": report.mean(exact=False),
+            "layers": [row.exact for row in report.rows],
+        }
+        with (HERE / "runs.jsonl").open("a", encoding="utf-8") as out:
+            out.write(json.dumps(run) + "\n")
+        print(json.dumps(run), flush=True)
+
+
+def read() -> list[dict[str, Any]]:
+    path = HERE / "runs.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def report() -> None:
+    """Prints a row for each setting that has its run without the loss, and draws density against score."""
+    runs = read()
+    groups: dict[tuple, dict[tuple, dict[str, Any]]] = {}
+    for run in runs:
+        setting = tuple(run[k] for k in ("task", "adapter", "activation", "before", "after", "eps"))
+        groups.setdefault(setting, {})[run["weight"], run["seed"]] = run
+    print(
+        "| task, adapter, activation | weight | seeds | score | minus weight 0 | active | reduction |\n"
+        + "|---" * 7
+        + "|"
+    )
+    curves = []
+    for (name, adapter, activation, *_), found in groups.items():
+        curve = []
+        for weight in sorted({weight for weight, _ in found}):
+            seeds = [seed for other, seed in found if other == weight and (0, seed) in found]
+            if not seeds:
+                continue
+            mine, plain = ([found[w, seed] for seed in seeds] for w in (weight, 0))
+            score = 100 * statistics.mean(run["score"] for run in mine)
+            change = score - 100 * statistics.mean(run["score"] for run in plain)
+            exact = 100 * statistics.mean(run["exact"] for run in mine)
+            less = statistics.mean(1 - m["exact"] / p["exact"] for m, p in zip(mine, plain, strict=True))
+            curve.append((exact, score))
+            print(
+                f"| {name}, {adapter}, {activation} | {weight:g} | {len(seeds)} | {score:.1f} | {change:+.1f} | "
+                f"{exact:.1f} % | {100 * less:.1f} % |"
+            )
+        curves.append((f"{name}, {adapter}, {activation}", curve))
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 3.8), layout="constrained")
+    axis = figure.subplots()
+    for label, curve in curves:
+        if len(curve) > 1:
+            axis.plot(*zip(*sorted(curve), strict=True), marker="o", label=label)
+    axis.set_xlabel("active neurons, not exactly 0, %")
+    axis.set_ylabel("score")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(HERE / "density.png", dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--models", type=Path)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--adapters", nargs="+", choices=["lora", "qlora"], default=["lora", "qlora"])
+    parser.add_argument("--activations", nargs="+", choices=["relu", "gelu"], default=["relu"])
+    parser.add_argument("--weights", nargs="+", type=float, default=[0, 1, 3, 10])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--before", type=int, default=100)
+    parser.add_argument("--after", type=int, default=100)
+    parser.add_argument("--eps", type=float, default=1e-2)
+    parser.add_argument("--report", action="store_true", help="only print and draw what there is")
+    args = parser.parse_args()
+    if not args.report:
+        for seed in args.seeds:
+            for name in args.tasks:
+                for adapter in args.adapters:
+                    for activation in args.activations:
+                        job(args, name, adapter, activation, seed)
+    report()
+
+
+if __name__ == "__main__":
+    main()
