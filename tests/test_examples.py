@@ -33,6 +33,7 @@ def test_all_examples_are_run_here() -> None:
         "ppo_glue.py",
         "sft_trainer.py",
         "train_entailment.py",
+        "soft.py",
     }
 
 
@@ -235,3 +236,14 @@ def test_ppo_glue(tmp_path: Path) -> None:
     assert scores["before"]["unparsable"] > 0.5
     assert scores["sft"]["unparsable"] == scores["ppo"]["unparsable"] == 0.0
     assert json.loads((out / "adapter_config.json").read_text())["peft_type"] == "LORA"
+def test_soft(tmp_path: Path) -> None:
+    config = tmp_path / "soft.yaml"
+    lines = ["toy: true", f"output_dir: {tmp_path / 'out'}", "exits: [1, 2, 4]", "max_steps: 60", "learning_rate: 0.01"]
+    lines += ["per_device_train_batch_size: 16", "use_cpu: true", "bf16: false", "report_to: none"]
+    config.write_text("\n".join(lines))
+    printed = run("soft.py", "--config", config)
+    depths = [int(line.split()[1]) for line in printed.splitlines() if line.startswith("after ")]
+    assert depths == [1, 2, 4]
+    kept = int(printed.rpartition("the model of ")[2].split()[0])
+    assert json.loads((tmp_path / f"out/{kept}-layers/config.json").read_text())["num_hidden_layers"] == kept
+    assert json.loads((tmp_path / "out/model/config.json").read_text())["num_hidden_layers"] == 4

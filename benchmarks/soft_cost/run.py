@@ -5,7 +5,7 @@
 DATA holds alpaca/train_alpaca.jsonl, MODELS the folder smollm2 (SmolLM2-135M-Instruct: 30 layers, 49152 tokens). Both
 trainers get the same batches of 4 instructions, the instruction's tokens without labels, and take whole steps: forward,
 backward, AdamW. Steps are timed in turn in one process, peak memory in a process for each. Writes results.json.
-`--only SETTING` does one setting's times, `--only memory` the memory.
+`--settings` and `--parts` do some of it.
 """
 
 import argparse
@@ -39,7 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"lora": True},
 }
 BATCHES = 4
-MEMORY_RUNS = 3
+MEMORY_RUNS, MEMORY_STEPS = 3, 3  # the third batch is the largest
 
 
 def trainer(kind: str, setting: str, folder: str, data: Path, models: Path) -> Any:
@@ -86,20 +86,21 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=8)
-    parser.add_argument("--only", choices=[*SETTINGS, "memory"])
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--parts", nargs="+", choices=["time", "memory"], default=["time", "memory"])
     parser.add_argument("--peak", nargs=2, metavar=("KIND", "SETTING"), help="print one peak; what this script starts")
     options = parser.parse_args()
     where = options.data, options.models
     with tempfile.TemporaryDirectory() as folder:
         if options.peak:
             step, _ = stepper(trainer(*options.peak, folder, *where))
-            print(peak_memory(lambda: [step() for _ in range(BATCHES)]))
+            print(peak_memory(lambda: [step() for _ in range(MEMORY_STEPS)]))
             return
         results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"settings": {}}
         results["machine"] = f"{platform.machine()}, {torch.get_num_threads()} thread, torch {torch.__version__}"
-        for setting in SETTINGS:
+        for setting in options.settings:
             found = results["settings"].setdefault(setting, {})
-            if options.only in (None, setting):
+            if "time" in options.parts:
                 made = {kind: stepper(trainer(kind, setting, folder, *where)) for kind in ("sft", "soft")}
                 times = in_turn({kind: step for kind, (step, _) in made.items()}, options.repeats)
                 batches = made["sft"][1]
@@ -110,7 +111,7 @@ def main() -> None:
                     "tokens": [batch["input_ids"].numel() for batch in batches],
                     "labelled": [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches],
                 }
-            if options.only in (None, "memory"):
+            if "memory" in options.parts:
                 place = ("--data", str(where[0]), "--models", str(where[1]), "--peak")
                 peaks = {
                     kind: [printed_by(__file__, *place, kind, setting) for _ in range(MEMORY_RUNS)]
