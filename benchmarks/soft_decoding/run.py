@@ -40,8 +40,8 @@ EXITS = [9, 12, 15, 18, 21, 24, 27]
 DRAFTS = [9, 12, 15, 21]
 ASSISTED = [9, 15]
 AGREEMENTS = [0.9, 0.95, 0.98]
-CALIBRATED = 48  # rows
-NEW = 40  # tokens at most
+CALIBRATED = 32  # rows
+NEW = 32  # tokens at most
 WARM_UP = 1  # rounds that do not count
 
 
@@ -99,12 +99,12 @@ def ways(model: Any, thresholds: dict[str, dict[int, float]], batch: int) -> dic
 
 
 def timed(model: Any, tokenizer: Any, prompts: list[str], calls: dict[str, Decode], batch: int, seconds: float) -> Any:
-    """Milliseconds per new token, notes and texts of each way, round by round, until the time is up."""
+    """Milliseconds per new token, notes and texts of each way, for at least three rounds, until the time is up."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     notes: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
     texts: dict[str, list[list[str]]] = {name: [] for name in calls}
     started, number = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
+    while number < WARM_UP + 3 or time.perf_counter() - started < seconds:
         chosen = [prompts[(number * batch + i) % len(prompts)] for i in range(batch)]
         inputs = dict(tokenizer(chosen, return_tensors="pt", padding=True))
         length = inputs["input_ids"].shape[1]
