@@ -2,12 +2,12 @@
 
     python examples/train_entailment.py --model MODEL --train mnli.jsonl claims.jsonl --eval mnli=mnli_val.jsonl
 
-The whole of an encoder is fine-tuned to tell `supported` from `not_supported`. A line of a file (.jsonl or .jsonl.gz)
-is either of natural language inference, `premise`, `hypothesis` and `label` (0 is entailment, all else is no support),
-or of attribution, `claim`, `references` (a list of texts) and `label` (`attributable` is support). Some pairs with a
-premise of another row are added as not supported, because the negatives of such data are all on the subject.
-OUTPUT/model then goes into `evaluate_citations(rows, "OUTPUT/model")`, and OUTPUT/scores.json has what it is worth on
-each evaluation file.
+MODEL is a T5, which learns to answer yes or no, or an encoder, which gets the classes `not_supported` and `supported`.
+All of it but the embeddings is trained. A line of a file (.jsonl or .jsonl.gz) is either of natural language inference,
+`premise`, `hypothesis` and `label` (0 is entailment, all else is no support), or of attribution, `claim`, `references`
+(a list of texts) and `label` (`attributable` is support). Some pairs with a premise of another row are added as not
+supported, because the negatives of such data are all on the subject. OUTPUT/model then goes into
+`evaluate_citations(rows, "OUTPUT/model")`, and OUTPUT/scores.json has what it is worth on each evaluation file.
 """
 
 import argparse
@@ -19,8 +19,11 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
@@ -28,9 +31,11 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from peft_dynamic.trainers.citation.entailment import EntailmentModel, measure_entailment
+from peft_dynamic.trainers import EntailmentModel, measure_entailment
 
 LABELS = ["not_supported", "supported"]
+# A question that FLAN was trained on.
+TEMPLATE = '{premise} Based on the paragraph above can we conclude that "{hypothesis}"? OPTIONS: - yes - no'
 Pair = tuple[str, str, bool]
 
 
@@ -53,24 +58,28 @@ def with_irrelevant(pairs: list[Pair], share: float, rng: random.Random) -> list
     return pairs + [(rng.choice(pairs)[0], hypothesis, False) for hypothesis in chosen]
 
 
-def encoded(pairs: list[Pair], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
-    # Where a pair is too long, the longer of the two is shortened: that is the premise, but for a few.
-    return [
-        {**tokenizer(premise, hypothesis, truncation="longest_first", max_length=max_length), "labels": int(label)}
-        for premise, hypothesis, label in pairs
-    ]
+def load(name: str) -> tuple[Any, Any]:
+    config = AutoConfig.from_pretrained(name)
+    if config.is_encoder_decoder:
+        config.update({"entailment_template": TEMPLATE, "entailment_answers": ["yes", "no"]})
+        model = AutoModelForSeq2SeqLM.from_pretrained(name, config=config, dtype=torch.float32)
+        model.get_output_embeddings().requires_grad_(False)
+    else:
+        config.update({"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}})
+        model = AutoModelForSequenceClassification.from_pretrained(name, config=config, attn_implementation="eager")
+    model.get_input_embeddings().requires_grad_(False)
+    return model, AutoTokenizer.from_pretrained(name)
+
+
+def encoded(pairs: list[Pair], judge: EntailmentModel) -> list[dict[str, Any]]:
+    answers = [judge.tokenizer(answer)["input_ids"] if judge.generates else i for i, answer in enumerate(("no", "yes"))]
+    return [judge.encode(premise, hypothesis) | {"labels": answers[label]} for premise, hypothesis, label in pairs]
 
 
 def main(arguments: argparse.Namespace) -> None:
     set_seed(arguments.seed)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        arguments.model,
-        num_labels=2,
-        id2label=dict(enumerate(LABELS)),
-        label2id={label: i for i, label in enumerate(LABELS)},
-        attn_implementation="eager",
-    )
+    model, tokenizer = load(arguments.model)
+    judge = EntailmentModel(model, tokenizer, max_length=arguments.max_length)
     rng = random.Random(arguments.seed)
     train = [pair for path in arguments.train for pair in with_irrelevant(read(path), arguments.irrelevant, rng)]
     checkpoints = arguments.output / "checkpoints"
@@ -91,18 +100,14 @@ def main(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         disable_tqdm=True,
     )
-    trainer = Trainer(
-        model,
-        settings,
-        train_dataset=encoded(train, tokenizer, arguments.max_length),
-        data_collator=DataCollatorWithPadding(tokenizer),
-    )
+    collate = DataCollatorForSeq2Seq(tokenizer) if judge.generates else DataCollatorWithPadding(tokenizer)
+    trainer = Trainer(model, settings, train_dataset=encoded(train, judge), data_collator=collate)
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     model.eval().save_pretrained(arguments.output / "model")
     tokenizer.save_pretrained(arguments.output / "model")
 
-    judge = EntailmentModel(arguments.output / "model")
+    judge = EntailmentModel(arguments.output / "model", dtype=torch.bfloat16 if arguments.bf16 else torch.float32)
     scores = {}
     for name, path in arguments.eval:
         premises, hypotheses, labels = zip(*read(path), strict=True)
@@ -118,7 +123,7 @@ def named(text: str) -> tuple[str, Path]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="an encoder, from the Hub or a folder")
+    parser.add_argument("--model", required=True, help="a T5 or an encoder, from the Hub or a folder")
     parser.add_argument("--train", type=Path, nargs="+", required=True)
     parser.add_argument("--eval", type=named, nargs="+", default=[], metavar="NAME=FILE")
     parser.add_argument("--output", type=Path, default=Path("out/entailment"))

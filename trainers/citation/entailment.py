@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -19,6 +20,8 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its types are a pa
 Judge = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
 TRUE_MODEL = "google/t5_xxl_true_nli_mixture"  # the judge of ALCE's published scores
+TRUE_TEMPLATE = "premise: {premise} hypothesis: {hypothesis}"
+TRUE_ANSWERS = ("1", "0")
 _SUPPORT_LABELS = ("entailment", "entail", "entails", "supported", "attributable")
 
 
@@ -27,7 +30,8 @@ class EntailmentModel:
 
     A sequence classifier reads the pair, and the probability is that of its class of entailment. An encoder-decoder is
     asked as TRUE is: it reads "premise: ... hypothesis: ..." and supports what it answers "1" to (greedy, as ALCE
-    decodes it); its probability is that of "1" against "0" in the first step.
+    decodes it); its probability is that of "1" against "0" in the first step. Others, FLAN for one, understand another
+    `template` and other `answers`.
 
     A pair that is too long loses the end of its premise, never of its hypothesis; `truncated` counts these pairs.
 
@@ -38,6 +42,10 @@ class EntailmentModel:
         batch_size: pairs to a batch; pairs of like length go together.
         support_label: the class that means support, by name or index. None finds the one that is named entailment,
             supported or attributable.
+        template: what an encoder-decoder reads, with {premise} and then {hypothesis}. None is what its configuration
+            has as `entailment_template`, and else TRUE's.
+        answers: what it says for support and for none. None is what its configuration has as `entailment_answers`, and
+            else TRUE's "1" and "0".
         dtype: to load the weights in, for a `model` that is given by name. bfloat16 is what ALCE loads TRUE in.
         device: where to run. None is a GPU if there is one, and where a loaded model is.
         name: stands in the names of the scores. None is the last part of the model's own name.
@@ -57,6 +65,8 @@ class EntailmentModel:
         max_length: int | None = None,
         batch_size: int = 32,
         support_label: str | int | None = None,
+        template: str | None = None,
+        answers: Sequence[str] | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         name: str | None = None,
@@ -72,6 +82,15 @@ class EntailmentModel:
         self.tokenizer = tokenizer
         self.generates = bool(model.config.is_encoder_decoder)
         self.support_index = None if self.generates else _support_index(model.config, support_label)
+        own: dict[str, Any] = model.config.to_dict()
+        self.template: str = template or own.get("entailment_template", TRUE_TEMPLATE)
+        self.answers = tuple(answers or own.get("entailment_answers", TRUE_ANSWERS))
+        if not re.fullmatch(r"[^{}]*\{premise\}[^{}]*\{hypothesis\}[^{}]*", self.template):
+            raise ValueError(
+                f"template is {self.template!r}; it must have {{premise}} and then {{hypothesis}}, each once"
+            )
+        if self.generates and (len(self.answers) != 2 or len({*self._first_tokens()}) != 2):
+            raise ValueError(f"answers are {self.answers}; they must be two that begin with different tokens")
         positions = getattr(model.config, "max_position_embeddings", None)
         # A tokenizer of no known length says 10**30. A T5's says 512, but a T5 reads any length.
         known = [n for n in (positions, tokenizer.model_max_length) if n is not None and n < 10**9]
@@ -79,12 +98,14 @@ class EntailmentModel:
         self.batch_size = batch_size
         self.name = name or Path(str(getattr(model.config, "name_or_path", "") or type(model).__name__)).name
         # ALCE shortens nothing.
-        self.comparable = getattr(model.config, "name_or_path", None) == TRUE_MODEL and self.max_length is None
+        as_alce = (self.template, self.answers, self.max_length) == (TRUE_TEMPLATE, TRUE_ANSWERS, None)
+        self.comparable = getattr(model.config, "name_or_path", None) == TRUE_MODEL and as_alce
         self.truncated = 0
 
     def fingerprint(self) -> str:
         """What tells this judge's answers from another's: a hash of a sample of the weights and of the limits."""
-        digest = hashlib.sha256(f"{type(self.model).__name__} {self.max_length} {self.support_index}".encode())
+        limits = (type(self.model).__name__, self.max_length, self.support_index, self.template, self.answers)
+        digest = hashlib.sha256(repr(limits).encode())
         for key, value in sorted(self.model.state_dict().items()):
             sample = value.detach().flatten()[:: max(1, value.numel() // 64)].float().cpu()
             digest.update(key.encode() + sample.numpy().tobytes())
@@ -93,7 +114,7 @@ class EntailmentModel:
     @torch.inference_mode()
     def __call__(self, premises: Sequence[str], hypotheses: Sequence[str], *, progress: bool = False) -> list[float]:
         """The probability of support of each pair."""
-        encoded = [self._encode(*pair) for pair in zip(premises, hypotheses, strict=True)]
+        encoded = [self.encode(*pair) for pair in zip(premises, hypotheses, strict=True)]
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
         probabilities = [0.0] * len(encoded)
         was_training = self.model.training
@@ -108,14 +129,18 @@ class EntailmentModel:
         self.model.train(was_training)
         return probabilities
 
-    def _encode(self, premise: str, hypothesis: str) -> dict[str, list[int]]:
+    def encode(self, premise: str, hypothesis: str) -> dict[str, list[int]]:
+        """The tokens of a pair, as the model reads it; the end of a premise that is too long is not in them."""
         if self.generates:
-            encoded = self.tokenizer(f"premise: {premise} hypothesis: {hypothesis}", verbose=False)
+            # Not str.format: texts may have braces.
+            before, after = self.template.split("{premise}")
+            rest_text = after.replace("{hypothesis}", hypothesis)
+            encoded = self.tokenizer(before + premise + rest_text, verbose=False)
             if self.max_length is None or len(encoded["input_ids"]) <= self.max_length:
                 return dict(encoded)
             self.truncated += 1
-            rest = self.tokenizer(f" hypothesis: {hypothesis}", verbose=False)["input_ids"]
-            start = self.tokenizer(f"premise: {premise}", add_special_tokens=False, verbose=False)["input_ids"]
+            rest = self.tokenizer(rest_text, verbose=False)["input_ids"]
+            start = self.tokenizer(before + premise, add_special_tokens=False, verbose=False)["input_ids"]
             ids = start[: self._room(len(rest), hypothesis)] + rest
             return {"input_ids": ids, "attention_mask": [1] * len(ids)}
         encoded = self.tokenizer(premise, hypothesis, verbose=False)
@@ -124,6 +149,9 @@ class EntailmentModel:
         self.truncated += 1
         self._room(len(self.tokenizer("", hypothesis, verbose=False)["input_ids"]), hypothesis)
         return dict(self.tokenizer(premise, hypothesis, truncation="only_first", max_length=self.max_length))
+
+    def _first_tokens(self) -> list[int]:
+        return [self.tokenizer(answer, add_special_tokens=False)["input_ids"][0] for answer in self.answers]
 
     def _room(self, taken: int, hypothesis: str) -> int:
         """Tokens that are left for the premise."""
@@ -141,9 +169,10 @@ class EntailmentModel:
         made = self.model.generate(
             **batch, max_new_tokens=10, do_sample=False, num_beams=1, output_scores=True, return_dict_in_generate=True
         )
-        supported = [text == "1" for text in self.tokenizer.batch_decode(made.sequences, skip_special_tokens=True)]
-        yes, no = (self.tokenizer(answer, add_special_tokens=False)["input_ids"][0] for answer in "10")
-        likely = made.scores[0].float()[:, [yes, no]].softmax(-1)[:, 0].tolist()
+        supported = [
+            text == self.answers[0] for text in self.tokenizer.batch_decode(made.sequences, skip_special_tokens=True)
+        ]
+        likely = made.scores[0].float()[:, self._first_tokens()].softmax(-1)[:, 0].tolist()
         # Where the answer is neither, it is no support, whatever the two would say.
         return [p if (p >= 0.5) == answer else float(answer) for p, answer in zip(likely, supported, strict=True)]
 

@@ -142,6 +142,33 @@ def test_an_answer_that_is_neither_1_nor_0_is_no_support(generator: tuple[Any, A
         handle.remove()
 
 
+def test_another_question_and_other_answers(generator: tuple[Any, Any]) -> None:
+    model, reads = generator
+    plain, other = EntailmentModel(model, reads), EntailmentModel(model, reads, answers=["0", "1"])
+    assert [p >= 0.5 for p in plain(["a b c"] * 2, ["a", "d"])] == [True, False]
+    assert [p >= 0.5 for p in other(["a b c"] * 2, ["a", "d"])] == [False, True]
+    template = "hypothesis: a premise: {premise} hypothesis: {hypothesis}"
+    asked = EntailmentModel(model, reads, template=template)
+    assert (
+        asked.encode("b {hypothesis}", "c d")["input_ids"]
+        == reads("hypothesis: a premise: b {hypothesis} hypothesis: c d")["input_ids"]
+    )
+    assert len({judge.fingerprint() for judge in (plain, other, asked)}) == 3
+    # A model may say in its configuration how it is to be asked.
+    model.config.update({"entailment_template": template, "entailment_answers": ["0", "1"]})
+    try:
+        assert EntailmentModel(model, reads).template == template
+        assert EntailmentModel(model, reads).answers == ("0", "1")
+    finally:
+        del model.config.entailment_template, model.config.entailment_answers
+    for wrong in ("{hypothesis} {premise}", "{premise}", "{premise} {premise} {hypothesis}"):
+        with pytest.raises(ValueError, match=r"it must have {premise} and then {hypothesis}, each once"):
+            EntailmentModel(model, reads, template=wrong)
+    for answers in (["1"], ["1", "1"], ["unknown", "words"]):
+        with pytest.raises(ValueError, match="they must be two that begin with different tokens"):
+            EntailmentModel(model, reads, answers=answers)
+
+
 def test_a_t5_cuts_the_premise_where_it_is_told_to(generator: tuple[Any, Any]) -> None:
     model, reads = generator
     judge = EntailmentModel(model, reads, max_length=9)

@@ -171,7 +171,7 @@ def test_correctness_by_hand() -> None:
     row = {"question": "Q", "output": "The U.S. army [1] came in 1944 [2].", "docs": ["x", "y"]}
     pairs = [{"short_answers": ["nobody", "a US Army"]}, {"short_answers": ["1945"]}]
     rows = [
-        row | {"qa_pairs": pairs, "claims": ["army came in 1944", "army [1]", "1945"]},
+        row | {"qa_pairs": pairs, "claims": ["army came in 1944", "navy", "1945"]},
         row | {"qa_pairs": pairs[:1], "claims": ["came"]},
     ]
     found = evaluate_citations(rows, contains, rouge=False, progress=False)
