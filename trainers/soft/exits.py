@@ -237,6 +237,7 @@ def truncate_to_exit(model: Any, exit: int) -> Any:
                 f"model: its adapter {model.active_adapter!r} cannot be merged, and an ordinary checkpoint has no "
                 f"place for it ({error}). Use exit_at(model, {exit}) in its place."
             ) from error
+    vars(small).pop("forward", None)  # TRL's, which would run the original
     _check_rebuilds(small)
     return small
 

@@ -208,12 +208,14 @@ def _add_exits(decoder: Decoder) -> None:
     model = decoder.model
     before: Callable[..., Any] = model.forward
 
-    # generate() and Trainer look at the signature
+    # generate() and Trainer look at the signature. A deep copy of the model gets this method bound to the copy, while
+    # `before`, TRL's, would run the original.
     @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, exits: list[int] | None = None, **kwargs: Any) -> Any:
+        original = self is model
         if exits is None:
-            return before(*args, **kwargs)
-        return _exit_forward(decoder, args, kwargs, exits)
+            return before(*args, **kwargs) if original else type(self).forward(self, *args, **kwargs)
+        return _exit_forward(decoder if original else find_decoder(self), args, kwargs, exits)
 
     model.forward = types.MethodType(forward, model)
 

@@ -1,5 +1,6 @@
 """SoFTTrainer computes the mean of the cut models' losses, whatever the data, the adapter and the architecture."""
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from peft_dynamic import (
     LorettaRepConfig,
     MoSLoRAConfig,
 )
-from peft_dynamic.trainers import SoFTConfig, SoFTTrainer
+from peft_dynamic.trainers import SoFTConfig, SoFTTrainer, truncate_to_exit
 from tests.trainers.soft.common import (
     assert_losses_and_gradients,
     first_batch,
@@ -319,3 +320,21 @@ def test_plain_training_arguments_and_none(tmp_path: Path, monkeypatch: pytest.M
     model.config._name_or_path = "someone/tiny"
     made = SoFTTrainer(model, train_dataset=data, processing_class=tokenizer())
     assert Path(made.args.output_dir).name == "tiny-SoFT"
+
+
+def test_a_copy_of_a_trained_model_runs_itself(tmp_path: Path) -> None:
+    made = trainer(tmp_path)
+    made.train()
+    model = made.model.eval()
+    ids = torch.tensor([[5, 6, 7]])
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.embed_tokens.weight.mul_(2)
+        plain = type(model).forward(other, input_ids=ids)
+        assert torch.equal(other(input_ids=ids).logits, plain.logits)
+        assert not torch.equal(model(input_ids=ids).logits, plain.logits)
+    small = truncate_to_exit(model, 2)
+    batch = first_batch(made)
+    expected = plain_losses(model, batch, [2])[0]
+    with torch.no_grad():
+        torch.testing.assert_close(small(**{**batch, "labels": batch["labels"]}).loss, expected.detach())
