@@ -13,7 +13,6 @@ import json
 import os
 import random
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,7 +221,6 @@ def main() -> None:
 
 
 def run(name: str, kind: str, depth: int, seed: int, lr: float, options: argparse.Namespace) -> None:
-    start = time.perf_counter()
     rows, held = examples(options.data, options.tune)
     tokenizer = AutoTokenizer.from_pretrained(options.models / "smollm2")
     model = AutoModelForCausalLM.from_pretrained(
@@ -250,34 +248,33 @@ def run(name: str, kind: str, depth: int, seed: int, lr: float, options: argpars
         "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "trl")},
         **fields,
     }
-    line = record(loss=losses(model, held, tokenizer, exits))
-    if options.tune:
-        lines = [line]
-        if kind == "sft":
-            for rate in (3e-4, 1e-3):
-                heads = train_heads(model, rows, tokenizer, rate, seed, [15])
-                lines.append(
-                    record(loss=losses(model, held, tokenizer, [15], heads))
-                    | {"name": f"{name}/heads/{rate:g}", "kind": "heads", "lr": rate}
-                )
-    else:
-        some = held[:WRITTEN]
-        line["rouge_l"] = {str(k): written(model, some, tokenizer, k) for k in (exits if depth else GENERATED)}
-        lines = [line]
-        if kind == "sft":
-            heads = train_heads(model, rows, tokenizer, LR["heads"], seed, HEADS)
-            rouge = {str(k): written(model, some, tokenizer, k, heads[k]) for k in HEADS}
-            lines.append(
-                record(loss=losses(model, held, tokenizer, HEADS, heads), rouge_l=rouge)
-                | {"name": f"heads/{seed}/{LR['heads']:g}", "kind": "heads", "lr": LR["heads"]}
-            )
+    keep(record(loss=losses(model, held, tokenizer, exits)) | rouge_of(model, held, tokenizer, exits, options.tune))
     if options.save and kind == "soft":
         model.save_pretrained(options.save)
         tokenizer.save_pretrained(options.save)
-    lines[0]["seconds"] = round(time.perf_counter() - start)
+    if kind != "sft":
+        return
+    for rate in (3e-4, 1e-3) if options.tune else (LR["heads"],):
+        places = [15] if options.tune else HEADS
+        heads = train_heads(model, rows, tokenizer, rate, seed, places)
+        line = record(loss=losses(model, held, tokenizer, places, heads))
+        if not options.tune:
+            some = held[:WRITTEN]
+            line["rouge_l"] = {str(k): written(model, some, tokenizer, k, heads[k]) for k in HEADS}
+        name = f"heads/{'tune' if options.tune else seed}/{rate:g}"
+        keep(line | {"name": name, "kind": "heads", "lr": rate})
+
+
+def rouge_of(model: Any, rows: list[dict[str, Any]], tokenizer: Any, exits: list[int], tune: bool) -> dict[str, Any]:
+    if tune:
+        return {}
+    return {"rouge_l": {str(k): written(model, rows[:WRITTEN], tokenizer, k) for k in exits if k in GENERATED}}
+
+
+def keep(line: dict[str, Any]) -> None:
     with RUNS.open("a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-    print(json.dumps(lines), flush=True)
+        file.write(json.dumps(line) + "\n")
+    print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
