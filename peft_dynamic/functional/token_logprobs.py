@@ -29,11 +29,13 @@ class _TokenLogprobs(torch.autograd.Function):
         for part in _chunks(ids):
             logits = _logits(hidden[part], weight, bias, scale)
             picked = logits.gather(1, ids[part, None])[:, 0]
-            normal = torch.logsumexp(logits, dim=1)
-            logprobs[part] = picked - normal
+            # One exponential for the normaliser and for p, in place: the passes over memory are what takes time here
+            largest = logits.amax(dim=1, keepdim=True)
+            p = logits.sub_(largest).exp_()
+            total = p.sum(dim=1, keepdim=True)
+            logprobs[part] = picked - (largest + total.log())[:, 0]
             if slope is not None:
-                p = logits.sub_(normal[:, None]).exp_().to(weight.dtype)
-                slope[part] = (weight[ids[part]] - p @ weight) * scale
+                slope[part] = (weight[ids[part]] - (p.to(weight.dtype) @ weight) / total.to(weight.dtype)) * scale
         ctx.save_for_backward(hidden, weight, bias, ids, slope)
         ctx.scale = scale
         return logprobs
@@ -62,8 +64,8 @@ def _chunks(ids: torch.Tensor) -> list[slice]:
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scale: float) -> torch.Tensor:
-    logits = torch.nn.functional.linear(hidden, weight, bias).float()
-    return logits if scale == 1 else logits.mul_(scale)
+    scaled = None if bias is None else bias * scale
+    return torch.nn.functional.linear(hidden * scale, weight, scaled).float()
 
 
 def token_logprobs(

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 
 @dataclass
@@ -62,6 +68,25 @@ class Ends(StoppingCriteria):
         self.lengths += ~self.ended
         self.ended |= now
         return self.ended
+
+
+class Draw(LogitsProcessor):
+    """Draws the next token from the whole softmax at one temperature, and leaves it as the only one that is possible.
+
+    By inverting the distribution function with one random number per row. `torch.multinomial` takes one for each token
+    of the vocabulary, which on a CPU was a tenth of a whole rollout with its update.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """(rows, vocabulary) logits to 0 for the drawn token and -inf for all others."""
+        logits = scores.float() / self.temperature
+        below = logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_().cumsum(dim=-1, dtype=torch.float64)
+        place = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * below[:, -1:]
+        drawn = torch.searchsorted(below, place, right=True).clamp_(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
 
 class Generator:
@@ -179,17 +204,17 @@ class Generator:
         ends = Ends(len(prompts), width, self.stop_ids, self.stop_strings, self.tokenizer, device)
         settings = GenerationConfig(
             max_new_tokens=self.max_length,
-            do_sample=sample,
+            do_sample=False,  # by `Draw`, if at all
             pad_token_id=self.filler,
             bos_token_id=policy.generation_config.bos_token_id,
             use_cache=True,
-            **({"temperature": self.temperature, "top_k": 0, "top_p": 1.0} if sample else {}),
         )
         with _only(settings, policy, model):
             out = model.generate(
                 input_ids=torch.tensor(rows, device=device),
                 attention_mask=torch.tensor(mask, device=device),
                 stopping_criteria=StoppingCriteriaList([ends]),
+                logits_processor=LogitsProcessorList([Draw(self.temperature)] if sample else []),
             )
         return out[:, width:], ends.lengths, ends.ended
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from peft_dynamic.trainers.ppo.rollout import Completions, Generator
+from peft_dynamic.trainers.ppo.rollout import Completions, Draw, Generator
 from peft_dynamic.trainers.ppo.scoring import Scorer, Sequences
 from peft_dynamic.trainers.ppo.value_head import NAME, ValueFunction
 from tests.trainers.ppo.adapters import ADAPTERS
@@ -61,14 +61,14 @@ def test_scores_are_the_probabilities_that_were_sampled_from(name: str, monkeypa
     model = shaken(get_peft_model(tiny_policy(), ADAPTERS[name]()))
     policy = with_value(model.get_base_model())
     sampled: list[torch.Tensor] = []
-    real = torch.multinomial
+    real = Draw.__call__
 
-    def record(probabilities: torch.Tensor, num_samples: int) -> torch.Tensor:
-        chosen = real(probabilities, num_samples)
-        sampled.append(probabilities.log().gather(1, chosen)[:, 0])
+    def record(self: Any, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        chosen = real(self, input_ids, scores)
+        sampled.append(torch.log_softmax(scores / 0.7, dim=1).gather(1, chosen.argmax(1)[:, None])[:, 0])
         return chosen
 
-    monkeypatch.setattr(torch, "multinomial", record)
+    monkeypatch.setattr(Draw, "__call__", record)
     set_seed(3)
     for prompts in [[p] for p in PROMPTS] if model.active_peft_config.is_prompt_learning else [PROMPTS]:
         sampled.clear()
@@ -217,6 +217,18 @@ def test_stop_token_id_and_stop_strings() -> None:
     done = greedy_ends([[EOS, 4, 5, 6], [1, 2, 3, 1]], stop_ids=[4], stop_strings=["cd"], max_length=4)
     assert done.completion_ids() == [[EOS, 4], [1, 2, 3]]  # letters bcd: 1, 2, 3
     assert done.ended.tolist() == [True, True]
+
+
+def test_tokens_are_drawn_as_often_as_their_probabilities_say() -> None:
+    logits = torch.tensor([[0.0, 1.0, -torch.inf, -1.0, 0.5]])
+    set_seed(0)
+    drawn = Draw(0.5)(logits, logits.expand(40_000, 5)).argmax(1)
+    wanted = torch.softmax(logits[0] / 0.5, 0)
+    frequency = torch.bincount(drawn, minlength=5) / 40_000
+    assert frequency[2] == 0
+    torch.testing.assert_close(frequency, wanted, atol=0.01, rtol=0.0)  # standard deviation up to 0.0025
+    only = Draw(1.0)(logits, logits)
+    assert only.exp().sum() == 1.0
 
 
 def test_sampling_uses_the_whole_vocabulary_whatever_the_model_would_like() -> None:
