@@ -90,9 +90,10 @@ def test_record_takes_the_first_entity_that_is_judged_right() -> None:
         for query in ("A @placeholder", "B @placeholder", "C @placeholder", "D @placeholder")
         for entity, label in entities
     ]
+    data[3]["entity"] = "Tom"
     data[10]["entity"] = "cat house"
-    # A: "big cat!" is an answer but for case, article and punctuation. B: none. C: Ann, wrong. D: "cat house" shares
-    # one word with "big cat"
+    # A: "big cat!" is an answer but for case, article and punctuation. B: none is judged right. C: Ann, wrong.
+    # D: "cat house" shares one word with "big cat"
     found = nlu_metrics("record", [0, 1, 1, 0, 0, 0, 1, 0, 1, 0, 1, 0], data)
     assert found["entity_exact_match"] == pytest.approx(1 / 4)
     assert found["token_f1"] == pytest.approx((1 + 0 + 0 + 2 * 1 / (2 + 2)) / 4)
@@ -169,8 +170,15 @@ def test_an_evaluation_asks_reads_and_scores(monkeypatch: pytest.MonkeyPatch) ->
     assert found["unparsable"] == 0.25
 
 
-def test_an_evaluation_by_the_chat_template() -> None:
+def test_an_evaluation_by_the_chat_template(monkeypatch: pytest.MonkeyPatch) -> None:
     model, words = model_and_tokenizer()
+    generate, seen = nlu_eval._generate, []
+
+    def witness(model: Any, tokenizer: Any, prompts: list[str], *sizes: int, special: bool) -> list[str]:
+        seen.append(special)
+        return generate(model, tokenizer, prompts, *sizes, special=special)
+
+    monkeypatch.setattr(nlu_eval, "_generate", witness)
     data = [{"sentence": text, "label": 1} for text in ("Yes", "No a", "a a a")]
     found = evaluate_nlu(model, words, "cola", data, chat=True, max_new_tokens=8)
     texts = [
@@ -178,7 +186,8 @@ def test_an_evaluation_by_the_chat_template() -> None:
         for row in data
     ]
     assert all(text.startswith("system: You") and text.endswith("assistant:") for text in texts)
-    said = nlu_eval._generate(model, words, texts, 2, 8, special=False)
+    assert seen == [False]  # the template has put the special tokens in
+    said = generate(model, words, texts, 2, 8, special=False)
     assert found == nlu_metrics("cola", [nlu_parse("cola", text) for text in said], data)
 
 
