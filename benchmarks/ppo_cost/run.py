@@ -1,0 +1,276 @@
+"""Time and memory of a rollout with its update, beside the PPOTrainer of TRL 1.12.0, the last release that had one.
+
+    pip install --no-deps --target TRL112 trl==1.12.0
+    OMP_NUM_THREADS=1 python benchmarks/ppo_cost/run.py --trl TRL112 [--model SMOLLM2]
+
+Both train the same policy with the same LoRA on prompts of 32 tokens, completions of exactly 48 and 4 PPO epochs over
+batches of 8. TRL's needs a model for the rewards and one for the values; ours is measured with a function and its
+value head, and with the same two models. Each variant is a process of its own, and they take turns, one rollout at a
+time. Seconds are CPU seconds of the process. Memory is what the process grows by from the start of training.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PROMPT, RESPONSE, BATCH, EPOCHS, VOCABULARY = 32, 48, 8, 4, 49152
+VARIANTS = {
+    "trl 1.12.0": "trl",
+    "ours": "ours",
+    "ours, reward and value models": "models",
+    "ours, without KL": "no-kl",
+}
+WARM_UP = 1
+RESULTS = Path(__file__).parent
+
+
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    plain = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="w2", pad_token="w1", padding_side="left")
+
+
+def policy(model: str | None) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
+
+    set_seed(0)
+    if model:
+        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return LlamaForCausalLM(shape(LlamaConfig))
+
+
+def shape(kind: Any, **more: Any) -> Any:
+    sizes = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "num_attention_heads": 4}
+    return kind(vocab_size=VOCABULARY, max_position_embeddings=256, pad_token_id=1, eos_token_id=2, **sizes, **more)
+
+
+def classifier() -> Any:
+    """Tiny also where the policy is a real model, so that what is compared is the training of the policy."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    return LlamaForSequenceClassification(shape(LlamaConfig, num_labels=1))
+
+
+def prompts(number: int) -> list[list[int]]:
+    import torch
+
+    return torch.randint(3, VOCABULARY, (number, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def turn_taking(rollouts_done: Callable[[Any], int]) -> Any:
+    """A callback that waits for a line on stdin before each rollout, and answers with the CPU seconds it took."""
+    from transformers import TrainerCallback
+
+    class Turns(TrainerCallback):
+        def __init__(self) -> None:
+            self.done = 0
+
+        def wait(self) -> None:
+            sys.stdin.readline()
+            self.start = time.process_time()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if rollouts_done(state) > self.done:
+                self.done = rollouts_done(state)
+                taken = time.process_time() - self.start
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+                print("TURN", json.dumps({"seconds": taken, "peak": peak}), flush=True)
+                self.wait()
+
+    return Turns()
+
+
+def resident() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def work(variant: str, model: str | None, rollouts: int) -> None:
+    """Run one variant, a rollout for each line on stdin."""
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    shared: dict[str, Any] = {
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": BATCH,
+        "num_ppo_epochs": EPOCHS,
+        "learning_rate": 1e-4,
+        "temperature": 0.7,
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1000,
+        "dataloader_pin_memory": False,
+    }
+    ids = prompts(BATCH * rollouts)
+    if variant == "trl":
+        from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+        turns = turn_taking(lambda state: state.global_step)
+        trainer: Any = PPOTrainer(
+            args=PPOConfig(
+                response_length=RESPONSE,
+                total_episodes=BATCH * rollouts,
+                num_sample_generations=0,
+                gradient_checkpointing=False,
+                **shared,
+            ),
+            processing_class=tokenizer(),
+            model=policy(model),
+            ref_model=None,
+            reward_model=classifier(),
+            value_model=classifier(),
+            train_dataset=Dataset.from_dict({"input_ids": ids}),
+            eval_dataset=Dataset.from_dict({"input_ids": ids[:BATCH]}),
+            peft_config=lora,
+            callbacks=[turns],
+        )
+    else:
+        from peft_dynamic.trainers import PPOConfig, PPOTrainer
+
+        turns = turn_taking(lambda state: state.global_step // EPOCHS)
+        models = variant == "models"
+        trainer = PPOTrainer(
+            policy(model),
+            classifier() if models else lambda completions, **_: [float(len(text) % 7) for text in completions],
+            PPOConfig(
+                max_completion_length=RESPONSE,
+                stop_token=None,
+                max_steps=rollouts * EPOCHS,
+                kl_coef=0.0 if variant == "no-kl" else 0.05,
+                **shared,
+            ),
+            train_dataset=Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in row) for row in ids]}),
+            processing_class=tokenizer(),
+            reward_processing_classes=tokenizer() if models else None,
+            value_model=classifier() if models else None,
+            peft_config=lora,
+            callbacks=[turns],
+        )
+    print("TURN", json.dumps({"before": resident()}), flush=True)
+    turns.wait()
+    trainer.train()
+
+
+def answer(process: Any) -> dict[str, float]:
+    for line in process.stdout:
+        if line.startswith("TURN "):
+            return json.loads(line[5:])
+    raise RuntimeError(f"A variant has stopped: {process.args}")
+
+
+def profile(model: str | None, rollouts: int) -> dict[str, float]:
+    """Share of our time by what is done, from the inside: timers around the methods."""
+    from peft_dynamic.trainers.ppo import scoring, trainer
+    from peft_dynamic.trainers.ppo.rollout import Generator
+
+    spent: dict[str, float] = {}
+
+    def timed(owner: Any, method: str, name: str) -> None:
+        real = getattr(owner, method)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.process_time()
+            try:
+                return real(*args, **kwargs)
+            finally:
+                spent[name] = spent.get(name, 0.0) + time.process_time() - start
+
+        setattr(owner, method, call)
+
+    from accelerate import Accelerator
+
+    timed(Generator, "_generate", "generation")
+    timed(trainer.PPOTrainer, "_score", "old, reference and values")
+    timed(trainer.PPOTrainer, "compute_loss", "forward of the updates, with d logp / d hidden")
+    timed(Accelerator, "backward", "backward of the updates")
+    timed(scoring, "token_logprobs", "of all that: the head (vocabulary)")
+    sys.stdin = open(os.devnull)  # no turns to take
+    start = time.process_time()
+    work("ours", model, rollouts)
+    total = time.process_time() - start
+    return {name: seconds / total for name, seconds in spent.items()} | {"total_seconds": total}
+
+
+def main(trl: Path, model: str | None, rollouts: int) -> None:
+    processes, before = {}, {}
+    for name, variant in VARIANTS.items():
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+        root = str(RESULTS.parents[1])
+        environment["PYTHONPATH"] = f"{trl}:{root}" if variant == "trl" else root
+        command = [sys.executable, __file__, "--work", variant, "--rollouts", str(rollouts)]
+        command += ["--model", model] if model else []
+        processes[name] = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        before[name] = answer(processes[name])["before"]
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    extra: dict[str, float] = {}
+    for _ in range(rollouts):
+        for name, process in processes.items():
+            process.stdin.write("\n")
+            process.stdin.flush()
+            found = answer(process)
+            seconds[name].append(found["seconds"])
+            extra[name] = found["peak"] - before[name]
+    for process in processes.values():
+        process.kill()
+    results: dict[str, Any] = {
+        "setting": {
+            "model": Path(model).name if model else "Llama: hidden 64, 4 layers, vocabulary 49152",
+            "prompt": PROMPT,
+            "response": RESPONSE,
+            "batch": BATCH,
+            "epochs": EPOCHS,
+            "rollouts": rollouts - WARM_UP,
+        },
+        "variants": {},
+    }
+    reference = seconds["trl 1.12.0"][WARM_UP:]
+    for name, taken in seconds.items():
+        each = taken[WARM_UP:]
+        results["variants"][name] = {
+            "cpu_seconds_median": statistics.median(each),
+            "times_faster_median": statistics.median(t / o for t, o in zip(reference, each, strict=True)),
+            "times_faster_range": [f(t / o for t, o in zip(reference, each, strict=True)) for f in (min, max)],
+            "extra_memory_mib": extra[name],
+            "memory_ratio": extra[name] / extra["trl 1.12.0"],
+        }
+    command = [sys.executable, __file__, "--profile", "--rollouts", str(min(rollouts, 4))]
+    command += ["--model", model] if model else []
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    results["profile of ours"] = json.loads(done.stdout.split("PROFILE ")[1])
+    path = RESULTS / ("results.json" if model is None else f"{Path(model).name}.json")
+    path.write_text(json.dumps(results, indent=2) + "\n")
+    print(path.read_text())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl", type=Path, help="folder with trl 1.12.0")
+    parser.add_argument("--model", help="folder of a policy with a vocabulary of 49152; a tiny Llama if left out")
+    parser.add_argument("--rollouts", type=int, default=8)
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        work(arguments.work, arguments.model, arguments.rollouts)
+    elif arguments.profile:
+        print("PROFILE", json.dumps(profile(arguments.model, arguments.rollouts)))
+    else:
+        main(arguments.trl.resolve(), arguments.model, arguments.rollouts)
