@@ -36,8 +36,8 @@ class FiDForConditionalGeneration:
     `FiDDataCollator` puts it. On one passage it is the T5, bit for bit.
 
     `forward` and `generate` take what T5's take, with `input_ids` and `attention_mask` of (batch, passages, tokens). A
-    passage whose mask is all 0 counts as absent. `generate` ignores `labels`, which Seq2SeqTrainer leaves in its
-    batches. PEFT adapters go on as on any T5; prompt learning, which makes embeddings of its own, does not.
+    passage whose mask is all 0 counts as absent. PEFT adapters go on as on any T5; prompt learning, which makes
+    embeddings of its own, does not.
 
     Attributes:
         passages_per_pass: how many passages go through the encoder at once, None for all of the batch's. See
@@ -118,7 +118,6 @@ class FiDForConditionalGeneration:
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """T5's generate over all passages, with any way of decoding that it has."""
-        kwargs.pop("labels", None)
         given = kwargs.pop("input_ids", None)
         inputs = given if inputs is None else inputs
         if kwargs.get("encoder_outputs") is None and inputs is not None and inputs.dim() == 3:
