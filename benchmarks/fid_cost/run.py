@@ -8,7 +8,10 @@ The variants take turns in one process for the times; for the memory each has a 
 
 import argparse
 import json
+import resource
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import matplotlib
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from benchmarks.timing import in_turn, peak_memory, printed_by
+from benchmarks.timing import in_turn
 from peft_dynamic.trainers import FiDForConditionalGeneration
 
 HERE = Path(__file__).parent
@@ -42,8 +45,16 @@ def step(t5: Any, variant: str, passages: int) -> None:
     t5.zero_grad(set_to_none=False)  # the gradients' memory is part of the model's
 
 
-def warm(t5: Any) -> None:
-    step(t5, "FiD", 2)
+def memory(variant: str) -> dict[str, float]:
+    """MiB above the loaded model at the highest point so far, of more and more passages."""
+    t5 = model()
+    step(t5, "FiD", 2)  # the gradients' memory, and what the libraries take once
+    start = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    peaks = {}
+    for count in PASSAGES:
+        step(t5, variant, count)
+        peaks[str(count)] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - start
+    return peaks
 
 
 def times() -> dict[str, dict[str, float]]:
@@ -80,15 +91,12 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory-of", nargs=2, metavar=("VARIANT", "PASSAGES"), help="print the peak of one step")
+    parser.add_argument("--memory-of", choices=VARIANTS, help="print the peaks of this one")
     parser.add_argument("--part", choices=["times", "memory"], help="only this, and keep the other of results.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.memory_of:
-        variant, count = arguments.memory_of
-        t5 = model()
-        warm(t5)
-        print(peak_memory(lambda: step(t5, variant, int(count))))
+        print(json.dumps(memory(arguments.memory_of)))
         return
     file = HERE / "results.json"
     results = json.loads(file.read_text()) if file.exists() else {}
@@ -97,8 +105,9 @@ def main() -> None:
     if arguments.part in (None, "times"):
         results["seconds"] = times()
     if arguments.part in (None, "memory"):
+        command = [sys.executable, __file__, "--memory-of"]
         results["mib"] = {
-            variant: {str(n): printed_by(__file__, "--memory-of", variant, str(n)) for n in PASSAGES}
+            variant: json.loads(subprocess.run([*command, variant], check=True, capture_output=True, text=True).stdout)
             for variant in VARIANTS
         }
     file.write_text(json.dumps(results, indent=2) + "\n")
