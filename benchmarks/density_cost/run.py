@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--parts", nargs="+", choices=["step", "peak_memory"], default=["step", "peak_memory"])
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"))
     parser.add_argument("--memory-of", nargs=2, metavar=("MODEL", "VARIANT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -93,29 +93,28 @@ def main() -> None:
         "machine": {"cpu": platform.processor() or platform.machine(), "threads": args.threads},
         "versions": {name: version(name) for name in ("torch", "peft", "transformers")},
         "rounds": args.rounds,
-        "models": {},
+        "models": {name: {} for name in args.only},
     }
-    for name in args.only:
+    if len(args.parts) < 2 and args.out.exists():  # the other part is kept
+        record = json.loads(args.out.read_text(encoding="utf-8"))
+    for name in args.only if "step" in args.parts else []:
         models = {v: with_optimizer(prepared(name, v, args.models)) for v in args.variants}
         inputs = given(name, args.models)
         times = in_turn({v: partial(step, *each, **inputs) for v, each in models.items()}, args.rounds)
-        record["models"][name] = {"step": ratios(times, "lora")}
+        record["models"][name]["step"] = ratios(times, "lora")
         del models
-    for name in args.only if not args.no_memory else []:
-        found = {
-            v: printed_by(
-                __file__, "--models", str(args.models), "--threads", str(args.threads), "--memory-of", name, v
-            )
-            for v in args.variants
-        }
+    for name in args.only if "peak_memory" in args.parts else []:
+        common = ("--models", str(args.models), "--threads", str(args.threads), "--memory-of", name)
+        found = {v: printed_by(__file__, *common, v) for v in args.variants}
         record["models"][name]["peak_memory"] = {
             v: {"mib": mib, "ratio": mib / found["lora"]} for v, mib in found.items()
         }
     args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for name, result in record["models"].items():
-        for v, timed in result["step"].items():
+        for v in args.variants:
+            taken = result.get("step", {}).get(v, {}).get("ratio_median", float("nan"))
             memory = result.get("peak_memory", {}).get(v, {}).get("ratio", float("nan"))
-            print(f"| {name} | {v} | step {timed['ratio_median']:.3f} | peak memory {memory:.3f} |")
+            print(f"| {name} | {v} | step {taken:.3f} | peak memory {memory:.3f} |")
 
 
 if __name__ == "__main__":
