@@ -197,8 +197,8 @@ def plot() -> None:
     axes = figure.subplots(1, len(record), squeeze=False, sharey=True)[0]
     for axis, (title, result) in zip(axes, record.items(), strict=True):
         depth, head = result["depth"], result["head_in_layers"]
-        exits = [*EXITS, depth]
-        found = [result["ways"][f"exit {k}"]["ratio_median"] for k in EXITS] + [1.0]
+        exits = [*(k for k in EXITS if f"exit {k}" in result["ways"]), depth]
+        found = [result["ways"][f"exit {k}"]["ratio_median"] for k in exits[:-1]] + [1.0]
         axis.plot(exits, [k / depth for k in exits], color="0.6", linestyle=":", label="k / L")
         axis.plot(
             exits, [(k + head) / (depth + head) for k in exits], color="0.6", linestyle="--", label="with the head"
