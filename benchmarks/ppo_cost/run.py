@@ -10,6 +10,7 @@ time. Seconds are CPU seconds of the process. Memory is what the process grows b
 """
 
 import argparse
+import io
 import json
 import os
 import resource
@@ -200,7 +201,7 @@ def profile(model: str | None, rollouts: int) -> dict[str, float]:
     timed(trainer.PPOTrainer, "compute_loss", "forward of the updates, with d logp / d hidden")
     timed(Accelerator, "backward", "backward of the updates")
     timed(scoring, "token_logprobs", "of all that: the head (vocabulary)")
-    sys.stdin = open(os.devnull)  # no turns to take
+    sys.stdin = io.StringIO()  # no turns to take
     start = time.process_time()
     work("ours", model, rollouts)
     total = time.process_time() - start
@@ -215,9 +216,8 @@ def main(trl: Path, model: str | None, rollouts: int) -> None:
         environment["PYTHONPATH"] = f"{trl}:{root}" if variant == "trl" else root
         command = [sys.executable, __file__, "--work", variant, "--rollouts", str(rollouts)]
         command += ["--model", model] if model else []
-        processes[name] = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        processes[name] = subprocess.Popen(command, env=environment, text=True, **pipes)
         before[name] = answer(processes[name])["before"]
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     extra: dict[str, float] = {}
