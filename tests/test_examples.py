@@ -199,7 +199,13 @@ def test_ppo_glue(tmp_path: Path) -> None:
     from tests.trainers.ppo.nlu_words import tokenizer
 
     tokenizer().save_pretrained(tmp_path / "tiny")
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.3}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "initializer_range": 0.3,
+    }
     config = LlamaConfig(vocab_size=6, eos_token_id=0, pad_token_id=0, bos_token_id=None, **sizes)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
     # Of these words "No" has a token of its own, and the label goes by it
