@@ -1,0 +1,72 @@
+"""The tables and plots of runs.jsonl.
+
+PYTHONPATH=. python benchmarks/ppo_nlu/report.py
+"""
+
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.tasks import read
+
+HERE = Path(__file__).parent
+ARMS = ("zero", "few", "sft", "ppo", "sft-more", "sft-longer")
+CURVES = (("reward", "reward"), ("kl", "KL to the SFT model, per answer"), ("entropy", "entropy per token"))
+
+
+def spread(values: list[float]) -> str:
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    lines = ["| task | run | score | minus sft | unparsable | read leniently | steps | CPU s to train | seeds |"]
+    lines.append("|---|---|---|---|---:|---:|---:|---:|---|")
+    for task in dict.fromkeys(run["task"] for run in runs):
+        of_task = [run for run in runs if run["task"] == task]
+        start = {run["seed"]: run["score"] for run in of_task if run["arm"] == "sft"}
+        for arm in ARMS:
+            some = [run for run in of_task if run["arm"] == arm]
+            if not some:
+                continue
+            trained = "train_s" in some[0]
+            gains = [run["score"] - start[run["seed"]] for run in some if run["seed"] in start]
+            cells = [
+                task,
+                arm,
+                spread([run["score"] for run in some]),
+                spread(gains) if arm in ("ppo", "sft-more", "sft-longer") else "",
+                f"{mean(run['unparsable'] for run in some):.2f}",
+                f"{mean(run['lenient']['score'] for run in some):.3f}",
+                f"{mean(run['steps'] for run in some):.0f}" if trained else "",
+                f"{mean(run['train_s'][1] for run in some):.0f}" if trained else "",
+                ", ".join(str(run["seed"]) for run in some),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(runs: list[dict[str, Any]]) -> None:
+    runs = [run for run in runs if run["arm"] == "ppo"]
+    tasks = list(dict.fromkeys(run["task"] for run in runs))
+    figure = Figure(figsize=(4.2 * len(CURVES), 3 * len(tasks)), layout="constrained")
+    for axes, task in zip(figure.subplots(len(tasks), len(CURVES), squeeze=False), tasks, strict=True):
+        for axis, (name, title) in zip(axes, CURVES, strict=True):
+            for run in runs:
+                if run["task"] == task:
+                    values = [log[name] for log in run["curve"]]
+                    axis.plot(range(1, len(values) + 1), values, marker=".", label=f"seed {run['seed']}")
+            axis.set_title(f"{task}: {title}", fontsize=10)
+            axis.set_xlabel("rollout of 16")
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(HERE / "curves.png", dpi=130)
+
+
+if __name__ == "__main__":
+    found = read(HERE / "runs.jsonl")
+    print(table(found))
+    if any(run["arm"] == "ppo" for run in found):
+        plot(found)
