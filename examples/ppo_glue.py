@@ -119,6 +119,8 @@ def main(arguments: NLUArguments, settings: PPOConfig, model_settings: ModelConf
             model.load_adapter(folder, "sft")
             settings.ref_adapter_name, peft_config = "sft", None
         evaluate("sft", model.to(state.device))
+    # What follows the closing tag has no part in the reward, and would drift
+    settings.stop_strings = settings.stop_strings or ["</Judgement>"]
     trainer = PPOTrainer(
         model,
         nlu_reward(arguments.task, arguments.chain_of_thought),

@@ -37,7 +37,7 @@ from peft_dynamic.trainers import PPOConfig, PPOTrainer, nlu_metrics, nlu_parse,
 from peft_dynamic.trainers.ppo.nlu_eval import _generate
 
 RUNS = Path(__file__).with_name("runs.jsonl")
-BATCH, SFT_STEPS, ROLLOUTS, PPO_EPOCHS = 16, 10, 12, 2
+BATCH, SFT_STEPS, ROLLOUTS, PPO_EPOCHS = 16, 16, 20, 2
 SFT_RATE, SHOTS, LONGEST = 1e-3, 4, 200  # LONGEST: training rows with longer prompts, in tokens, are left out
 # On the upper 8 of 30 layers: the backward pass, the larger part of a step on a CPU, ends there.
 LORA = {
@@ -164,6 +164,7 @@ class Study:
             kl_coef=self.arguments.kl_coef,
             ref_adapter_name="sft",
             max_completion_length=9,
+            stop_strings=["</Judgement>"],
             max_grad_norm=1.0,
             seed=self.seed,
             bf16=True,
@@ -230,8 +231,8 @@ if __name__ == "__main__":
     parser.add_argument("--tasks", nargs="+", default=["sst2", "cola", "stsb", "mrpc", "rte", "cb", "boolq"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--arms", nargs="+", default=["sft", "ppo", "sft-more", "sft-longer"])
-    parser.add_argument("--eval-rows", type=int, default=120)
-    parser.add_argument("--ppo-rate", type=float, default=1e-4)
+    parser.add_argument("--eval-rows", type=int, default=200)
+    parser.add_argument("--ppo-rate", type=float, default=2e-5)
     parser.add_argument("--kl-coef", type=float, default=0.05)
     parser.add_argument("--more-rate", type=float, default=3e-4)
     main(parser.parse_args())
