@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_dynamic.trainers.citation.collators import CitationDataCollator
-from peft_dynamic.trainers.citation.formats import FORMATS, CitationFormat, share, citation_prompt_completion
+from peft_dynamic.trainers.citation.formats import FORMATS, CitationFormat, citation_prompt_completion, share
 
 from .common import ROWS, tokenizer
 
