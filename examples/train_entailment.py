@@ -80,8 +80,11 @@ def main(arguments: argparse.Namespace) -> None:
     set_seed(arguments.seed)
     model, tokenizer = load(arguments.model)
     judge = EntailmentModel(model, tokenizer, max_length=arguments.max_length)
-    rng = random.Random(arguments.seed)
-    train = [pair for path in arguments.train for pair in with_irrelevant(read(path), arguments.irrelevant, rng)]
+    draw, rng = random.Random(arguments.seed), random.Random(arguments.seed)
+    files = [read(path) for path in arguments.train]
+    if arguments.rows is not None:
+        files = [draw.sample(pairs, rows) for pairs, rows in zip(files, arguments.rows, strict=True)]
+    train = [pair for pairs in files for pair in with_irrelevant(pairs, arguments.irrelevant, rng)]
     checkpoints = arguments.output / "checkpoints"
     settings = TrainingArguments(
         output_dir=str(checkpoints),
@@ -125,6 +128,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a T5 or an encoder, from the Hub or a folder")
     parser.add_argument("--train", type=Path, nargs="+", required=True)
+    parser.add_argument("--rows", type=int, nargs="+", help="how many rows to draw of each training file, if not all")
     parser.add_argument("--eval", type=named, nargs="+", default=[], metavar="NAME=FILE")
     parser.add_argument("--output", type=Path, default=Path("out/entailment"))
     parser.add_argument("--epochs", type=float, default=4)

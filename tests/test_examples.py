@@ -183,7 +183,21 @@ def test_train_entailment(tmp_path: Path) -> None:
         "--eval",
         f"toy={tmp_path / 'pairs.jsonl'}",
     )
-    settings = ("--epochs", 12, "--batch-size", 8, "--lr", 0.005, "--irrelevant", 0, "--save-steps", 20)
+    settings = (
+        "--epochs",
+        12,
+        "--batch-size",
+        8,
+        "--lr",
+        0.005,
+        "--irrelevant",
+        0,
+        "--save-steps",
+        20,
+        "--rows",
+        16,
+        15,
+    )
     printed = run("train_entailment.py", "--model", tmp_path / "tiny", *files, "--output", out, *settings)
     assert "toy" in printed
     assert json.loads((out / "scores.json").read_text())["toy"] == {"auc": 1.0, "balanced_accuracy": 1.0, "rows": 16}

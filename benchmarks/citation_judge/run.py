@@ -57,7 +57,8 @@ def with_other_passages(rows: list[Row]) -> list[Row]:
     return [row | {"passages": other["passages"]} for row, other in zip(rows, rows[1:] + rows[:1], strict=True)]
 
 
-def sanity(judge: EntailmentCache, rows: list[Row]) -> Row:
+def sanity(judge: EntailmentCache, data: Path) -> Row:
+    rows = answers(data)
     versions = {"as written": [rows], "passages of another question": [with_other_passages(rows)]}
     versions["other passages of the question"] = [
         [recited(row, rng) for row in rows] for rng in map(random.Random, SEEDS)
@@ -95,16 +96,14 @@ def experts(judge: EntailmentCache, data: Path) -> Row:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    scores = [json.loads((folder / "scores.json").read_text()) for folder in arguments.judge]
     model = EntailmentModel(arguments.judge[0] / "model", dtype=torch.bfloat16, batch_size=16)
     judge = EntailmentCache(model, arguments.cache)
-    result = {
-        "validation": {name: [each[name] for each in scores] for name in scores[0]},
-        "citations": sanity(judge, answers(arguments.data)),
-        "expertqa": experts(judge, arguments.data),
-    }
+    scores = {folder.name: json.loads((folder / "scores.json").read_text()) for folder in arguments.judge}
+    result: Row = {"validation": scores}
+    for name, check in (("citations", sanity), ("expertqa", experts)):
+        result[name] = check(judge, arguments.data)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result["expertqa"]))
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
