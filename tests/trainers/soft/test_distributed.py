@@ -1,0 +1,53 @@
+"""Two processes on gloo train what one process trains, with the same drawn exits."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+from tests.tuners.test_distributed import free_port
+
+ROOT = Path(__file__).parents[3]
+
+
+def launch(folder: Path, processes: int) -> dict[str, Any]:
+    out = folder / f"{processes}.pt"
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+    command += [str(ROOT / "tests/trainers/soft/distributed_script.py"), str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return torch.load(out, weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return launch(tmp_path_factory.mktemp("single"), 1)
+
+
+def assert_same(one: dict[str, Any], two: dict[str, Any]) -> None:
+    assert one.keys() == two.keys() == {"full", "lora"}
+    for what in one:
+        mine, other = one[what], two[what]
+        for name, p in mine["state"].items():
+            torch.testing.assert_close(p, other["state"][name], rtol=1e-4, atol=1e-5)
+        for first, second in zip(mine["log"], other["log"], strict=True):
+            assert first.keys() == second.keys()  # and so the same exits
+            assert first == pytest.approx(second, rel=1e-4)
+        # Trainer's own eval_loss is a mean over each process's batches, and so another one for two processes.
+        by_exit = [{key: value for key, value in each["eval"].items() if "exit" in key} for each in (mine, other)]
+        assert len(by_exit[0]) == 3
+        assert by_exit[0] == pytest.approx(by_exit[1], rel=1e-4)
+
+
+def test_two_processes(single: dict[str, Any], tmp_path: Path) -> None:
+    exits = [sorted(key for key in entry if key.startswith("exit_")) for entry in single["full"]["log"]]
+    assert all(len(keys) == 2 for keys in exits)
+    assert_same(single, launch(tmp_path, 2))
