@@ -2,15 +2,13 @@
 
     PYTHONPATH=. python benchmarks/citation_judge/run.py --data DATA --judge OUTPUT [OUTPUT ...]
 
-OUTPUT is what the example has written: `scores.json` for its validation rows, and the model, of which the first is used
-for two checks on data that it was not trained on. Cited answers that people found right (alce_citation_sft, without its
+OUTPUT is what the example has written: `scores.json` for its validation rows, and the model. The first model is then
+used on data that it was not trained on, cited answers that people found right (alce_citation_sft, without its
 augmentations): their citations as they are, each replaced by another passage of the same question, and with the
-passages of another question. And the claims of expertqa_cited that are not in attributionbench's training rows: do
-experts and judge agree on which are supported?
+passages of another question.
 """
 
 import argparse
-import gzip
 import json
 import random
 import re
@@ -19,7 +17,7 @@ from typing import Any
 
 import torch
 
-from peft_dynamic.trainers.citation.entailment import EntailmentCache, EntailmentModel, measure_entailment
+from peft_dynamic.trainers.citation.entailment import EntailmentCache, EntailmentModel
 from peft_dynamic.trainers.citation.evaluate import evaluate_citations
 
 SEEDS = (0, 1, 2)
@@ -27,8 +25,7 @@ Row = dict[str, Any]
 
 
 def read(path: Path) -> list[Row]:
-    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    return [json.loads(line) for line in text.splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def answers(data: Path) -> list[Row]:
@@ -75,35 +72,13 @@ def sanity(judge: EntailmentCache, data: Path) -> Row:
     return found
 
 
-def plain(claim: str) -> str:
-    return re.sub(r"\s*\[\d+\]", "", claim).strip()
-
-
-def experts(judge: EntailmentCache, data: Path) -> Row:
-    """The judge against experts who said Complete, or Partial, Incomplete or Missing, of a claim that cites."""
-    known = {plain(row["claim"]) for row in read(data / "attributionbench" / "train.jsonl.gz")}
-    premises, hypotheses, labels = [], [], []
-    for file in ("train", "validation"):
-        for row in read(data / "expertqa_cited" / f"{file}.jsonl"):
-            texts = {passage["index"]: passage["text"] for passage in row["docs"]}
-            for claim in row["claims"]:
-                cited = [texts[i] for i in claim["citations"] if i in texts]
-                if cited and plain(claim["claim"]) not in known and claim["support"] not in (None, "N/A"):
-                    premises.append("\n".join(cited))
-                    hypotheses.append(plain(claim["claim"]))
-                    labels.append(claim["support"] == "Complete")
-    return measure_entailment(judge, premises, hypotheses, labels) | {"supported": sum(labels)}
-
-
 def main(arguments: argparse.Namespace) -> None:
     model = EntailmentModel(arguments.judge[0] / "model", dtype=torch.bfloat16, batch_size=16)
     judge = EntailmentCache(model, arguments.cache)
     scores = {folder.name: json.loads((folder / "scores.json").read_text()) for folder in arguments.judge}
     result: Row = {"validation": scores}
-    for name, check in (("citations", sanity), ("expertqa", experts)):
-        result[name] = check(judge, arguments.data)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result["expertqa"]))
+    result["citations"] = sanity(judge, arguments.data)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
