@@ -54,7 +54,7 @@ def test_share_is_level_and_uses_the_room(lengths: list[int], room: int) -> None
     cut = [k for k, n in zip(kept, lengths, strict=True) if k < n]
     if cut:
         assert max(cut) - min(cut) <= 1
-        assert all(k <= max(cut) for k in kept)
+        assert max(kept) <= max(cut) + 1  # what can't be divided goes to the last
 
 
 @pytest.mark.parametrize("chat", [False, True])
