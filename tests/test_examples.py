@@ -207,6 +207,8 @@ def test_train_entailment(tmp_path: Path) -> None:
     }
     # Run again, it goes on from the last checkpoint, of which nothing is left to do.
     assert "toy" in run("train_entailment.py", "--model", tmp_path / "tiny", *files, "--output", out, *settings)
+
+
 def test_ppo_glue(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -256,6 +258,8 @@ def test_ppo_glue(tmp_path: Path) -> None:
     assert scores["before"]["unparsable"] > 0.5
     assert scores["sft"]["unparsable"] == scores["ppo"]["unparsable"] == 0.0
     assert json.loads((out / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
 def test_soft(tmp_path: Path) -> None:
     config = tmp_path / "soft.yaml"
     lines = ["toy: true", f"output_dir: {tmp_path / 'out'}", "exits: [1, 2, 4]", "max_steps: 60", "learning_rate: 0.01"]
