@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from density.models import build, perturbed, with_lora
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import peft_dynamic.density.sparse as sparse_module
 from peft_dynamic import DensityLoRAConfig, measure_density, sparse_inference
+from tests.density.models import build, perturbed, with_lora
 
 # Family -> the ends of its down-projection and, in a gated block, of the one whose rows are skipped too
 SHAPES = {

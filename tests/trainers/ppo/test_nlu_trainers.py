@@ -11,8 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peft_dynamic.trainers import PPOConfig, PPOTrainer, nlu_prompt, nlu_reward
 from tests.trainers.ppo.nlu_words import tokenizer
 
+COMPLETIONS = 64  # of 4 of 6 words each, so that every reward is among them
 COMMON = {
-    "per_device_train_batch_size": 16,
+    "per_device_train_batch_size": COMPLETIONS,
     "max_completion_length": 4,
     "max_steps": 1,
     "logging_steps": 1,
@@ -54,7 +55,7 @@ def plainly(text: str, label: int) -> float:
 @pytest.mark.parametrize("trainer", ["PPO", "GRPO", "RLOO"])
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_training_step(trainer: str, chat: bool, tmp_path: Path) -> None:
-    rows = [{"sentence": f"{'a ' * (i % 3)}No", "label": i % 2, "idx": i} for i in range(16)]
+    rows = [{"sentence": f"{'a ' * (i % 3)}No", "label": i % 2, "idx": i} for i in range(COMPLETIONS)]
     data = Dataset.from_list([row | {"prompt": nlu_prompt("cola", row, chat=chat)} for row in rows])
     seen: list[tuple[str, int]] = []
 
@@ -69,10 +70,10 @@ def test_a_training_step(trainer: str, chat: bool, tmp_path: Path) -> None:
     before = weight.detach().clone()
     made.train()
     expected = [plainly(text, label) for text, label in seen]
-    assert len(expected) == 16
+    assert len(expected) == COMPLETIONS
     assert {-3.0, -1.0, 1.0} == {*expected}  # or this would show little
     log = next(log for log in made.state.log_history if "rewards/nlu_reward_cola/mean" in log)
-    assert log["rewards/nlu_reward_cola/mean"] == pytest.approx(sum(expected) / 16)
+    assert log["rewards/nlu_reward_cola/mean"] == pytest.approx(sum(expected) / COMPLETIONS)
     assert not torch.equal(weight, before)
 
 
