@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from peft_dynamic.curves import evaluating
 from peft_dynamic.functional.density import count_active
 
 from .collect import Collector, Pass
@@ -67,7 +67,7 @@ def measure_density(
 
     collector = Collector(model, activation_modules, lambda _: True, count, lambda done, output: None)
     try:
-        with _evaluation(model):
+        with evaluating(model):
             device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
             for number, batch in enumerate(dataloader):
                 if max_batches is not None and number >= max_batches:
@@ -107,15 +107,3 @@ def _to(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, tuple | list):
         return [_to(value, device) for value in batch]
     return batch
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Any:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training

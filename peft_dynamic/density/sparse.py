@@ -81,10 +81,10 @@ class _State:
         """Put the sparse path in front of the layers' own; returns the layers."""
         if isinstance(down, nn.Linear):
             down.weight.data = down.weight.data.t().contiguous().t()
-        down.forward = partial(_down, self, down, down.forward)  # type: ignore[method-assign]
+        down.forward = partial(_down, self, down, down.forward)  # type: ignore[method-assign]  # of one instance
         if up is None:
             return [down]
-        up.forward = partial(_up, self, up, up.forward)  # type: ignore[method-assign]
+        up.forward = partial(_up, self, up, up.forward)  # type: ignore[method-assign]  # as above
         return [down, up]
 
 
