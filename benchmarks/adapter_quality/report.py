@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator
 from scipy.stats import t
 
-from benchmarks.adapter_quality.run import METHODS, RUNS, SEEDS, TASKS, TUNE_SEED, chosen
+from benchmarks.adapter_quality.run import LONG, METHODS, RUNS, SEEDS, TASKS, TUNE_SEED, chosen
 from benchmarks.tasks import read
 
 BY_SEED = dict[int, dict[str, Any]]
@@ -82,8 +82,9 @@ def summarise(name: str, path: Path) -> dict[str, Any]:
 def over_tasks(tasks: dict[str, Any]) -> dict[str, Any]:
     """The mean score over the tasks of a model, by seed, of the methods and seeds that have all of them."""
     result: dict[str, Any] = {}
-    for model in dict.fromkeys(task["setting"]["model"] for task in tasks.values()):
-        of_model = {name: task["methods"] for name, task in tasks.items() if task["setting"]["model"] == model}
+    kinds = {name: f"{task['setting']['model']}{', long' * (name in LONG)}" for name, task in tasks.items()}
+    for model in dict.fromkeys(kinds.values()):
+        of_model = {name: task["methods"] for name, task in tasks.items() if kinds[name] == model}
         if len(of_model) < 2:
             continue
         means: dict[str, dict[int, float]] = {}

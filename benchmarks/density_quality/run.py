@@ -1,26 +1,40 @@
-"""Density and score of fine-tuned MiniLM with and without the density loss.
+"""Density and score of fine-tuned MiniLM and a T5-small with and without the density loss.
 
-    PYTHONPATH=. python benchmarks/density_quality/run.py --data DATA --models MODELS [--tasks sst2 mrpc qnli stsb]
-        [--adapters lora qlora] [--activations relu gelu] [--weights 0 1 3 10] [--seeds 0 1 2] [--report]
+    PYTHONPATH=. python benchmarks/density_quality/run.py --data DATA --models MODELS
+        [--tasks sst2 mrpc qnli stsb t5-sst2 t5-squad] [--adapters lora qlora] [--activations relu gelu]
+        [--weights 0 1 3 10] [--seeds 0 1 2] [--report]
 
 One job is a task, an adapter, an activation and a seed. It trains the adapter for `--before` steps on the task alone.
 From there each weight goes on for `--after` steps, 0 among them: the run without the loss has the same steps, batches
 and learning rates. The weight rises over the first 30 % of these. Runs are appended to runs.jsonl, and those that are
 there are not made again. "relu" puts a ReLU in place of the model's GELU before training, with and without the loss.
+The T5 writes its answers: the words positive and negative, or the answer of SQuAD, scored by its F1 over words.
 """
 
 import argparse
 import copy
 import json
+import random
+import re
 import statistics
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, set_seed
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DataCollatorForSeq2Seq,
+    set_seed,
+)
 
 from benchmarks.tasks import Data, Task, evaluate, logits_and_labels, loss_of
+from benchmarks.tasks import read as read_rows
 from peft_dynamic import ActivationDensityLoss, measure_density
 from peft_dynamic.tuners.quantization import keep_training_on_cpu
 
@@ -29,28 +43,97 @@ TASKS = {  # task -> tokens, batch size, metric
     "mrpc": (96, 16, "accuracy"),
     "qnli": (96, 16, "accuracy"),
     "stsb": (64, 16, "correlation"),
+    "t5-sst2": (64, 16, "accuracy"),
+    "t5-squad": (384, 8, "f1"),
 }
-TARGETS = ["query", "value", "intermediate.dense", "output.dense"]
+TARGETS = {"minilm": ["query", "value", "intermediate.dense", "output.dense"], "t5": ["q", "v", "wi_0", "wi_1", "wo"]}
 LR, RAMP, THRESHOLD = 2e-3, 0.3, 0.1
 HERE = Path(__file__).parent
 
 
 def prepared(name: str, adapter: str, activation: str, seed: int, models: Path) -> Any:
     set_seed(seed)
-    extra: dict[str, Any] = {"num_labels": 1 if name == "stsb" else 2, "hidden_act": activation}
-    extra |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "attn_implementation": "eager"}
+    extra: dict[str, Any] = {"attn_implementation": "eager"}
     if adapter == "qlora":
         extra["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
         )
-    base = AutoModelForSequenceClassification.from_pretrained(models / "minilm", dtype=torch.float32, **extra)
+    kind = "t5" if name.startswith("t5-") else "minilm"
+    auto: Any = AutoModelForSeq2SeqLM
+    if kind == "t5":
+        extra |= {"dropout_rate": 0.0} | ({"dense_act_fn": "relu"} if activation == "relu" else {})
+    else:
+        auto = AutoModelForSequenceClassification
+        extra |= {"num_labels": 1 if name == "stsb" else 2, "hidden_act": activation}
+        extra |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    base = auto.from_pretrained(models / kind, dtype=torch.float32, **extra)
     if adapter == "qlora":
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-    # The biases too: that of the layer before the activation is what moves a neuron as a whole
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="SEQ_CLS", bias="lora_only")
-    model = get_peft_model(base, config)
+    # The biases too: that of the layer before the activation is what moves a neuron as a whole. T5 has none.
+    task_type = "SEQ_2_SEQ_LM" if kind == "t5" else "SEQ_CLS"
+    model = get_peft_model(
+        base, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS[kind], task_type=task_type, bias="lora_only")
+    )
     keep_training_on_cpu(model)  # bitsandbytes packs its weights in an evaluation, and then trains nothing
     return model
+
+
+class Texts:
+    """What a T5 reads and writes: batches of tokens, and the answers that count as right for each evaluated row."""
+
+    def __init__(self, name: str, data: Path, models: Path) -> None:
+        self.name, self.size = name, TASKS[name][1]
+        self.tokenizer = AutoTokenizer.from_pretrained(models / "t5")
+        folder = data / ("sst2" if name == "t5-sst2" else "squad_xquad_en")
+        self.train = [self.encoded(row) for row in read_rows(folder / "train.jsonl")]
+        rows = sorted(map(self.encoded, read_rows(folder / "validation.jsonl")), key=lambda row: len(row["input_ids"]))
+        parts = [rows[i : i + 32] for i in range(0, len(rows), 32)]
+        self.evaluation, self.answers = [*map(self.collated, parts)], [row["answers"] for row in rows]
+
+    def encoded(self, row: dict[str, Any]) -> dict[str, Any]:
+        if self.name == "t5-sst2":
+            text, answers = f"sst2 sentence: {row['sentence']}", [("negative", "positive")[row["label"]]]
+        else:
+            text, answers = f"question: {row['question']} context: {row['context']}", row["answers"]
+        ids = self.tokenizer(text, truncation=True, max_length=TASKS[self.name][0])["input_ids"]
+        return {"input_ids": ids, "labels": self.tokenizer(answers[0])["input_ids"], "answers": answers}
+
+    def collated(self, rows: list[dict[str, Any]]) -> Any:
+        rows = [{k: row[k] for k in ("input_ids", "labels")} for row in rows]
+        return DataCollatorForSeq2Seq(self.tokenizer)(rows, return_tensors="pt")
+
+    def batches(self, steps: int, seed: int) -> Iterator[Any]:
+        draw = random.Random(seed)
+        for _ in range(steps):
+            yield self.collated(draw.sample(self.train, self.size))
+
+    @torch.no_grad()
+    def score(self, model: Any) -> float:
+        """Share of right words, or the mean F1 over words against the nearest answer."""
+        model.eval()
+        said: list[str] = []
+        for batch in self.evaluation:
+            inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+            with torch.autocast("cpu", torch.bfloat16):
+                ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+            said += self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        if self.name == "t5-sst2":
+            return statistics.mean(text == right for text, (right,) in zip(said, self.answers, strict=True))
+        return statistics.mean(
+            max(overlap(text, answer) for answer in right) for text, right in zip(said, self.answers, strict=True)
+        )
+
+
+def overlap(text: str, answer: str) -> float:
+    said, right = (Counter(re.findall(r"\w+", words.lower())) for words in (text, answer))
+    return 2 * (said & right).total() / max(1, (said + right).total())
+
+
+def task_loss(model: Any, batch: Any) -> torch.Tensor:
+    if batch["labels"].dim() == 1:
+        return loss_of(*logits_and_labels(model, batch))
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(**batch).loss
 
 
 class Training:
@@ -79,7 +162,7 @@ class Training:
             share = min(1.0, (step + 1) / (0.06 * total), (total - step) / (0.7 * total))
             for group in self.optimizer.param_groups:
                 group["lr"] = LR * share
-            loss = loss_of(*logits_and_labels(self.model, self.batches[step]))
+            loss = task_loss(self.model, self.batches[step])
             if density is not None:
                 density.weight = weight * min(1.0, (step - first + 1) / (RAMP * (last - first)))
                 loss = loss + density.penalty()
@@ -100,7 +183,8 @@ def job(args: argparse.Namespace, name: str, adapter: str, activation: str, seed
         return
     length, size, metric = TASKS[name]
     task = Task("minilm", (), length, args.before + args.after, size, 0)
-    data = Data(name, task, args.data, args.models)
+    writes = name.startswith("t5-")
+    data: Any = Texts(name, args.data, args.models) if writes else Data(name, task, args.data, args.models)
     training = Training(
         prepared(name, adapter, activation, seed, args.models), list(data.batches(args.before + args.after, seed))
     )
@@ -109,13 +193,14 @@ def job(args: argparse.Namespace, name: str, adapter: str, activation: str, seed
     for weight in weights:
         training.restore(saved)
         training.go(args.before, args.before + args.after, weight, args.eps)
-        found = evaluate(training.model, data.evaluation, metric)
-        batches = [{k: v for k, v in batch.items() if k != "labels"} for batch in data.evaluation]
+        score = data.score(training.model) if writes else evaluate(training.model, data.evaluation, metric)[metric]
+        batches = [{k: v for k, v in batch.items() if writes or k != "labels"} for batch in data.evaluation]
         report = measure_density(training.model, batches, threshold=THRESHOLD, max_batches=4)
         run = key | {
             "weight": weight,
-            "score": found[metric],
+            "score": score,
             "exact": report.mean(),
+            "stacks": {stack: report.mean(stack) for stack in dict.fromkeys(row.stack for row in report.rows)},
             "above": report.mean(exact=False),
             "layers": [row.exact for row in report.rows],
         }
