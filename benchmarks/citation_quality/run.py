@@ -35,7 +35,7 @@ def load(kind: str, models: Path, seed: int | None) -> tuple[Any, Any, Any]:
         model = FiDForConditionalGeneration.from_pretrained(models / "t5", dtype=torch.float32)
         return model, tokenizer, FiDDataCollator(tokenizer, max_length=256)
     tokenizer = AutoTokenizer.from_pretrained(models / "smollm2")
-    model = AutoModelForCausalLM.from_pretrained(models / "smollm2", dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(models / "smollm2", dtype=torch.float32, attn_implementation="eager")
     if seed is not None:
         config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, config)
@@ -48,7 +48,7 @@ def loss_of(model: Any, batch: dict[str, torch.Tensor], kind: str) -> torch.Tens
     if kind == "decoder":
         labels = labels[:, int((labels != -100).int().argmax()) - 1 :]
         batch = {**batch, "labels": labels, "logits_to_keep": labels.shape[1], "use_cache": False}
-    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "fid"):
+    with torch.autocast("cpu", torch.bfloat16):
         return model(**batch).loss * (labels != -100).sum()
 
 
@@ -92,7 +92,8 @@ def answers(kind: str, model: Any, tokenizer: Any, collator: Any, questions: lis
     for i in range(0, len(questions), 4):
         batch = collator([{k: row[k] for k in ("question", "passages")} for row in questions[i : i + 4]])
         given = 0 if kind == "fid" else batch["input_ids"].shape[1]
-        made = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "decoder"):
+            made = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
         out += [text.strip() for text in tokenizer.batch_decode(made[:, given:], skip_special_tokens=True)]
         print(f"{len(out)} of {len(questions)} answered: {out[-1][:150]!r}", flush=True)
     return out, (time.process_time() - start) / len(questions)

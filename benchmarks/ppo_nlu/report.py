@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.ppo_nlu.run import BATCH, ROLLOUT, RUNS, SFT_STEPS, TUNE_SEED
 from benchmarks.tasks import read
 
 HERE = Path(__file__).parent
@@ -58,7 +59,7 @@ def plot(runs: list[dict[str, Any]]) -> None:
                     values = [log[name] for log in run["curve"]]
                     axis.plot(range(1, len(values) + 1), values, marker=".", label=f"seed {run['seed']}")
             axis.set_title(f"{task}: {title}", fontsize=10)
-            axis.set_xlabel("rollout of 16")
+            axis.set_xlabel(f"rollout of {BATCH * ROLLOUT}")
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
         axes[0].legend(frameon=False, fontsize=8)
@@ -66,7 +67,7 @@ def plot(runs: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    found = read(HERE / "runs.jsonl")
+    found = [run for run in read(RUNS) if run["sft_steps"] == SFT_STEPS and run["seed"] != TUNE_SEED]
     print(table(found))
     if any(run["arm"] == "ppo" for run in found):
         plot(found)

@@ -37,14 +37,16 @@ from peft_dynamic.trainers import PPOConfig, PPOTrainer, nlu_metrics, nlu_parse,
 from peft_dynamic.trainers.ppo.nlu_eval import _generate
 
 RUNS = Path(__file__).with_name("runs.jsonl")
-BATCH, SFT_STEPS, ROLLOUTS, PPO_EPOCHS = 16, 16, 20, 2
+BATCH, SFT_STEPS, ROLLOUTS, PPO_EPOCHS = 16, 40, 24, 2
+ROLLOUT = 2  # batches
+TUNE_SEED = 7  # PPO's learning rate is chosen on it; it is not reported
 SFT_RATE, SHOTS, LONGEST = 1e-3, 4, 200  # LONGEST: training rows with longer prompts, in tokens, are left out
-# On the upper 8 of 30 layers: the backward pass, the larger part of a step on a CPU, ends there.
+# On the upper 15 of 30 layers: the backward pass, the larger part of a step on a CPU, ends there.
 LORA = {
     "r": 16,
     "lora_alpha": 64,
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "layers_to_transform": list(range(22, 30)),
+    "layers_to_transform": list(range(15, 30)),
     "task_type": "CAUSAL_LM",
 }
 
@@ -73,7 +75,7 @@ class Study:
     def after_sft(self) -> list[dict[str, Any]]:
         """The rows that PPO has its prompts from; the first ones again if a task has too few."""
         rows = self.train[BATCH * SFT_STEPS :] + self.train
-        return rows[: BATCH * ROLLOUTS]
+        return rows[: BATCH * ROLLOUT * ROLLOUTS]
 
     def evaluate(self, model: Any, shots: int = 0) -> dict[str, Any]:
         examples = self.train[:shots]
@@ -136,7 +138,7 @@ class Study:
         return {"train_s": seconds, "steps": SFT_STEPS, **self.evaluate(model)}
 
     def sft_more(self) -> dict[str, Any]:
-        return self._continued(iter(range(ROLLOUTS * PPO_EPOCHS)))
+        return self._continued(iter(range(ROLLOUTS * ROLLOUT * PPO_EPOCHS)))
 
     def sft_longer(self) -> dict[str, Any]:
         """For the processor time of this seed's PPO run."""
@@ -156,9 +158,10 @@ class Study:
         settings = PPOConfig(
             str(self.arguments.work / "ppo"),
             per_device_train_batch_size=BATCH,
+            num_mini_batches=ROLLOUT,
             num_ppo_epochs=PPO_EPOCHS,
-            max_steps=ROLLOUTS * PPO_EPOCHS,
-            logging_steps=PPO_EPOCHS,
+            max_steps=ROLLOUTS * ROLLOUT * PPO_EPOCHS,
+            logging_steps=ROLLOUT * PPO_EPOCHS,
             learning_rate=self.arguments.ppo_rate,
             lr_scheduler_type="constant",
             kl_coef=self.arguments.kl_coef,
@@ -196,7 +199,8 @@ class Clock:
 
 def done(task: str, seed: int, arm: str) -> dict[str, Any] | None:
     runs = read(RUNS) if RUNS.exists() else []
-    return next((run for run in runs if (run["task"], run["seed"], run["arm"]) == (task, seed, arm)), None)
+    key = {"task": task, "seed": seed, "arm": arm, "sft_steps": SFT_STEPS}
+    return next((run for run in runs if key.items() <= run.items()), None)
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -210,7 +214,15 @@ def main(arguments: argparse.Namespace) -> None:
                 found = getattr(study, arm.replace("-", "_"))()
                 used = {"ppo_rate": arguments.ppo_rate, "kl_coef": arguments.kl_coef} if arm == "ppo" else {}
                 used |= {"more_rate": arguments.more_rate} if arm in ("sft-more", "sft-longer") else {}
-                run = {"task": task, "seed": seed, "arm": arm, **used, "total_s": clock.seconds(), **found}
+                run = {
+                    "task": task,
+                    "seed": seed,
+                    "arm": arm,
+                    "sft_steps": SFT_STEPS,
+                    **used,
+                    "total_s": clock.seconds(),
+                    **found,
+                }
                 with RUNS.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(run) + "\n")
                 print(

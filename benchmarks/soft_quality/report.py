@@ -10,14 +10,20 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.soft_quality.run import RUNS
+from benchmarks.soft_quality.run import RUNS, STEPS
 
-NAMES = {"soft": "SoFT", "sft": "SFT", "heads": "SFT + a head per exit", "cut": "cut, then SFT"}
+NAMES = {
+    "soft": "SoFT",
+    "soft-last": "SoFT, half on the last",
+    "sft": "SFT",
+    "heads": "SFT + a head per exit",
+    "cut": "cut, then SFT",
+}
 
 
 def collect() -> dict[str, Any]:
     """metric -> method -> exit -> {mean, sd, seeds}; exits that a method was not measured at are missing."""
-    rows = [row for row in map(json.loads, RUNS.read_text().splitlines()) if not row["tune"]]
+    rows = [row for row in map(json.loads, RUNS.read_text().splitlines()) if not row["tune"] and row["steps"] == STEPS]
     found: dict[str, Any] = {}
     for metric in ("loss", "rouge_l"):
         for kind in NAMES:

@@ -3,7 +3,8 @@
     PYTHONPATH=. python benchmarks/soft_quality/run.py --data DATA --models MODELS [--only soft] [--seed 0]
 
 DATA holds e2e_nlg/train.jsonl and e2e_nlg/validation.jsonl, MODELS the folder smollm2 (SmolLM2-135M-Instruct, 30
-layers). All parameters are trained. Each run is one line of runs.jsonl, written when it ends; what is there is skipped.
+layers). All parameters are trained. "soft" has equal weights, as in the paper, "soft-last" half of the weight on the
+full depth. Each run is one line of runs.jsonl, written when it ends; what is there is skipped.
 report.py makes results.json, the table and the plot from that file. `--save DIR` keeps a SoFT model.
 """
 
@@ -13,7 +14,6 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,10 @@ GENERATED = [9, 15, 21, 27, 30]
 HEADS = [9, 15, 21, 27]  # exits that get a head of their own
 SEEDS = [0, 1, 2]
 TUNE_SEED = 7
-STEPS, BATCH, LENGTH = 40, 4, 128
+STEPS, BATCH, LENGTH = 100, 4, 128
+LAST = 7.0  # weight of the full depth in "soft-last", the others having 1: half of the loss
 EVALUATED, TUNED, WRITTEN = 64, 32, 16  # rows: evaluated, for the choice of learning rates, continued by generation
-LR = {"sft": 3e-4, "soft": 3e-4, "cut": 3e-4, "heads": 1e-3}
+LR = {"sft": 3e-4, "soft": 3e-4, "soft-last": 3e-4, "cut": 3e-4, "heads": 1e-3}
 
 
 def examples(data: Path, tune: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -202,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--only", choices=["sft", "soft", "cut"])
+    parser.add_argument("--only", choices=["sft", "soft", "soft-last", "cut"])
     parser.add_argument("--seed", type=int)
     parser.add_argument("--lr", type=float, help="with --tune: the learning rate to try")
     parser.add_argument("--tune", action="store_true")
@@ -211,11 +212,11 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     done = {row["name"] for row in map(json.loads, RUNS.read_text().splitlines())} if RUNS.exists() else set()
     seeds = [TUNE_SEED] if options.tune else SEEDS if options.seed is None else [options.seed]
-    jobs = [(kind, 0) for kind in ("soft", "sft")] + [("cut", k) for k in CUT]
+    jobs = [(kind, 0) for kind in ("soft", "soft-last", "sft")] + [("cut", k) for k in CUT]
     for seed in seeds:
         for kind, depth in jobs:
             lr = options.lr if options.lr is not None else LR[kind]
-            name = f"{kind}{depth or ''}/{'tune' if options.tune else seed}/{lr:g}"
+            name = f"{kind}{depth or ''}/{'tune' if options.tune else seed}/{lr:g}/{STEPS}"
             if name not in done and options.only in (None, kind):
                 run(name, kind, depth, seed, lr, options)
 
@@ -231,25 +232,30 @@ def run(name: str, kind: str, depth: int, seed: int, lr: float, options: argpars
     dataset = Dataset.from_list(rows)
     with tempfile.TemporaryDirectory() as folder:
         common = {"train_dataset": dataset, "processing_class": tokenizer}
-        if kind == "soft":
-            trainer: Any = SoFTTrainer(model, SoFTConfig(**settings(lr, seed, folder)), **common)
+        if kind.startswith("soft"):
+            weights = None if kind == "soft" else [1.0] * (len(EXITS) - 1) + [LAST]
+            trainer: Any = SoFTTrainer(model, SoFTConfig(exit_weights=weights, **settings(lr, seed, folder)), **common)
         else:
             trainer = SFTTrainer(model, SFTConfig(**settings(lr, seed, folder)), **common)
         result = trainer.train()
     del trainer
     exits = [depth] if kind == "cut" else EXITS
-    record: Callable[..., dict[str, Any]] = lambda **fields: {  # noqa: E731
-        "name": name,
-        "kind": kind,
-        "seed": seed,
-        "lr": lr,
-        "tune": options.tune,
-        "train_seconds": round(result.metrics["train_runtime"]),
-        "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "trl")},
-        **fields,
-    }
+
+    def record(**fields: Any) -> dict[str, Any]:
+        return {
+            "name": name,
+            "kind": kind,
+            "seed": seed,
+            "lr": lr,
+            "steps": STEPS,
+            "tune": options.tune,
+            "train_seconds": round(result.metrics["train_runtime"]),
+            "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "trl")},
+            **fields,
+        }
+
     keep(record(loss=losses(model, held, tokenizer, exits)) | rouge_of(model, held, tokenizer, exits, options.tune))
-    if options.save and kind == "soft":
+    if options.save and kind.startswith("soft"):
         model.save_pretrained(options.save)
         tokenizer.save_pretrained(options.save)
     if kind != "sft":
@@ -261,8 +267,8 @@ def run(name: str, kind: str, depth: int, seed: int, lr: float, options: argpars
         if not options.tune:
             some = held[:WRITTEN]
             line["rouge_l"] = {str(k): written(model, some, tokenizer, k, heads[k]) for k in HEADS}
-        name = f"heads/{'tune' if options.tune else seed}/{rate:g}"
-        keep(line | {"name": name, "kind": "heads", "lr": rate})
+        named = f"heads/{'tune' if options.tune else seed}/{rate:g}/{STEPS}"
+        keep(line | {"name": named, "kind": "heads", "lr": rate})
 
 
 def rouge_of(model: Any, rows: list[dict[str, Any]], tokenizer: Any, exits: list[int], tune: bool) -> dict[str, Any]:
