@@ -56,6 +56,8 @@ class Curve(Generic[R]):
     row_class: ClassVar[type]
     log_scale: ClassVar[bool] = False
 
+    # The three that a kind of curve has to say of its rows
+
     def settings(self, row: R) -> dict[str, str]:
         """The setting of a row, as columns of the table."""
         raise NotImplementedError
@@ -135,7 +137,7 @@ class Curve(Generic[R]):
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The curve as JSON text, also written to `path` if given. A value that is not finite becomes null."""
-        rows: list[dict[str, Any]] = [asdict(row) for row in self.rows]  # type: ignore[call-overload]
+        rows: list[dict[str, Any]] = [asdict(row) for row in self.rows]  # type: ignore[call-overload]  # a dataclass of the subclass
         for row in rows:
             row["metrics"] = {
                 name: value if math.isfinite(value) else None for name, value in row.pop("metrics").items()

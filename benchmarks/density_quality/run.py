@@ -9,6 +9,7 @@ From there each weight goes on for `--after` steps, 0 among them: the run withou
 and learning rates. The weight rises over the first 30 % of these. Runs are appended to runs.jsonl, and those that are
 there are not made again. "relu" puts a ReLU in place of the model's GELU before training, with and without the loss.
 The T5 writes its answers: the words positive and negative, or the answer of SQuAD, scored by its F1 over words.
+`--cuts` also evaluates what is trained with every activation of at most that size set to 0.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from transformers import (
 from benchmarks.tasks import Data, Task, evaluate, logits_and_labels, loss_of
 from benchmarks.tasks import read as read_rows
 from peft_dynamic import ActivationDensityLoss, measure_density
+from peft_dynamic.density.structure import find_activations
 from peft_dynamic.tuners.quantization import keep_training_on_cpu
 
 TASKS = {  # task -> tokens, batch size, metric
@@ -56,7 +58,10 @@ def prepared(name: str, adapter: str, activation: str, seed: int, models: Path) 
     extra: dict[str, Any] = {"attn_implementation": "eager"}
     if adapter == "qlora":
         extra["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            llm_int8_skip_modules=["classifier", "lm_head"],
         )
     kind = "t5" if name.startswith("t5-") else "minilm"
     auto: Any = AutoModelForSeq2SeqLM
@@ -162,9 +167,10 @@ class Training:
             share = min(1.0, (step + 1) / (0.06 * total), (total - step) / (0.7 * total))
             for group in self.optimizer.param_groups:
                 group["lr"] = LR * share
-            loss = task_loss(self.model, self.batches[step])
             if density is not None:
                 density.weight = weight * min(1.0, (step - first + 1) / (RAMP * (last - first)))
+            loss = task_loss(self.model, self.batches[step])
+            if density is not None and self.batches[step]["labels"].dim() == 1:  # T5's own loss has the term in it
                 loss = loss + density.penalty()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -172,6 +178,22 @@ class Training:
             self.optimizer.zero_grad()
         if density is not None:
             density.detach()
+
+
+def assess(model: Any, data: Any, metric: str, cut: float) -> tuple[float, Any]:
+    """Score and density, with the activations of at most `cut` set to 0."""
+    writes = isinstance(data, Texts)
+    batches = [{k: v for k, v in batch.items() if writes or k != "labels"} for batch in data.evaluation]
+    hooks = [
+        layer.module.register_forward_hook(lambda _, args, out: out * (out.abs() > cut))
+        for layer in find_activations(model, None)
+        if cut
+    ]
+    score = data.score(model) if writes else evaluate(model, data.evaluation, metric)[metric]
+    report = measure_density(model, batches, threshold=THRESHOLD, max_batches=4)
+    for hook in hooks:
+        hook.remove()
+    return score, report
 
 
 def job(args: argparse.Namespace, name: str, adapter: str, activation: str, seed: int) -> None:
@@ -193,9 +215,7 @@ def job(args: argparse.Namespace, name: str, adapter: str, activation: str, seed
     for weight in weights:
         training.restore(saved)
         training.go(args.before, args.before + args.after, weight, args.eps)
-        score = data.score(training.model) if writes else evaluate(training.model, data.evaluation, metric)[metric]
-        batches = [{k: v for k, v in batch.items() if writes or k != "labels"} for batch in data.evaluation]
-        report = measure_density(training.model, batches, threshold=THRESHOLD, max_batches=4)
+        score, report = assess(training.model, data, metric, 0.0)
         run = key | {
             "weight": weight,
             "score": score,
@@ -204,6 +224,9 @@ def job(args: argparse.Namespace, name: str, adapter: str, activation: str, seed
             "above": report.mean(exact=False),
             "layers": [row.exact for row in report.rows],
         }
+        if args.cuts:
+            cut = {str(size): assess(training.model, data, metric, size) for size in args.cuts}
+            run["cuts"] = {size: {"score": score, "exact": report.mean()} for size, (score, report) in cut.items()}
         with (HERE / "runs.jsonl").open("a", encoding="utf-8") as out:
             out.write(json.dumps(run) + "\n")
         print(json.dumps(run), flush=True)
@@ -271,6 +294,7 @@ def main() -> None:
     parser.add_argument("--before", type=int, default=100)
     parser.add_argument("--after", type=int, default=100)
     parser.add_argument("--eps", type=float, default=1e-2)
+    parser.add_argument("--cuts", nargs="+", type=float, default=[])
     parser.add_argument("--report", action="store_true", help="only print and draw what there is")
     args = parser.parse_args()
     if not args.report:

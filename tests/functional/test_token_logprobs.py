@@ -53,7 +53,7 @@ def test_nothing_of_the_size_of_tokens_times_vocabulary_is_made() -> None:
     sizes: list[int] = []
 
     class Record(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # as torch calls it
             out = func(*args, **(kwargs or {}))
             for tensor in torch.utils._pytree.tree_leaves(out):
                 if isinstance(tensor, torch.Tensor):

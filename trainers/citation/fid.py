@@ -58,7 +58,7 @@ class FiDForConditionalGeneration:
             ValueError: it is of another family.
         """
         if cls is not FiDForConditionalGeneration:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]  # T5's
         config = kwargs.get("config") or AutoConfig.from_pretrained(pretrained_model_name_or_path)
         return _family(config).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
@@ -103,7 +103,7 @@ class FiDForConditionalGeneration:
         """T5's forward over all passages; the loss is the answer tokens' mean, or their sum by `num_items_in_batch`."""
         if encoder_outputs is None:
             encoder_outputs, input_ids, attention_mask = self._encode(input_ids, attention_mask, kwargs)
-        outputs = super().forward(  # type: ignore[misc]
+        outputs = super().forward(  # type: ignore[misc]  # T5's
             input_ids=input_ids,
             attention_mask=attention_mask,
             labels=labels,
@@ -124,11 +124,11 @@ class FiDForConditionalGeneration:
             encoded, _, mask = self._encode(inputs, kwargs.pop("attention_mask", None), kwargs)
             kwargs |= {"encoder_outputs": encoded, "attention_mask": mask}
             inputs = None
-        return super().generate(inputs, **kwargs)  # type: ignore[misc]
+        return super().generate(inputs, **kwargs)  # type: ignore[misc]  # T5's
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
         """Save as an ordinary T5: its config names T5's class."""
-        result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]  # T5's
         path = Path(save_directory) / "config.json"
         if path.is_file() and kwargs.get("is_main_process", True):
             config = json.loads(path.read_text(encoding="utf-8"))
@@ -163,7 +163,7 @@ class FiDForConditionalGeneration:
 
     def _passes(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Hidden states (rows, tokens, d) of encoder inputs (rows, tokens), in one pass or several."""
-        encoder = self.get_encoder()  # type: ignore[attr-defined]
+        encoder = self.get_encoder()  # type: ignore[attr-defined]  # T5's
 
         def encode(some: torch.Tensor, its_mask: torch.Tensor | None) -> torch.Tensor:
             states: torch.Tensor = encoder(input_ids=some, attention_mask=its_mask).last_hidden_state
@@ -175,7 +175,7 @@ class FiDForConditionalGeneration:
         for start in range(0, len(ids), self.passages_per_pass):
             part = slice(start, start + self.passages_per_pass)
             group = (ids[part], None if mask is None else mask[part])
-            keeps = torch.is_grad_enabled() and self.training  # type: ignore[attr-defined]
+            keeps = torch.is_grad_enabled() and self.training  # type: ignore[attr-defined]  # T5's
             done.append(checkpoint(encode, *group, use_reentrant=False) if keeps else encode(*group))
         return torch.cat(done)
 

@@ -170,7 +170,7 @@ def test_the_first_gradient_is_the_one_of_a_plain_computation(tmp_path: Path) ->
     made.add_callback(callback)
     rollouts: list[dict[str, torch.Tensor]] = []
     real = made._roll_out
-    made._roll_out = lambda *args: rollouts.append(real(*args)) or rollouts[-1]  # type: ignore[method-assign]
+    made._roll_out = lambda *args: rollouts.append(real(*args)) or rollouts[-1]  # type: ignore[method-assign]  # of one trainer
     made.train()
 
     plain = get_peft_model(tiny_policy(), lora())
@@ -239,7 +239,7 @@ def test_a_policy_without_gradients_stops_training(tmp_path: Path) -> None:
     def detached(*args: Any, **kwargs: Any) -> torch.Tensor:
         return real(*args, **kwargs).detach() + made.value_function.head.bias.sum()
 
-    made.compute_loss = detached  # type: ignore[method-assign]
+    made.compute_loss = detached  # type: ignore[method-assign]  # of one trainer
     with pytest.raises(RuntimeError, match="None of the policy's 28 trained parameters has a gradient"):
         made.train()
 
