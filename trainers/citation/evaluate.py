@@ -8,8 +8,7 @@ it was made as they were; otherwise its name says in brackets what was different
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -20,21 +19,10 @@ import torch
 from peft_dynamic.trainers.citation import metrics
 from peft_dynamic.trainers.citation.entailment import TRUE_MODEL, EntailmentCache, EntailmentModel, Judge
 from peft_dynamic.trainers.citation.metrics import Splitter
+from peft_dynamic.trainers.citation.rows import Passage, Row, read_rows
 from peft_dynamic.trainers.citation.text import find_citations, normalise_citations
 
 ALCE_MAX_CITATIONS = 3
-
-
-@dataclass
-class Passage:
-    """A passage as the judge reads it: its title on a line of its own, if it has one. `index` is what cites it."""
-
-    index: int
-    text: str
-    title: str | None = None
-
-    def __str__(self) -> str:
-        return self.text if self.title is None else f"Title: {self.title}\n{self.text}"
 
 
 @dataclass
@@ -116,17 +104,6 @@ class CitationEvaluation:
         Path(path).write_text(render(self, Path(path).suffix), encoding="utf-8")
 
 
-@dataclass
-class _Row:
-    question: str
-    output: str
-    passages: list[Passage]
-    reference: list[str] | None  # long answers, for ROUGE
-    human: str | None  # the long answer for MAUVE
-    short: list[list[str]] | None  # short answers: of each sub-question, or of each item of a list
-    claims: list[str] | None
-
-
 def evaluate_citations(
     rows: Iterable[Mapping[str, Any]],
     entailment: str | PathLike[str] | Judge | None,
@@ -191,8 +168,7 @@ def evaluate_citations(
     section 4; for the details the evaluation script of princeton-nlp/ALCE was read.
     """
     _check(task=task, max_citations=max_citations, empty_answers=empty_answers)
-    read = [_read(row, i, task) for i, row in enumerate(rows)]
-    _check_together(read)
+    read = read_rows(rows, task)
     split_name, split = metrics.sentence_splitter() if splitter is None else ("given", splitter)
     if normalise:
         for row in read:
@@ -242,121 +218,17 @@ def _check(task: str, max_citations: int | None, empty_answers: str) -> None:
         raise ValueError(f"empty_answers={empty_answers!r}; it must be 'skip' or 'zero'")
 
 
-def _read(row: Mapping[str, Any], i: int, task: str) -> _Row:
-    """A row in one form, or a ValueError that says what of it is wrong."""
-    if not isinstance(row, Mapping):
-        raise ValueError(
-            f"rows[{i}] is a {type(row).__name__}; it must be a mapping with question, output and passages"
-        )
-    for name in ("question", "output"):
-        if not isinstance(row.get(name), str):
-            found = f"a {type(row[name]).__name__}" if name in row else f"missing; the row has {', '.join(row)}"
-            raise ValueError(f"rows[{i}]: `{name}` must be a text, and is {found}")
-    given = row.get("passages", row.get("docs"))
-    if isinstance(given, (str, Mapping)) or not isinstance(given, Sequence):
-        raise ValueError(f"rows[{i}]: `passages` (or `docs`) must be a list, and is {type(given).__name__}")
-    passages = _passages(given, i)
-    output = metrics.evaluated_part(row["output"])
-    human, references = (None, None) if task == "qampari" else _long_answers(row, i)
-    return _Row(row["question"], output, passages, references, human, _short_answers(row, i, task), _claims(row, i))
-
-
-def _passages(given: Sequence[Any], i: int) -> list[Passage]:
-    indexed = [isinstance(passage, Mapping) and "index" in passage for passage in given]
-    if any(indexed) and not all(indexed):
-        raise ValueError(f"rows[{i}]: only some passages have an `index`, the first without is {indexed.index(False)}")
-    passages = [_passage(passage, f"rows[{i}]: passages[{k}]", k + 1) for k, passage in enumerate(given)]
-    indices = [passage.index for passage in passages]
-    if len(set(indices)) < len(indices):
-        raise ValueError(f"rows[{i}]: the passages' `index` must be different, and they are {indices}")
-    return passages
-
-
-def _passage(given: Any, place: str, number: int) -> Passage:
-    if isinstance(given, str):
-        return Passage(number, given)
-    # ALCE takes an extracted `sent` before the whole text.
-    text = given.get("sent", given.get("text")) if isinstance(given, Mapping) else None
-    if not isinstance(text, str):
-        raise ValueError(f"{place} must be a text or a mapping with a `text`, and is {str(given)[:80]!r}")
-    index = given.get("index", number)
-    if not re.fullmatch(r"[0-9]+", str(index)) or int(index) < 1:
-        raise ValueError(f"{place}: `index` must be a whole number from 1, as it is cited, and is {index!r}")
-    title = given.get("title")
-    if title is not None and not isinstance(title, str):
-        raise ValueError(f"{place}: `title` must be a text, and is {title!r}")
-    return Passage(int(index), text, title)
-
-
-def _long_answers(row: Mapping[str, Any], i: int) -> tuple[str | None, list[str] | None]:
-    """That for MAUVE and those for ROUGE, without citations: ALCE takes its `annotations` for ROUGE where there are."""
-    answer = row.get("answer")
-    long = [a.get("long_answer") for a in row.get("annotations") or []] or ([] if answer is None else [answer])
-    if not all(isinstance(text, str) for text in [*long, *([] if answer is None else [answer])]):
-        raise ValueError(f"rows[{i}]: `answer`, and `long_answer` of each of `annotations`, must be a text")
-    if not long:
-        return None, None
-    long = [metrics.without_citations(text) for text in long]
-    return (long[0] if answer is None else metrics.without_citations(answer)), long
-
-
-def _short_answers(row: Mapping[str, Any], i: int, task: str) -> list[list[str]] | None:
-    if row.get("qa_pairs") is not None:
-        found = [pair.get("short_answers") for pair in row["qa_pairs"]]
-        name = "qa_pairs"
-    elif row.get("answers") is not None:
-        found, name = list(row["answers"]) if not isinstance(row["answers"], str) else [], "answers"
-        if found and all(isinstance(answer, str) for answer in found):
-            found = [[answer] for answer in found] if task == "qampari" else [found]
-    else:
-        return None
-    proper = found and all(
-        isinstance(either, Sequence)
-        and not isinstance(either, str)
-        and either
-        and all(isinstance(a, str) for a in either)
-        for either in found
-    )
-    if not proper:
-        raise ValueError(
-            f"rows[{i}]: `{name}` must have at least one short answer for each sub-question, as texts, and is "
-            f"{str(row[name])[:80]}"
-        )
-    return [list(either) for either in found]
-
-
-def _claims(row: Mapping[str, Any], i: int) -> list[str] | None:
-    claims = row.get("claims")
-    if claims is None:
-        return None
-    if isinstance(claims, str) or not claims or not all(isinstance(claim, str) for claim in claims):
-        raise ValueError(f"rows[{i}]: `claims` must be a list of at least one text, and is {str(claims)[:80]}")
-    return list(claims)
-
-
-def _check_together(rows: list[_Row]) -> None:
-    if not rows:
-        raise ValueError("rows is empty; give at least one answer")
-    for name, public in (("short", "qa_pairs or answers"), ("claims", "claims"), ("reference", "answer")):
-        lacking = [i for i, row in enumerate(rows) if getattr(row, name) is None]
-        if 0 < len(lacking) < len(rows):
-            raise ValueError(
-                f"{len(lacking)} of {len(rows)} rows lack `{public}`, the first of them rows[{lacking[0]}]: the mean "
-                "would be over the others alone. Give it in all rows or in none"
-            )
-
-
-def _with_reference(rows: list[_Row], wanted: str) -> list[_Row]:
+def _with_reference(rows: list[Row], wanted: str) -> list[Row]:
     if rows[0].reference is None:
         raise ValueError(f"{wanted} is asked for, but the rows have no long answer to compare with: give `answer`")
     return rows
 
 
-def _bare(row: _Row) -> str:
+def _bare(row: Row) -> str:
     return metrics.without_citations(row.output)
 
 
-def _answer(row: _Row, task: str, split: Splitter, max_citations: int | None) -> Answer:
+def _answer(row: Row, task: str, split: Splitter, max_citations: int | None) -> Answer:
     if task == "qampari":
         texts = [f"{row.question} {item.strip()}" for item in metrics.listed(row.output)]
     else:
@@ -429,7 +301,7 @@ def _score_citations(answers: list[Answer], empty_answers: str) -> None:
         answer.scores["citation_precision"] = needed / citations if citations else 0.0
 
 
-def _judge_claims(rows: list[_Row], answers: list[Answer], judge: EntailmentCache, progress: bool) -> None:
+def _judge_claims(rows: list[Row], answers: list[Answer], judge: EntailmentCache, progress: bool) -> None:
     if rows[0].claims is None:
         return
     pairs = [(_bare(row), claim) for row in rows for claim in row.claims or []]
@@ -438,7 +310,7 @@ def _judge_claims(rows: list[_Row], answers: list[Answer], judge: EntailmentCach
         answer.scores["claim_recall"] = _mean([float(next(said) >= 0.5) for _ in row.claims or []])
 
 
-def _score_correctness(rows: list[_Row], answers: list[Answer], task: str) -> None:
+def _score_correctness(rows: list[Row], answers: list[Answer], task: str) -> None:
     for row, answer in zip(rows, answers, strict=True):
         if row.short is None:
             continue
@@ -458,7 +330,7 @@ def _has_rouge(notes: list[str]) -> bool:
     return True
 
 
-def _mauve(rows: list[_Row], model: bool | str) -> dict[str, float]:
+def _mauve(rows: list[Row], model: bool | str) -> dict[str, float]:
     name = "gpt2-large" if model is True else str(model)
     references = [metrics.mauve_text(row.question, row.human or "") for row in rows]
     outputs = [metrics.mauve_text(row.question, _bare(row)) for row in rows]
@@ -483,7 +355,7 @@ def _departures_of(judge: Judge, cut_before: int, notes: list[str]) -> list[str]
 
 
 def _notes_on_outputs(
-    rows: list[_Row], answers: list[Answer], task: str, empty: int, empty_answers: str, normalise: bool
+    rows: list[Row], answers: list[Answer], task: str, empty: int, empty_answers: str, normalise: bool
 ) -> list[str]:
     notes = []
     if empty:
