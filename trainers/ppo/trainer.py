@@ -9,6 +9,7 @@ rollout beside the model.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,13 @@ class PPOTrainer(Trainer):
         measured = rollout_metrics(
             self.accelerator, self.rewards.names, by_function, scores, done, logprobs, kl, values[:, :-1], returns
         )
+        if bootstraps and not measured["completions/ended_ratio"]:
+            warnings.warn(
+                f"bootstrap_truncated=True: no completion of this rollout ended within max_completion_length="
+                f"{args.max_completion_length} tokens, so none of its scores is trained on. Give them more tokens or "
+                "`stop_strings`, or leave bootstrap_truncated off.",
+                stacklevel=2,
+            )
         self.metrics.add("train", measured | {"kl_coef": self.kl_coef})
         if kl is not None and args.kl_target is not None:
             episodes = args.rollout_size * args.world_size

@@ -92,6 +92,12 @@ def test_a_cut_is_the_end_or_takes_the_next_value_in_place_of_the_score(
     torch.testing.assert_close(fixed["returns"], over["returns"])  # nothing can end but by the length
 
 
+def test_a_rollout_of_which_nothing_is_trained_on_says_so(tmp_path: Path) -> None:
+    made = trainer(tmp_path, tiny_policy(), bootstrap_truncated=True, max_completion_length=1)
+    with pytest.warns(UserWarning, match="within max_completion_length=1 tokens, so none of its scores is trained on"):
+        made._roll_out([{"prompt": "ab"}] * 4, 0)
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_the_kl_penalty_is_that_of_each_token_to_the_policy_without_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: str
