@@ -1,6 +1,12 @@
 """peft_dynamic: adapters and trainers for Hugging Face PEFT and TRL. Importing it registers the tuners with PEFT."""
 
-from peft_dynamic.density import ActivationDensityLoss, DensityReport, measure_density, sparse_inference
+from peft_dynamic.density import (
+    ActivationDensityLoss,
+    DensityReport,
+    cut_activations,
+    measure_density,
+    sparse_inference,
+)
 from peft_dynamic.export import export_lora
 from peft_dynamic.hub import push_adapter
 from peft_dynamic.ranks import RankCurve, rank_curve
@@ -31,6 +37,7 @@ __all__ = [
     "RankCurve",
     "__version__",
     "at_rank",
+    "cut_activations",
     "export_lora",
     "get_rank",
     "hotswap_adapter",

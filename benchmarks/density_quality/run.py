@@ -9,7 +9,8 @@ From there each weight goes on for `--after` steps, 0 among them: the run withou
 and learning rates. The weight rises over the first 30 % of these. Runs are appended to runs.jsonl, and those that are
 there are not made again. "relu" puts a ReLU in place of the model's GELU before training, with and without the loss.
 The T5 writes its answers: the words positive and negative, or the answer of SQuAD, scored by its F1 over words.
-`--cuts` also evaluates what is trained with every activation of at most that size set to 0.
+`--cuts` also evaluates what is trained with each activation of at most that size set to 0; `--train-cut` sets them to 0
+while the density loss is on, in training and in evaluation, and trains without both beside it.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,7 @@ from transformers import (
 
 from benchmarks.tasks import Data, Task, evaluate, logits_and_labels, loss_of
 from benchmarks.tasks import read as read_rows
-from peft_dynamic import ActivationDensityLoss, measure_density
-from peft_dynamic.density.structure import find_activations
+from peft_dynamic import ActivationDensityLoss, cut_activations, measure_density
 from peft_dynamic.tuners.quantization import keep_training_on_cpu
 
 TASKS = {  # task -> tokens, batch size, metric
@@ -184,24 +185,21 @@ def assess(model: Any, data: Any, metric: str, cut: float) -> tuple[float, Any]:
     """Score and density, with the activations of at most `cut` set to 0."""
     writes = isinstance(data, Texts)
     batches = [{k: v for k, v in batch.items() if writes or k != "labels"} for batch in data.evaluation]
-    hooks = [
-        layer.module.register_forward_hook(lambda _, args, out: out * (out.abs() > cut))
-        for layer in find_activations(model, None)
-        if cut
-    ]
-    score = data.score(model) if writes else evaluate(model, data.evaluation, metric)[metric]
-    report = measure_density(model, batches, threshold=THRESHOLD, max_batches=4)
-    for hook in hooks:
-        hook.remove()
-    return score, report
+    with cut_activations(model, cut) if cut else nullcontext():
+        score = data.score(model) if writes else evaluate(model, data.evaluation, metric)[metric]
+        return score, measure_density(model, batches, threshold=THRESHOLD, max_batches=4)
 
 
 def job(args: argparse.Namespace, name: str, adapter: str, activation: str, seed: int) -> None:
     key = {"task": name, "adapter": adapter, "activation": activation, "seed": seed}
     key |= {"before": args.before, "after": args.after, "eps": args.eps}
-    done = [{k: run[k] for k in (*key, "weight")} for run in read()]
-    weights = [weight for weight in args.weights if key | {"weight": weight} not in done]
-    if not weights:
+    ways = [(args.train_cut, weight) for weight in args.weights]
+    ways = [(0.0, 0.0), *ways] if args.train_cut else ways
+    done = read()
+    ways = [
+        (c, w) for c, w in ways if not any((key | {"train_cut": c, "weight": w}).items() <= r.items() for r in done)
+    ]
+    if not ways:
         return
     length, size, metric = TASKS[name]
     task = Task("minilm", (), length, args.before + args.after, size, 0)
@@ -212,11 +210,13 @@ def job(args: argparse.Namespace, name: str, adapter: str, activation: str, seed
     )
     training.go(0, args.before)
     saved = training.save()
-    for weight in weights:
+    for cut, weight in ways:
         training.restore(saved)
-        training.go(args.before, args.before + args.after, weight, args.eps)
-        score, report = assess(training.model, data, metric, 0.0)
+        with cut_activations(training.model, cut) if cut else nullcontext():
+            training.go(args.before, args.before + args.after, weight, args.eps)
+            score, report = assess(training.model, data, metric, 0.0)
         run = key | {
+            "train_cut": cut,
             "weight": weight,
             "score": score,
             "exact": report.mean(),
@@ -224,9 +224,9 @@ def job(args: argparse.Namespace, name: str, adapter: str, activation: str, seed
             "above": report.mean(exact=False),
             "layers": [row.exact for row in report.rows],
         }
-        if args.cuts:
-            cut = {str(size): assess(training.model, data, metric, size) for size in args.cuts}
-            run["cuts"] = {size: {"score": score, "exact": report.mean()} for size, (score, report) in cut.items()}
+        if args.cuts and not cut:
+            after = {str(size): assess(training.model, data, metric, size) for size in args.cuts}
+            run["cuts"] = {size: {"score": score, "exact": report.mean()} for size, (score, report) in after.items()}
         with (HERE / "runs.jsonl").open("a", encoding="utf-8") as out:
             out.write(json.dumps(run) + "\n")
         print(json.dumps(run), flush=True)
@@ -234,37 +234,47 @@ def job(args: argparse.Namespace, name: str, adapter: str, activation: str, seed
 
 def read() -> list[dict[str, Any]]:
     path = HERE / "runs.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [{"train_cut": 0.0} | json.loads(line) for line in lines]
 
 
 def report() -> None:
-    """Prints a row for each setting that has its run without the loss, and draws density against score."""
-    runs = read()
+    """Prints a row for each setting that has its run without loss and cut, and draws density against score."""
     groups: dict[tuple, dict[tuple, dict[str, Any]]] = {}
-    for run in runs:
+    for run in read():
         setting = tuple(run[k] for k in ("task", "adapter", "activation", "before", "after", "eps"))
-        groups.setdefault(setting, {})[run["weight"], run["seed"]] = run
+        groups.setdefault(setting, {})[run["train_cut"], run["weight"], run["seed"]] = run
     print(
-        "| task, adapter, activation | weight | seeds | score | minus weight 0 | active | reduction |\n"
-        + "|---" * 7
+        "| task, adapter, activation | cut | weight | seeds | score | minus neither | active | reduction |\n"
+        + "|---" * 8
         + "|"
     )
     curves = []
     for (name, adapter, activation, *_), found in groups.items():
         curve = []
-        for weight in sorted({weight for weight, _ in found}):
-            seeds = [seed for other, seed in found if other == weight and (0, seed) in found]
+        for cut, weight in sorted({(cut, weight) for cut, weight, _ in found}):
+            seeds = [seed for *way, seed in found if way == [cut, weight] and (0, 0, seed) in found]
             if not seeds:
                 continue
-            mine, plain = ([found[w, seed] for seed in seeds] for w in (weight, 0))
-            score = 100 * statistics.mean(run["score"] for run in mine)
-            change = score - 100 * statistics.mean(run["score"] for run in plain)
-            exact = 100 * statistics.mean(run["exact"] for run in mine)
-            less = statistics.mean(1 - m["exact"] / p["exact"] for m, p in zip(mine, plain, strict=True))
-            curve.append((exact, score))
+            mine, plain = [found[cut, weight, seed] for seed in seeds], [found[0, 0, seed] for seed in seeds]
+            changes = [100 * (m["score"] - p["score"]) for m, p in zip(mine, plain, strict=True)]
+            scores = [100 * run["score"] for run in mine]
+            stacks = mine[0].get("stacks", {"model": 0})
+            actives, less = [], []
+            for stack in stacks:
+                pairs = [
+                    [run["stacks"][stack] if len(stacks) > 1 else run["exact"] for run in pair]
+                    for pair in zip(mine, plain, strict=True)
+                ]
+                actives.append(100 * statistics.mean(own for own, _ in pairs))
+                less.append(100 * statistics.mean(1 - own / other for own, other in pairs))
+            curve.append((actives[-1], statistics.mean(scores), statistics.stdev(scores) if len(seeds) > 1 else 0.0))
             print(
-                f"| {name}, {adapter}, {activation} | {weight:g} | {len(seeds)} | {score:.1f} | {change:+.1f} | "
-                f"{exact:.1f} % | {100 * less:.1f} % |"
+                f"| {name}, {adapter}, {activation} | {cut:g} | {weight:g} | {len(seeds)} | "
+                f"{statistics.mean(scores):.1f} | {statistics.mean(changes):+.1f} "
+                f"({', '.join(f'{change:+.1f}' for change in changes)}) | "
+                f"{', '.join(f'{active:.1f} %' for active in actives)} | "
+                f"{', '.join(f'{share:.1f} %' for share in less)} |"
             )
         curves.append((f"{name}, {adapter}, {activation}", curve))
     from matplotlib.figure import Figure
@@ -273,8 +283,9 @@ def report() -> None:
     axis = figure.subplots()
     for label, curve in curves:
         if len(curve) > 1:
-            axis.plot(*zip(*sorted(curve), strict=True), marker="o", label=label)
-    axis.set_xlabel("active neurons, not exactly 0, %")
+            actives, scores, deviations = zip(*sorted(curve), strict=True)
+            axis.errorbar(actives, scores, deviations, marker="o", capsize=2, label=label)
+    axis.set_xlabel("active neurons (of a T5: of its decoder), not exactly 0, %")
     axis.set_ylabel("score")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
@@ -294,6 +305,7 @@ def main() -> None:
     parser.add_argument("--before", type=int, default=100)
     parser.add_argument("--after", type=int, default=100)
     parser.add_argument("--eps", type=float, default=1e-2)
+    parser.add_argument("--train-cut", type=float, default=0.0)
     parser.add_argument("--cuts", nargs="+", type=float, default=[])
     parser.add_argument("--report", action="store_true", help="only print and draw what there is")
     args = parser.parse_args()

@@ -14,7 +14,8 @@ from benchmarks.soft_quality.run import RUNS, STEPS
 
 NAMES = {
     "soft": "SoFT",
-    "soft-last": "SoFT, half on the last",
+    "soft-half": "SoFT, half on the last",
+    "soft-most": "SoFT, 9/10 on the last",
     "sft": "SFT",
     "heads": "SFT + a head per exit",
     "cut": "cut, then SFT",

@@ -3,9 +3,9 @@
     PYTHONPATH=. python benchmarks/soft_quality/run.py --data DATA --models MODELS [--only soft] [--seed 0]
 
 DATA holds e2e_nlg/train.jsonl and e2e_nlg/validation.jsonl, MODELS the folder smollm2 (SmolLM2-135M-Instruct, 30
-layers). All parameters are trained. "soft" has equal weights, as in the paper, "soft-last" half of the weight on the
-full depth. Each run is one line of runs.jsonl, written when it ends; what is there is skipped.
-report.py makes results.json, the table and the plot from that file. `--save DIR` keeps a SoFT model.
+layers). All parameters are trained. "soft" has equal weights, as in the paper; "soft-half" and "soft-most" give the
+full depth half and nine tenths of the weight. Each run is one line of runs.jsonl, written when it ends; what is there
+is skipped. report.py makes results.json, the table and the plot from that file. `--save DIR` keeps a SoFT model.
 """
 
 import argparse
@@ -39,9 +39,9 @@ HEADS = [9, 15, 21, 27]  # exits that get a head of their own
 SEEDS = [0, 1, 2]
 TUNE_SEED = 7
 STEPS, BATCH, LENGTH = 60, 4, 128
-LAST = 7.0  # weight of the full depth in "soft-last", the others having 1: half of the loss
+LAST = {"soft": 1 / 8, "soft-half": 0.5, "soft-most": 0.9}  # the share of the loss that the full depth has
 EVALUATED, TUNED, WRITTEN = 64, 32, 16  # rows: evaluated, for the choice of learning rates, continued by generation
-LR = {"sft": 3e-4, "soft": 3e-4, "soft-last": 3e-4, "cut": 3e-4, "heads": 1e-3}
+LR = {"sft": 3e-4, "soft": 3e-4, "soft-half": 3e-4, "soft-most": 3e-4, "cut": 3e-4, "heads": 1e-3}
 
 
 def examples(data: Path, tune: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -203,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--only", choices=["sft", "soft", "soft-last", "cut"])
+    parser.add_argument("--only", choices=["sft", *LAST, "cut"])
     parser.add_argument("--seed", type=int)
     parser.add_argument("--lr", type=float, help="with --tune: the learning rate to try")
     parser.add_argument("--tune", action="store_true")
@@ -212,7 +212,7 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     done = {row["name"] for row in map(json.loads, RUNS.read_text().splitlines())} if RUNS.exists() else set()
     seeds = [TUNE_SEED] if options.tune else SEEDS if options.seed is None else [options.seed]
-    jobs = [(kind, 0) for kind in ("soft", "soft-last", "sft")] + [("cut", k) for k in CUT]
+    jobs = [(kind, 0) for kind in (*LAST, "sft")] + [("cut", k) for k in CUT]
     for seed in seeds:
         for kind, depth in jobs:
             lr = options.lr if options.lr is not None else LR[kind]
@@ -232,8 +232,9 @@ def run(name: str, kind: str, depth: int, seed: int, lr: float, options: argpars
     dataset = Dataset.from_list(rows)
     with tempfile.TemporaryDirectory() as folder:
         common = {"train_dataset": dataset, "processing_class": tokenizer}
-        if kind.startswith("soft"):
-            weights = None if kind == "soft" else [1.0] * (len(EXITS) - 1) + [LAST]
+        if kind in LAST:
+            others = len(EXITS) - 1
+            weights = [1.0] * others + [others * LAST[kind] / (1 - LAST[kind])]
             trainer: Any = SoFTTrainer(model, SoFTConfig(exit_weights=weights, **settings(lr, seed, folder)), **common)
         else:
             trainer = SFTTrainer(model, SFTConfig(**settings(lr, seed, folder)), **common)
@@ -255,7 +256,7 @@ def run(name: str, kind: str, depth: int, seed: int, lr: float, options: argpars
         }
 
     keep(record(loss=losses(model, held, tokenizer, exits)) | rouge_of(model, held, tokenizer, exits, options.tune))
-    if options.save and kind.startswith("soft"):
+    if options.save and kind in LAST:
         model.save_pretrained(options.save)
         tokenizer.save_pretrained(options.save)
     if kind != "sft":

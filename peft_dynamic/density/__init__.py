@@ -1,16 +1,19 @@
-"""Fewer active neurons: a loss on their density, its measurement, and decoding that skips the inactive ones."""
+"""Fewer active neurons: a loss on their density, a cut, their measurement, and decoding that skips inactive ones."""
 
+from .cut import ActivationCut, cut_activations
 from .loss import ActivationDensityLoss
 from .measure import measure_density
 from .report import DensityReport, DensityRow
 from .sparse import SparseInference, SparseLayer, sparse_inference
 
 __all__ = [
+    "ActivationCut",
     "ActivationDensityLoss",
     "DensityReport",
     "DensityRow",
     "SparseInference",
     "SparseLayer",
+    "cut_activations",
     "measure_density",
     "sparse_inference",
 ]

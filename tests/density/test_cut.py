@@ -1,0 +1,129 @@
+"""cut_activations: what is 0, what learns, and who sees it."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import gelu
+
+from peft_dynamic import ActivationDensityLoss, cut_activations, measure_density, sparse_inference
+from tests.density.models import FAMILIES, batch_for, build, with_lora
+
+CUT = 0.1
+
+
+def test_values_and_gradients_by_hand() -> None:
+    model, x = nn.Sequential(nn.GELU()), torch.tensor([[-1.0, 0.1, 0.5, 3.0]], requires_grad=True)
+    with cut_activations(model, 0.2, "0"):
+        y = model(x)
+    full = gelu(x)
+    assert (full.abs() > 0.2).tolist() == [[False, False, True, True]]  # -0.159, 0.054, 0.346, 2.996
+    assert torch.equal(y[:, 2:], full[:, 2:])
+    assert y[:, :2].eq(0).all()
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    (plain,) = torch.autograd.grad(full.sum(), x)
+    assert torch.equal(slope, plain * (full.abs() > 0.2))
+    assert torch.equal(model(x), full)  # it ended with the block
+
+
+@pytest.mark.parametrize("family", ["Bert", "T5 gated", "Llama", "GPT2", "Albert"])
+@pytest.mark.parametrize("first", ["cut", "loss"])
+def test_the_loss_and_the_measurement_see_what_is_left(family: str, first: str) -> None:
+    model = with_lora(family)
+    batch = batch_for(family)
+    density = ActivationDensityLoss(0.0, eps=1e-12)  # so narrow that it counts what is not 0
+    if first == "loss":
+        density.attach(model)
+    size = measure_density(model, [batch], threshold=CUT).rows[0]
+    assert size.exact > 0.9 > size.above
+    cut = cut_activations(model, CUT)
+    if first == "cut":
+        density.attach(model)
+    assert len(cut.layers) == FAMILIES[family][3]
+    report = measure_density(model, [batch], threshold=CUT)
+    assert all(row.exact == row.above < 0.9 for row in report.rows)
+    assert report.rows[0].exact == size.above  # the first layer: its input is not changed by cutting
+    cut.detach()
+    assert measure_density(model, [batch], threshold=CUT).rows[0] == size
+
+
+def test_the_loss_presses_on_what_is_left_only() -> None:
+    torch.manual_seed(0)
+    model = with_lora("Bert")
+    batch = batch_for("Bert")
+    terms = []
+    for threshold in (None, CUT):
+        held = copy.deepcopy(model)
+        density = ActivationDensityLoss(1.0, eps=1e-12, add_to_loss=False).attach(held)
+        cut = cut_activations(held, threshold) if threshold else None
+        out = held(**batch)  # the term lives with it
+        terms.append((density.penalty().item(), measure_density(held, [batch]).mean()))
+        assert out.loss.requires_grad
+        assert (cut is None) == (threshold is None)
+    for term, exact in terms:
+        assert term == pytest.approx(exact, abs=0.01)
+    assert terms[1][0] < 0.9 * terms[0][0]
+
+
+def test_sparse_inference_with_the_threshold_is_the_same_function() -> None:
+    torch.manual_seed(0)
+    model = build("Llama").eval()
+    prompt = torch.randint(3, 64, (1, 7))
+    arguments: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    with torch.no_grad():
+        plain = model(prompt).logits
+        with cut_activations(model, 0.004):
+            cut = model(prompt).logits
+            text = model.generate(prompt, **arguments)
+        with sparse_inference(model, threshold=0.004, max_density=1.0) as sparse:
+            assert torch.equal(model(prompt).logits, cut)
+            assert torch.equal(model.generate(prompt, **arguments), text)
+            assert sum(layer.sparse_tokens for layer in sparse.layers) > 0
+        assert not torch.equal(plain, cut)
+        assert torch.equal(model(prompt).logits, plain)
+
+
+def test_training_makes_up_for_the_cut() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8))
+    x = torch.randn(256, 8)
+
+    def train(steps: int) -> float:
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        for _ in range(steps):
+            loss = (model(x) - x).pow(2).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            return (model(x) - x).pow(2).mean().item()
+
+    before = train(300)
+    with cut_activations(model, 0.2, "1"):
+        with torch.no_grad():
+            at_once = (model(x) - x).pow(2).mean().item()
+        after = train(300)
+        active = measure_density(model, [x], activation_modules="1").mean()
+    assert at_once > 3 * before
+    assert after < at_once / 2
+    assert active < 0.6
+
+
+@pytest.mark.parametrize("threshold", [0, -1.0, float("nan"), True, "0.2", None])
+def test_a_threshold_without_a_meaning_is_refused(threshold: Any) -> None:
+    with pytest.raises(ValueError, match="threshold must be a positive number"):
+        cut_activations(build("Bert"), threshold)
+
+
+def test_a_second_cut_is_refused_and_leaves_the_first() -> None:
+    model = build("Bert")
+    batch = batch_for("Bert")
+    with cut_activations(model, 0.01):
+        before = measure_density(model, [batch]).mean()
+        with pytest.raises(ValueError, match="cut already"):
+            cut_activations(model, 0.1)
+        assert measure_density(model, [batch]).mean() == before
+    with pytest.raises(ValueError, match="matches no module"):
+        cut_activations(model, 0.1, "nowhere")
