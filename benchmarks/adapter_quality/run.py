@@ -51,7 +51,7 @@ TASKS = {
     "stsb": Setting("minilm", ("query", "value"), 64, 200, 16, 0, 750, metric="correlation"),
     "commonsense": Setting("smollm2", ("q_proj", "v_proj"), 256, 60, 8, 0, 350, tune_rows=200),
 }
-LONG = {"sst2-long": 1000, "mrpc-long": 1000, "stsb-long": 1000}  # the same tasks with more steps
+LONG = {"sst2-long": 500, "mrpc-long": 500, "stsb-long": 500}  # the same tasks with more steps
 TASKS |= {name: replace(TASKS[name.removesuffix("-long")], steps=steps) for name, steps in LONG.items()}
 
 

@@ -50,7 +50,7 @@ TASKS = {  # task -> tokens, batch size, metric
     "t5-squad": (384, 8, "f1"),
 }
 TARGETS = {"minilm": ["query", "value", "intermediate.dense", "output.dense"], "t5": ["q", "v", "wi_0", "wi_1", "wo"]}
-LR, RAMP, THRESHOLD = 2e-3, 0.3, 0.1
+RAMP, THRESHOLD = 0.3, 0.1
 HERE = Path(__file__).parent
 
 
@@ -145,10 +145,10 @@ def task_loss(model: Any, batch: Any) -> torch.Tensor:
 class Training:
     """The steps of a job, and where they start anew."""
 
-    def __init__(self, model: Any, batches: list[Any]) -> None:
-        self.model, self.batches = model, batches
+    def __init__(self, model: Any, batches: list[Any], lr: float) -> None:
+        self.model, self.batches, self.lr = model, batches, lr
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=LR, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0)
 
     def save(self) -> Any:
         return [p.detach().clone() for p in self.parameters], copy.deepcopy(self.optimizer.state_dict())
@@ -167,7 +167,7 @@ class Training:
         for step in range(first, last):
             share = min(1.0, (step + 1) / (0.06 * total), (total - step) / (0.7 * total))
             for group in self.optimizer.param_groups:
-                group["lr"] = LR * share
+                group["lr"] = self.lr * share
             if density is not None:
                 density.weight = weight * min(1.0, (step - first + 1) / (RAMP * (last - first)))
             loss = task_loss(self.model, self.batches[step])
@@ -192,7 +192,7 @@ def assess(model: Any, data: Any, metric: str, cut: float) -> tuple[float, Any]:
 
 def job(args: argparse.Namespace, name: str, adapter: str, activation: str, seed: int) -> None:
     key = {"task": name, "adapter": adapter, "activation": activation, "seed": seed}
-    key |= {"before": args.before, "after": args.after, "eps": args.eps}
+    key |= {"before": args.before, "after": args.after, "eps": args.eps, "lr": args.lr}
     ways = [(args.train_cut, weight) for weight in args.weights]
     ways = [(0.0, 0.0), *ways] if args.train_cut else ways
     done = read()
@@ -205,9 +205,8 @@ def job(args: argparse.Namespace, name: str, adapter: str, activation: str, seed
     task = Task("minilm", (), length, args.before + args.after, size, 0)
     writes = name.startswith("t5-")
     data: Any = Texts(name, args.data, args.models) if writes else Data(name, task, args.data, args.models)
-    training = Training(
-        prepared(name, adapter, activation, seed, args.models), list(data.batches(args.before + args.after, seed))
-    )
+    model = prepared(name, adapter, activation, seed, args.models)
+    training = Training(model, list(data.batches(args.before + args.after, seed)), args.lr)
     training.go(0, args.before)
     saved = training.save()
     for cut, weight in ways:
@@ -235,23 +234,23 @@ def job(args: argparse.Namespace, name: str, adapter: str, activation: str, seed
 def read() -> list[dict[str, Any]]:
     path = HERE / "runs.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [{"train_cut": 0.0} | json.loads(line) for line in lines]
+    return [{"train_cut": 0.0, "lr": 2e-3} | json.loads(line) for line in lines]
 
 
 def report() -> None:
     """Prints a row for each setting that has its run without loss and cut, and draws density against score."""
     groups: dict[tuple, dict[tuple, dict[str, Any]]] = {}
     for run in read():
-        setting = tuple(run[k] for k in ("task", "adapter", "activation", "before", "after", "eps"))
+        setting = tuple(run[k] for k in ("task", "adapter", "activation", "before", "after", "eps", "lr"))
         groups.setdefault(setting, {})[run["train_cut"], run["weight"], run["seed"]] = run
     print(
-        "| task, adapter, activation | cut | weight | seeds | score | minus neither | active | reduction |\n"
+        "| task, adapter, activation, steps | cut | weight | seeds | score | minus neither | active | reduction |\n"
         + "|---" * 8
         + "|"
     )
     curves = []
-    for (name, adapter, activation, *_), found in groups.items():
-        curve = []
+    for (name, adapter, activation, before, after, _, lr), found in groups.items():
+        curve, title = [], f"{name}, {adapter}, {activation}, {before} + {after} at {lr:g}"
         for cut, weight in sorted({(cut, weight) for cut, weight, _ in found}):
             seeds = [seed for *way, seed in found if way == [cut, weight] and (0, 0, seed) in found]
             if not seeds:
@@ -270,13 +269,13 @@ def report() -> None:
                 less.append(100 * statistics.mean(1 - own / other for own, other in pairs))
             curve.append((actives[-1], statistics.mean(scores), statistics.stdev(scores) if len(seeds) > 1 else 0.0))
             print(
-                f"| {name}, {adapter}, {activation} | {cut:g} | {weight:g} | {len(seeds)} | "
+                f"| {title} | {cut:g} | {weight:g} | {len(seeds)} | "
                 f"{statistics.mean(scores):.1f} | {statistics.mean(changes):+.1f} "
                 f"({', '.join(f'{change:+.1f}' for change in changes)}) | "
                 f"{', '.join(f'{active:.1f} %' for active in actives)} | "
                 f"{', '.join(f'{share:.1f} %' for share in less)} |"
             )
-        curves.append((f"{name}, {adapter}, {activation}", curve))
+        curves.append((title, curve))
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.6, 3.8), layout="constrained")
@@ -304,6 +303,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--before", type=int, default=100)
     parser.add_argument("--after", type=int, default=100)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--eps", type=float, default=1e-2)
     parser.add_argument("--train-cut", type=float, default=0.0)
     parser.add_argument("--cuts", nargs="+", type=float, default=[])

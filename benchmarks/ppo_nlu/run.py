@@ -37,7 +37,7 @@ from peft_dynamic.trainers import PPOConfig, PPOTrainer, nlu_metrics, nlu_parse,
 from peft_dynamic.trainers.ppo.nlu_eval import _generate
 
 RUNS = Path(__file__).with_name("runs.jsonl")
-BATCH, SFT_STEPS, ROLLOUTS, PPO_EPOCHS = 16, 40, 24, 2
+BATCH, SFT_STEPS, ROLLOUTS, PPO_EPOCHS = 16, 12, 24, 2
 ROLLOUT = 2  # batches
 TUNE_SEED = 7  # PPO's learning rate is chosen on it; it is not reported
 SFT_RATE, SHOTS, LONGEST = 1e-3, 4, 200  # LONGEST: training rows with longer prompts, in tokens, are left out
