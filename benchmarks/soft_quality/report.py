@@ -49,6 +49,8 @@ def table(found: dict[str, Any], metric: str) -> str:
     lines = [f"| {metric} after | " + " | ".join(map(str, exits)) + " |", "|---" * (len(exits) + 1) + "|"]
     for kind, name in NAMES.items():
         cells = found[metric][kind]
+        if not cells:
+            continue
         lines.append(f"| {name} | " + " | ".join(f"{cells[k]['mean']:.3f}" if k in cells else "" for k in exits) + " |")
     return "\n".join(lines)
 
@@ -60,6 +62,8 @@ def main() -> None:
     for axis, metric, label in zip(figure.subplots(1, 2), found, ("loss on E2E NLG", "ROUGE-L"), strict=True):
         for kind, name in NAMES.items():
             cells = found[metric][kind]
+            if not cells:
+                continue
             axis.errorbar(
                 list(cells),
                 [cell["mean"] for cell in cells.values()],
@@ -73,6 +77,8 @@ def main() -> None:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_yscale("log")
+    figure.axes[0].set_yticks([1.5, 2, 3, 5, 10, 20], ["1.5", "2", "3", "5", "10", "20"], minor=False)
+    figure.axes[0].minorticks_off()
     figure.axes[0].legend(frameon=False)
     figure.savefig(Path(__file__).with_name("losses.png"), dpi=150)
     print(table(found, "loss"), table(found, "rouge_l"), sep="\n\n")

@@ -41,7 +41,7 @@ def test_after_an_error_the_model_is_what_it_was() -> None:
     model = build("llama").train()
     before = state(model)
     with pytest.raises(TypeError, match="evaluate must return a dict"):
-        exit_curve(model, lambda model: 3, progress=False)  # type: ignore[arg-type,return-value]
+        exit_curve(model, lambda model: 3, progress=False)  # type: ignore[arg-type,return-value]  # on purpose
     assert state(model) == before
     assert model.training
 
