@@ -110,7 +110,8 @@ def main(arguments: argparse.Namespace) -> None:
     model.eval().save_pretrained(arguments.output / "model")
     tokenizer.save_pretrained(arguments.output / "model")
 
-    judge = EntailmentModel(arguments.output / "model", dtype=torch.bfloat16 if arguments.bf16 else torch.float32)
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    judge = EntailmentModel(arguments.output / "model", dtype=dtype, max_length=arguments.eval_max_length)
     scores = {}
     for name, path in arguments.eval:
         premises, hypotheses, labels = zip(*read(path), strict=True)
@@ -135,6 +136,9 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument(
+        "--eval-max-length", type=int, default=512, help="a T5 would read longer premises too, at a price in memory"
+    )
     parser.add_argument(
         "--irrelevant", type=float, default=0.1, help="how many pairs to add with another row's premise"
     )
