@@ -79,7 +79,7 @@ def main() -> None:
     figure.axes[0].set_yscale("log")
     figure.axes[0].set_yticks([1.5, 2, 3, 5, 10, 20], ["1.5", "2", "3", "5", "10", "20"], minor=False)
     figure.axes[0].minorticks_off()
-    figure.axes[0].legend(frameon=False)
+    figure.axes[1].legend(frameon=False, fontsize=8, loc="upper left")
     figure.savefig(Path(__file__).with_name("losses.png"), dpi=150)
     print(table(found, "loss"), table(found, "rouge_l"), sep="\n\n")
 
