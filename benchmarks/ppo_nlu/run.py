@@ -37,7 +37,7 @@ from peft_dynamic.trainers import PPOConfig, PPOTrainer, nlu_metrics, nlu_parse,
 from peft_dynamic.trainers.ppo.nlu_eval import _generate
 
 RUNS = Path(__file__).with_name("runs.jsonl")
-BATCH, SFT_STEPS, ROLLOUTS, PPO_EPOCHS = 16, 12, 24, 2
+BATCH, SFT_STEPS, PPO_EPOCHS = 16, 12, 2
 ROLLOUT = 2  # batches
 TUNE_SEED = 7  # PPO's learning rate is chosen on it; it is not reported
 SFT_RATE, SHOTS, LONGEST = 1e-3, 4, 200  # LONGEST: training rows with longer prompts, in tokens, are left out
@@ -75,7 +75,7 @@ class Study:
     def after_sft(self) -> list[dict[str, Any]]:
         """The rows that PPO has its prompts from; the first ones again if a task has too few."""
         rows = self.train[BATCH * SFT_STEPS :] + self.train
-        return rows[: BATCH * ROLLOUT * ROLLOUTS]
+        return rows[: BATCH * ROLLOUT * self.arguments.rollouts]
 
     def evaluate(self, model: Any, shots: int = 0) -> dict[str, Any]:
         examples = self.train[:shots]
@@ -138,7 +138,7 @@ class Study:
         return {"train_s": seconds, "steps": SFT_STEPS, **self.evaluate(model)}
 
     def sft_more(self) -> dict[str, Any]:
-        return self._continued(iter(range(ROLLOUTS * ROLLOUT * PPO_EPOCHS)))
+        return self._continued(iter(range(self.arguments.rollouts * ROLLOUT * PPO_EPOCHS)))
 
     def sft_longer(self) -> dict[str, Any]:
         """For the processor time of this seed's PPO run."""
@@ -160,7 +160,7 @@ class Study:
             per_device_train_batch_size=BATCH,
             num_mini_batches=ROLLOUT,
             num_ppo_epochs=PPO_EPOCHS,
-            max_steps=ROLLOUTS * ROLLOUT * PPO_EPOCHS,
+            max_steps=self.arguments.rollouts * ROLLOUT * PPO_EPOCHS,
             logging_steps=ROLLOUT * PPO_EPOCHS,
             learning_rate=self.arguments.ppo_rate,
             lr_scheduler_type="constant",
@@ -244,6 +244,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--arms", nargs="+", default=["sft", "ppo", "sft-more", "sft-longer"])
     parser.add_argument("--eval-rows", type=int, default=200)
+    parser.add_argument("--rollouts", type=int, default=24, help="of 32 prompts, in PPO")
     parser.add_argument("--ppo-rate", type=float, default=2e-5)
     parser.add_argument("--kl-coef", type=float, default=0.05)
     parser.add_argument("--more-rate", type=float, default=3e-4)
