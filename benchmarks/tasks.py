@@ -64,7 +64,7 @@ def encode(row: Row, tokenizer: Any, max_length: int) -> Row:
         answer = tokenizer(row["output"] + tokenizer.eos_token)["input_ids"]
         # Cut at the front: the options stand at the end.
         return completed(instruction(row, tokenizer)[-(max_length - len(answer)) :], answer, max_length)
-    texts = [row["sentence"]] if "sentence" in row else [row["sentence1"], row["sentence2"]]
+    texts = [row[key] for key in ("question", "sentence", "sentence1", "sentence2") if key in row]
     label = row["label"] / 2.5 - 1 if isinstance(row["label"], float) else row["label"]
     return {**tokenizer(*texts, truncation=True, max_length=max_length), "label": label}
 

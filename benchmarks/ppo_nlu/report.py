@@ -13,7 +13,7 @@ from benchmarks.ppo_nlu.run import BATCH, ROLLOUT, RUNS, SFT_STEPS, TUNE_SEED
 from benchmarks.tasks import read
 
 HERE = Path(__file__).parent
-ARMS = ("zero", "few", "sft", "ppo", "sft-more", "sft-longer")
+ARMS = ("majority", "zero", "few", "sft", "ppo", "sft-more", "sft-longer")
 CURVES = (("reward", "reward"), ("kl", "KL to the SFT model, per answer"), ("entropy", "entropy per token"))
 
 
@@ -48,10 +48,32 @@ def table(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def over_tasks(runs: list[dict[str, Any]]) -> str:
+    """PPO less its start, of each task and of their mean, for each seed."""
+    score = {(run["arm"], run["task"], run["seed"]): 100 * run["score"] for run in runs}
+    gain = {key[1:]: score[key] - score["sft", *key[1:]] for key in score if key[0] == "ppo"}
+    tasks = list(dict.fromkeys(task for task, _ in gain))
+    lines = [f"| seed | {' | '.join(tasks)} | mean of {len(tasks)} |", "|---" * (len(tasks) + 2) + "|"]
+    means = []
+    for seed in sorted({seed for _, seed in gain}):
+        mine = {task: gain[task, seed] for task in tasks if (task, seed) in gain}
+        cells = [f"{mine[task]:+.1f}" if task in mine else "" for task in tasks]
+        if len(mine) == len(tasks):
+            means.append(mean(mine.values()))
+        lines.append(
+            f"| {seed} | {' | '.join(cells)} | {means[-1]:+.1f} |"
+            if len(mine) == len(tasks)
+            else f"| {seed} | {' | '.join(cells)} | |"
+        )
+    return "\n".join(lines) + (
+        f"\n\nOver the seeds with all tasks: {mean(means):+.1f} ± {stdev(means):.1f}" if len(means) > 1 else ""
+    )
+
+
 def plot(runs: list[dict[str, Any]]) -> None:
     runs = [run for run in runs if run["arm"] == "ppo"]
     tasks = list(dict.fromkeys(run["task"] for run in runs))
-    figure = Figure(figsize=(4.2 * len(CURVES), 3 * len(tasks)), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(CURVES), 2.3 * len(tasks)), layout="constrained")
     for axes, task in zip(figure.subplots(len(tasks), len(CURVES), squeeze=False), tasks, strict=True):
         for axis, (name, title) in zip(axes, CURVES, strict=True):
             for run in runs:
@@ -68,6 +90,6 @@ def plot(runs: list[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     found = [run for run in read(RUNS) if run["sft_steps"] == SFT_STEPS and run["seed"] != TUNE_SEED]
-    print(table(found))
+    print(table(found), over_tasks(found), sep="\n\n")
     if any(run["arm"] == "ppo" for run in found):
         plot(found)

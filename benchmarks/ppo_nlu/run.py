@@ -5,6 +5,7 @@
 DATA holds <task>/train.jsonl and <task>/validation.jsonl; MODELS holds the folder smollm2. Of each task, on the same
 evaluation rows:
 
+- majority: the answer that most training rows have, without a model.
 - zero, few: the model as it is, and with four examples in the prompt; also read leniently, without the closing tag.
 - sft: a LoRA trained on the first rows of a seed's shuffle, with the answers that the reward looks for.
 - ppo: from there, on the next rows, whose labels only the reward sees; the reference policy is the SFT model.
@@ -20,6 +21,7 @@ import json
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,11 @@ class Study:
             optimizer.zero_grad()
             steps += 1
         return steps
+
+    def majority(self) -> dict[str, Any]:
+        answer = Counter(row["label"] for row in self.train).most_common(1)[0][0]
+        metrics = nlu_metrics(self.task, [answer] * len(self.evaluation), self.evaluation)
+        return {**metrics, "lenient": metrics, "predictions": [answer]}
 
     def zero(self) -> dict[str, Any]:
         return self.evaluate(self.base())
