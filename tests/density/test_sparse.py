@@ -142,6 +142,34 @@ def test_a_threshold_sets_small_activations_to_zero_in_prompts_and_single_tokens
     assert_close(call(model, tokens), plain)
 
 
+def test_a_negative_activation_beyond_the_threshold_stays() -> None:
+    model = with_relu(build("OPT"))
+    for layer in model.model.decoder.layers:
+        layer.activation_fn = nn.GELU().eval()
+    tokens, kept = ids(1, 6), []
+
+    def cut(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        kept.append(bool((output < -0.05).any()))
+        return torch.where(output.abs() > 0.05, output, 0.0)
+
+    handles = [layer.activation_fn.register_forward_hook(cut) for layer in model.model.decoder.layers]
+    expected = call(model, tokens)
+    for handle in handles:
+        handle.remove()
+    assert kept == [True, True]
+    with sparse_inference(model, threshold=0.05, max_density=1.0):
+        assert_close(call(model, tokens), expected)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_some_rows_are_those_of_the_linear_layer(biased: bool) -> None:
+    layer, x, neurons = nn.Linear(3, 5, bias=biased), torch.randn(1, 1, 3), torch.tensor([1, 4])
+    expected = torch.zeros(1, 1, 5)
+    expected[..., neurons] = layer(x)[..., neurons].detach()
+    with torch.no_grad():
+        assert_close(sparse_module.some_rows(x, neurons, layer.weight, layer.bias), expected)
+
+
 def test_an_activation_of_exactly_the_threshold_is_inactive() -> None:
     model = with_relu(build("OPT"))
     active = activations(model, ids(1, 1))
@@ -257,8 +285,9 @@ def test_a_token_above_the_break_even_is_dense() -> None:
     assert (sparse.layers[densest].sparse_tokens, sparse.layers[densest].dense_tokens) == (0, 1)
 
 
-def test_gradients_and_autocast_take_the_dense_path() -> None:
-    model = with_relu(build("OPT"))
+@pytest.mark.parametrize("family", ["OPT", "Llama"])  # the input of Llama's up-projection is float32 under autocast
+def test_gradients_and_autocast_take_the_dense_path(family: str) -> None:
+    model = with_relu(build(family))
     with torch.autocast("cpu", torch.bfloat16):
         expected = call(model, ids(1, 1))
     with sparse_inference(model, max_density=1.0) as sparse:

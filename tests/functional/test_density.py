@@ -86,6 +86,24 @@ def test_layers_and_stacks_by_hand() -> None:
     assert combine(layers, [0.0, 0.0, 0.0]).item() == 0.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_pieces_of_a_large_tensor_give_what_the_plain_formula_gives(dtype: torch.dtype, masked: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = (torch.randn(2, 151, 1024, generator=generator) * 1e-3).to(dtype)  # 302 rows: two pieces of 128, one of 46
+    mask = torch.rand(2, 151, generator=generator) < 0.7
+    weights = token_weights(mask) if masked else torch.full((2, 151), 1 / 302)
+    plain = a.float().requires_grad_()
+    expected = (surrogate(plain).mean(-1) * weights).sum()
+    (wanted,) = torch.autograd.grad(expected, plain)
+    own = a.clone().requires_grad_()
+    found = layer_density(own, weights if masked else None)
+    (gradient,) = torch.autograd.grad(found, own)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient, wanted.to(dtype))
+    assert layer_density(torch.zeros_like(a)).item() == 0.0  # to the bit: dead neurons are none
+
+
 def test_half_precision_is_computed_in_float32() -> None:
     # 1.5e-4 squared is 2.25e-8, below float16's smallest 6e-8; the right answer is 2.25e-8 / 1.225e-7 = 0.1837
     for dtype in (torch.float16, torch.bfloat16):
