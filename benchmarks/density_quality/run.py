@@ -316,7 +316,7 @@ def draw(curves: list[tuple[str, str, list[tuple[float, float, float, str]]]]) -
         axis.set_xlabel("active neurons (of a T5: of its decoder), not exactly 0, %")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8, loc="lower right")
+        axis.legend(frameon=False, fontsize=8, loc="lower right" if activation == "relu" else "lower left")
     panels["relu"].set_ylabel("points of score against the run with neither")
     figure.savefig(HERE / "density.png", dpi=150)
 
