@@ -39,7 +39,7 @@ from peft_dynamic.trainers import PPOConfig, PPOTrainer, nlu_metrics, nlu_parse,
 from peft_dynamic.trainers.ppo.nlu_eval import _generate
 
 RUNS = Path(__file__).with_name("runs.jsonl")
-BATCH, SFT_STEPS, PPO_EPOCHS = 16, 12, 2
+BATCH, PPO_EPOCHS = 16, 2
 ROLLOUT = 2  # batches
 TUNE_SEED = 7  # PPO's learning rate is chosen on it; it is not reported
 SFT_RATE, SHOTS, LONGEST = 1e-3, 4, 200  # LONGEST: training rows with longer prompts, in tokens, are left out
@@ -62,9 +62,11 @@ class Study:
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
         rows = read(arguments.data / task / "train.jsonl")
         random.Random(seed).shuffle(rows)
-        self.train = [row for row in rows if len(self.tokenizer(nlu_prompt(task, row))["input_ids"]) <= LONGEST]
+        rows = [row for row in rows if len(self.tokenizer(nlu_prompt(task, row))["input_ids"]) <= LONGEST]
+        self.train = balanced(rows) if arguments.balanced else rows
         self.evaluation = read(arguments.data / task / "validation.jsonl")[: arguments.eval_rows]
-        self.adapter = arguments.work / f"{task}-{seed}"
+        self.steps = arguments.sft_steps
+        self.adapter = arguments.work / f"{task}-{seed}-{self.steps}{'-balanced' if arguments.balanced else ''}"
 
     def base(self) -> Any:
         set_seed(self.seed)
@@ -76,7 +78,7 @@ class Study:
 
     def after_sft(self) -> list[dict[str, Any]]:
         """The rows that PPO has its prompts from; the first ones again if a task has too few."""
-        rows = self.train[BATCH * SFT_STEPS :] + self.train
+        rows = self.train[BATCH * self.steps :] + self.train
         return rows[: BATCH * ROLLOUT * self.arguments.rollouts]
 
     def evaluate(self, model: Any, shots: int = 0) -> dict[str, Any]:
@@ -139,17 +141,17 @@ class Study:
     def sft(self) -> dict[str, Any]:
         model = get_peft_model(self.base(), LoraConfig(**LORA))
         clock = Clock()
-        self.supervised(model, self.train[: BATCH * SFT_STEPS], iter(range(SFT_STEPS)), decay=SFT_STEPS)
+        self.supervised(model, self.train[: BATCH * self.steps], iter(range(self.steps)), decay=self.steps)
         seconds = clock.seconds()
         model.save_pretrained(self.adapter)
-        return {"train_s": seconds, "steps": SFT_STEPS, **self.evaluate(model)}
+        return {"train_s": seconds, "steps": self.steps, **self.evaluate(model)}
 
     def sft_more(self) -> dict[str, Any]:
         return self._continued(iter(range(self.arguments.rollouts * ROLLOUT * PPO_EPOCHS)))
 
     def sft_longer(self) -> dict[str, Any]:
         """For the processor time of this seed's PPO run."""
-        limit = done(self.task, self.seed, "ppo")["train_s"]
+        limit = done(self.arguments, self.task, self.seed, "ppo")["train_s"]
         clock = Clock()
         return self._continued(iter(lambda: clock.seconds()[1] < limit[1], False))
 
@@ -204,10 +206,24 @@ class Clock:
         return time.perf_counter() - self.start[0], time.process_time() - self.start[1]
 
 
-def done(task: str, seed: int, arm: str) -> dict[str, Any] | None:
+def balanced(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each class in turn, of stsb each whole number; the rows of rarer ones again."""
+    classes: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        classes.setdefault(round(row["label"]), []).append(row)
+    longest = max(map(len, classes.values()))
+    return [own[i % len(own)] for i in range(longest) for _, own in sorted(classes.items())]
+
+
+def named(arguments: argparse.Namespace, task: str, seed: int, arm: str) -> dict[str, Any]:
+    way = {"sft_steps": arguments.sft_steps, "balanced": arguments.balanced}
+    return {"task": task, "seed": seed, "arm": arm, **way}
+
+
+def done(arguments: argparse.Namespace, task: str, seed: int, arm: str) -> dict[str, Any] | None:
     runs = read(RUNS) if RUNS.exists() else []
-    key = {"task": task, "seed": seed, "arm": arm, "sft_steps": SFT_STEPS}
-    return next((run for run in runs if key.items() <= run.items()), None)
+    key = named(arguments, task, seed, arm)
+    return next((run for run in runs if key.items() <= ({"balanced": False} | run).items()), None)
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -215,21 +231,13 @@ def main(arguments: argparse.Namespace) -> None:
     for seed in arguments.seeds:
         for task in arguments.tasks:
             for arm in arguments.arms:
-                if done(task, seed, arm):
+                if done(arguments, task, seed, arm):
                     continue
                 study, clock = Study(arguments, task, seed), Clock()
                 found = getattr(study, arm.replace("-", "_"))()
                 used = {"ppo_rate": arguments.ppo_rate, "kl_coef": arguments.kl_coef} if arm == "ppo" else {}
                 used |= {"more_rate": arguments.more_rate} if arm in ("sft-more", "sft-longer") else {}
-                run = {
-                    "task": task,
-                    "seed": seed,
-                    "arm": arm,
-                    "sft_steps": SFT_STEPS,
-                    **used,
-                    "total_s": clock.seconds(),
-                    **found,
-                }
+                run = named(arguments, task, seed, arm) | used | {"total_s": clock.seconds()} | found
                 with RUNS.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(run) + "\n")
                 print(
@@ -251,6 +259,8 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--arms", nargs="+", default=["sft", "ppo", "sft-more", "sft-longer"])
     parser.add_argument("--eval-rows", type=int, default=200)
+    parser.add_argument("--sft-steps", type=int, default=12)
+    parser.add_argument("--balanced", action="store_true", help="equally many training rows of each class")
     parser.add_argument("--rollouts", type=int, default=24, help="of 32 prompts, in PPO")
     parser.add_argument("--ppo-rate", type=float, default=2e-5)
     parser.add_argument("--kl-coef", type=float, default=0.05)
