@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM
 
@@ -56,6 +57,16 @@ def load_model(name: str, args: PPOConfig) -> Any:
 
         return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **settings)
     return AutoModelForCausalLM.from_pretrained(name, **settings)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set the dropouts to 0, and those that are numbers for `functional.dropout`, as in OPT and BLOOM."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def as_dict(setting: Any) -> dict[str, Any]:

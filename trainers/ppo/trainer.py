@@ -29,7 +29,7 @@ from .rewards import RewardFunction, Rewards
 from .rollout import Completions
 from .sampler import RolloutSampler
 from .scoring import Scorer, Sequences
-from .setup import as_dict, check_arguments, check_dataset, load_model, make_generator
+from .setup import as_dict, check_arguments, check_dataset, disable_dropout, load_model, make_generator
 from .value_head import FILE, NAME, ValueFunction
 
 
@@ -110,9 +110,7 @@ class PPOTrainer(Trainer):
             raise ValueError(f"{type(self.policy).__name__} is an encoder-decoder; PPOTrainer trains decoders.")
         keep_training_on_cpu(model)
         if args.disable_dropout:
-            for module in model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0
+            disable_dropout(model)
 
         self.ref_model, self.ref_adapter = ref_model, args.ref_adapter_name
         if args.kl_coef and ref_model is None:

@@ -1,6 +1,7 @@
 """PPOTrainer from the prompts to the weights, on a tiny policy."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,16 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import TrainerCallback
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+    TrainerCallback,
+    set_seed,
+)
 
 from peft_dynamic.functional import ppo
 from peft_dynamic.trainers.ppo.rollout import Completions
@@ -236,6 +246,39 @@ def test_the_first_pass_has_ratio_one_and_a_later_one_is_clipped(tmp_path: Path)
     assert max(entry["approx_kl"] for entry in later) > 1e-3
     assert max(entry["clip_ratio"] for entry in later) > 0.1
     assert first["loss"] == pytest.approx(first["loss/policy"] + 0.1 * first["loss/value"], abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["OPT", "BLOOM", "GPT-2"])
+def test_the_models_own_dropouts_are_off_too(tmp_path: Path, family: str) -> None:
+    """OPT and BLOOM keep theirs as numbers, GPT-2 as modules."""
+    tokens = {"vocab_size": 17, "eos_token_id": EOS, "pad_token_id": EOS, "bos_token_id": None}
+    make: dict[str, Callable[..., Any]] = {
+        "OPT": lambda p: OPTForCausalLM(
+            OPTConfig(
+                hidden_size=32,
+                word_embed_proj_dim=32,
+                ffn_dim=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=64,
+                dropout=p,
+                attention_dropout=p,
+                **tokens,
+            )
+        ),
+        "BLOOM": lambda p: BloomForCausalLM(
+            BloomConfig(hidden_size=32, n_layer=2, n_head=4, hidden_dropout=p, attention_dropout=p, **tokens)
+        ),
+        "GPT-2": lambda p: GPT2LMHeadModel(
+            GPT2Config(
+                n_embd=32, n_layer=2, n_head=4, n_positions=64, attn_pdrop=p, resid_pdrop=p, embd_pdrop=p, **tokens
+            )
+        ),
+    }
+    set_seed(0)
+    made = trainer(tmp_path, make[family](0.5), max_steps=1, num_ppo_epochs=1)
+    made.train()
+    assert made.state.log_history[0]["approx_kl"] == pytest.approx(0.0, abs=1e-9)
 
 
 def test_a_policy_without_gradients_stops_training(tmp_path: Path) -> None:
