@@ -23,8 +23,8 @@ from .collect import Collector, Pass, in_backward, in_reentrant_checkpoint
 from .hosts import current_step, watch_trainers
 from .structure import Activation
 
-# Their own backward keeps their output, so that is what ours keeps too. All others keep their input, and ours remakes
-# the output from it: one more elementwise operation instead of one more tensor of the feed-forward's width.
+# Their own backward keeps their output, so that is what ours keeps too. All others keep their input. Where nothing else
+# keeps their output, ours remakes it: one more elementwise operation instead of one more tensor of the block's width.
 _KEEPS_OUTPUT = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Tanh)
 
 
@@ -86,6 +86,10 @@ class ActivationDensityLoss:
         self.when: Callable[[], bool] | None = None  # a tuner's: whether its adapter is the active one
         self._collector: Collector | None = None
         self._factors: dict[str, float] = {}
+        # Of each activation, whether autograd keeps its output anyway, e.g. for a LoRA on the next layer; seen in the
+        # first pass. Until that ends, its output and the output's version.
+        self._kept: dict[nn.Module, bool] = {}
+        self._seen: dict[nn.Module, tuple[ReferenceType[torch.Tensor], int]] = {}
         # The model's outputs hold the terms that wait for penalty(): a pass that is dropped takes its graph along.
         self._open: list[ReferenceType[_Term]] = []
         self._held: list[_Term] = []  # those of outputs that can hold none
@@ -121,6 +125,7 @@ class ActivationDensityLoss:
         if self._collector is not None:
             self._collector.remove()
         self._collector, self._open, self._held = None, [], []
+        self._kept, self._seen = {}, {}
 
     def penalty(self) -> torch.Tensor:
         """`weight * D` of the forward passes since the last call, a () tensor to add to a loss of your own.
@@ -202,7 +207,9 @@ class ActivationDensityLoss:
     ) -> torch.Tensor:
         # What autograd keeps is the same tensor, in the same shape, when checkpointing runs the block again.
         from_input = not isinstance(module, _KEEPS_OUTPUT) and not getattr(module, "inplace", False)
-        if from_input and args and isinstance(args[0], torch.Tensor):
+        if from_input and module not in self._kept and not in_backward():
+            self._seen[module] = ref(output), output._version
+        if from_input and not self._kept.get(module) and args and isinstance(args[0], torch.Tensor):
             return layer_density(fitted, weights, self.eps, self.surrogate, args[0], module.forward)
         return layer_density(fitted, weights, self.eps, self.surrogate, output)
 
@@ -213,6 +220,10 @@ class ActivationDensityLoss:
                 f"lost; it watches {self.layers[:3]} ... Name the ones that run: activation_modules=[...]."
             )
         assert self._collector is not None
+        for module, (seen, version) in self._seen.items():
+            kept = seen()
+            self._kept[module] = kept is not None and kept._version == version
+        self._seen.clear()
         layers = [layer for layer in self._collector.layers if layer.name in done.collected]
         means = [torch.stack(done.collected[layer.name]).mean() for layer in layers]
         density = combine(means, [self._factors[layer.name] for layer in layers], [layer.stack for layer in layers])

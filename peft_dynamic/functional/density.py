@@ -102,7 +102,8 @@ class _Density(torch.autograd.Function):
         source: torch.Tensor | None,
         remake: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(a if source is None else source)
+        # With what is kept goes how to read it: checkpointing may replace both by those of another forward pass.
+        ctx.save_for_backward(a if source is None else source, torch.tensor(remake is not None, device="cpu"))
         ctx.weights, ctx.eps, ctx.kind, ctx.remake = weights, eps, kind, remake
         ctx.shape, ctx.dtype = a.shape, a.dtype
         parts = _parts(a)
@@ -113,12 +114,13 @@ class _Density(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # grad: ()
-        (saved,) = ctx.saved_tensors
+        saved, remade = ctx.saved_tensors
+        remake = ctx.remake if remade else None
         gradient = torch.empty(ctx.shape, dtype=ctx.dtype, device=saved.device)
         scale = grad / gradient.numel() if ctx.weights is None else (ctx.weights * (grad / ctx.shape[-1])).view(-1, 1)
         first = 0
         for kept, into in zip(_parts(saved), _parts(gradient), strict=True):
-            part = kept if ctx.remake is None else ctx.remake(kept)
+            part = kept if remake is None else remake(kept)
             values = surrogate_gradient(part, ctx.eps, ctx.kind, into if into.dtype == _wide(part[:0]).dtype else None)
             values.mul_(scale if ctx.weights is None else scale[first : first + len(part)])
             if values is not into:
