@@ -1,11 +1,7 @@
-"""The official metrics of GLUE and SuperGLUE, and a model's answers scored by them.
-
-The metrics are plain formulas over lists, so that nothing more has to be installed.
-"""
+"""The official metrics of GLUE and SuperGLUE, by scikit-learn and scipy, and a model's answers scored by them."""
 
 from __future__ import annotations
 
-import math
 import re
 import string
 from collections import Counter
@@ -54,8 +50,10 @@ def evaluate_nlu(
 
     Raises:
         ValueError: no rows, a row that does not fit the task, or a tokenizer without padding.
+        ImportError: without scikit-learn or scipy.
     """
     of = task_named(task)
+    _need_libraries()
     for row in rows:  # before the time is spent
         of.gold(row.get("label"))
     prompts: list[Any] = [nlu_prompt(task, row, chain_of_thought, chat, shots) for row in rows]
@@ -125,8 +123,10 @@ def nlu_metrics(task: str, predictions: Predictions, rows: Sequence[Row]) -> dic
 
     Raises:
         ValueError: no rows, another number of predictions, or a label that is not the task's.
+        ImportError: without scikit-learn or scipy.
     """
     of = task_named(task)
+    _need_libraries()
     if not rows or len(predictions) != len(rows):
         raise ValueError(
             f"rows: there are {len(rows)} for {len(predictions)} predictions; must be as many, at least 1."
@@ -148,50 +148,56 @@ Numbers = Sequence[float]
 Metric = Callable[[Numbers, Numbers, Sequence[Row]], float]
 
 
+def _need_libraries() -> None:
+    """Raise before time is spent."""
+    try:
+        import scipy.stats  # noqa: F401
+        import sklearn.metrics  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "The metrics of GLUE and SuperGLUE need scikit-learn and scipy: pip install 'peft-dynamic[nlu]'"
+        ) from error
+
+
 def _accuracy(predicted: Numbers, gold: Numbers, rows: Sequence[Row]) -> float:
-    return sum(p == g for p, g in zip(predicted, gold, strict=True)) / len(gold)
+    from sklearn.metrics import accuracy_score
 
-
-def _f1_of(kind: float, predicted: Numbers, gold: Numbers) -> float:
-    """2 TP / (2 TP + FP + FN); 0 if nothing is, or was taken for, that class."""
-    both = sum(p == g == kind for p, g in zip(predicted, gold, strict=True))
-    either = list(predicted).count(kind) + list(gold).count(kind)
-    return 2 * both / either if either else 0.0
+    return float(accuracy_score(gold, predicted))
 
 
 def _f1(predicted: Numbers, gold: Numbers, rows: Sequence[Row]) -> float:
-    return _f1_of(1, predicted, gold)
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(gold, predicted, zero_division=0.0))
 
 
 def _f1_macro(predicted: Numbers, gold: Numbers, rows: Sequence[Row]) -> float:
-    kinds = {*predicted, *gold} - {-1}
-    return sum(_f1_of(kind, predicted, gold) for kind in kinds) / len(kinds)
+    from sklearn.metrics import f1_score
+
+    kinds = sorted({*predicted, *gold} - {-1})
+    return float(f1_score(gold, predicted, labels=kinds, average="macro", zero_division=0.0))
 
 
 def _matthews(predicted: Numbers, gold: Numbers, rows: Sequence[Row]) -> float:
-    """R_K of Gorodkin (2004), which for two classes is Matthews' coefficient."""
-    n, kinds = len(gold), {*predicted, *gold}
-    right = sum(p == g for p, g in zip(predicted, gold, strict=True))
-    counts = [(list(predicted).count(kind), list(gold).count(kind)) for kind in kinds]
-    variances = (n * n - sum(p * p for p, _ in counts)) * (n * n - sum(g * g for _, g in counts))
-    return (right * n - sum(p * g for p, g in counts)) / math.sqrt(variances) if variances else 0.0
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(gold, predicted)) if len({*gold, *predicted}) > 1 else 0.0
 
 
 def _pearson(predicted: Numbers, gold: Numbers, rows: Sequence[Row]) -> float:
-    x, y = ([value - sum(values) / len(values) for value in values] for values in (predicted, gold))
-    norms = math.hypot(*x) * math.hypot(*y)
-    return sum(a * b for a, b in zip(x, y, strict=True)) / norms if norms > 1e-12 else 0.0
+    from scipy.stats import pearsonr
+
+    return float(pearsonr(predicted, gold).statistic) if _vary(predicted, gold) else 0.0
 
 
 def _spearman(predicted: Numbers, gold: Numbers, rows: Sequence[Row]) -> float:
-    return _pearson(_ranks(predicted), _ranks(gold), rows)
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(predicted, gold).statistic) if _vary(predicted, gold) else 0.0
 
 
-def _ranks(values: Numbers) -> list[float]:
-    """From 1; equal values share the mean of theirs."""
-    first = {value: position for position, value in reversed(list(enumerate(sorted(values), start=1)))}
-    count = Counter(values)
-    return [first[value] + (count[value] - 1) / 2 for value in values]
+def _vary(*columns: Numbers) -> bool:
+    return all(len(set(column)) > 1 for column in columns)
 
 
 def _grouped(rows: Sequence[Row], columns: tuple[str, ...]) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """The metrics of GLUE and SuperGLUE on answers counted by hand, and a model's answers."""
 
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -108,6 +109,14 @@ def test_what_is_refused() -> None:
         nlu_metrics("cola", [1], rows([-1]))
     with pytest.raises(ValueError, match="label=None"):
         evaluate_nlu(None, None, "cola", [{"sentence": "A"}])
+
+
+@pytest.mark.parametrize("missing", ["sklearn.metrics", "scipy.stats"])
+def test_without_the_libraries_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    for call in (lambda: nlu_metrics("cola", [1], rows([1])), lambda: evaluate_nlu(None, None, "cola", [])):
+        with pytest.raises(ImportError, match=r"pip install 'peft-dynamic\[nlu\]'"):
+            call()
 
 
 # A model's answers
