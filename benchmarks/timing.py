@@ -4,7 +4,7 @@ The machine is noisy, so each variant is timed once a round, in one process, in 
 """
 
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -66,10 +66,20 @@ def ratios(times: dict[str, list[float]], reference: str) -> dict[str, Any]:
 
 
 def peak_memory(work: Callable[[], Any]) -> float:
-    """MiB that the process grows by, at its highest, while it works; for a process that does nothing else."""
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    """MiB that the process grows by, at its highest, while it works; for a process that does nothing else.
+
+    VmHWM, not getrusage's ru_maxrss: the latter begins at the peak of the process that started this one.
+    """
+    before = _status("VmRSS")
     work()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> float:
+    """MiB, of this process."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1024
 
 
 def printed_by(script: str, *arguments: str) -> float:
