@@ -97,6 +97,8 @@ def main() -> None:
     }
     if len(args.parts) < 2 and args.out.exists():  # the other part is kept
         record = json.loads(args.out.read_text(encoding="utf-8"))
+    if "step" in args.parts:
+        record["rounds"] = args.rounds
     for name in args.only if "step" in args.parts else []:
         models = {v: with_optimizer(prepared(name, v, args.models)) for v in args.variants}
         inputs = given(name, args.models)

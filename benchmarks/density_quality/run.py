@@ -10,7 +10,8 @@ and learning rates. The weight rises over the first 30 % of these. Runs are appe
 there are not made again. "relu" puts a ReLU in place of the model's GELU before training, with and without the loss.
 The T5 writes its answers: the words positive and negative, or the answer of SQuAD, scored by its F1 over words.
 `--cuts` also evaluates what is trained with each activation of at most that size set to 0; `--train-cut` sets them to 0
-while the density loss is on, in training and in evaluation, and trains without both beside it.
+while the density loss is on, in training and in evaluation, and trains without both beside it. `--stack decoder` leaves
+the loss of a T5's encoder out.
 """
 
 import argparse
@@ -162,10 +163,12 @@ class Training:
                 parameter.copy_(value)
         self.optimizer.load_state_dict(copy.deepcopy(saved[1]))
 
-    def go(self, first: int, last: int, weight: float = 0.0, eps: float = 1e-2) -> None:
+    def go(self, first: int, last: int, weight: float = 0.0, eps: float = 1e-2, stack: str = "") -> None:
         """Linear warm-up over 6 % of all steps; linear decay over the last 70 %."""
         total = len(self.batches)
-        density = ActivationDensityLoss(weight, eps).attach(self.model) if weight else None
+        others = {other: 0.0 for other in ("encoder", "decoder") if stack not in ("", other)}
+        loss = ActivationDensityLoss(weight, eps, layer_weights=others or None)
+        density = loss.attach(self.model) if weight else None
         self.model.train()
         for step in range(first, last):
             share = min(1.0, (step + 1) / (0.06 * total), (total - step) / (0.7 * total))
@@ -173,10 +176,10 @@ class Training:
                 group["lr"] = self.lr * share
             if density is not None:
                 density.weight = weight * min(1.0, (step - first + 1) / (RAMP * (last - first)))
-            loss = task_loss(self.model, self.batches[step])
+            total_loss = task_loss(self.model, self.batches[step])
             if density is not None and self.batches[step]["labels"].dim() == 1:  # T5's own loss has the term in it
-                loss = loss + density.penalty()
-            loss.backward()
+                total_loss = total_loss + density.penalty()
+            total_loss.backward()
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -199,9 +202,11 @@ def job(args: argparse.Namespace, name: str, adapter: str, activation: str, seed
     ways = [(args.train_cut, weight) for weight in args.weights]
     ways = [(0.0, 0.0), *ways] if args.train_cut else ways
     done = read()
-    ways = [
-        (c, w) for c, w in ways if not any((key | {"train_cut": c, "weight": w}).items() <= r.items() for r in done)
-    ]
+
+    def of(cut: float, weight: float) -> dict[str, Any]:
+        return key | {"train_cut": cut, "weight": weight, "stack": args.stack if weight else ""}
+
+    ways = [way for way in ways if not any(of(*way).items() <= run.items() for run in done)]
     if not ways:
         return
     length, size, metric = TASKS[name]
@@ -215,11 +220,9 @@ def job(args: argparse.Namespace, name: str, adapter: str, activation: str, seed
     for cut, weight in ways:
         training.restore(saved)
         with cut_activations(training.model, cut) if cut else nullcontext():
-            training.go(args.before, args.before + args.after, weight, args.eps)
+            training.go(args.before, args.before + args.after, weight, args.eps, args.stack)
             score, report = assess(training.model, data, metric, 0.0)
-        run = key | {
-            "train_cut": cut,
-            "weight": weight,
+        run = of(cut, weight) | {
             "score": score,
             "exact": report.mean(),
             "stacks": {stack: report.mean(stack) for stack in dict.fromkeys(row.stack for row in report.rows)},
@@ -237,7 +240,7 @@ def job(args: argparse.Namespace, name: str, adapter: str, activation: str, seed
 def read() -> list[dict[str, Any]]:
     path = HERE / "runs.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [{"train_cut": 0.0, "lr": 2e-3} | json.loads(line) for line in lines]
+    return [{"train_cut": 0.0, "lr": 2e-3, "stack": ""} | json.loads(line) for line in lines]
 
 
 def report() -> None:
@@ -246,7 +249,7 @@ def report() -> None:
     groups: dict[tuple, dict[tuple, dict[str, Any]]] = {}
     for run in read():
         setting = tuple(run[k] for k in KEYS[:-1])
-        groups.setdefault(setting, {})[run["train_cut"], run["weight"], run["seed"]] = run
+        groups.setdefault(setting, {})[run["train_cut"], run["weight"], run["stack"], run["seed"]] = run
     print(
         "| task, adapter, activation, steps | cut | weight | seeds | score | minus neither | active | reduction |\n"
         + "|---" * 8
@@ -254,28 +257,30 @@ def report() -> None:
     )
     curves = []
     for (name, adapter, activation, before, after, _, lr), found in groups.items():
-        found = {key: run for key, run in found.items() if found.get((0, 0, key[2])) not in failed}
+        found = {key: run for key, run in found.items() if found.get((0, 0, "", key[3])) not in failed}
         curve, title = [], f"{name}, {adapter}, {activation}, {before} + {after} at {lr:g}"
-        for cut, weight in sorted({(cut, weight) for cut, weight, _ in found}):
-            seeds = [seed for *way, seed in found if way == [cut, weight] and (0, 0, seed) in found]
+        for cut, weight, stack in sorted({key[:3] for key in found}):
+            seeds = [key[3] for key in found if key[:3] == (cut, weight, stack) and (0, 0, "", key[3]) in found]
             if not seeds:
                 continue
-            mine, plain = [found[cut, weight, seed] for seed in seeds], [found[0, 0, seed] for seed in seeds]
+            mine = [found[cut, weight, stack, seed] for seed in seeds]
+            plain = [found[0, 0, "", seed] for seed in seeds]
             changes = [100 * (m["score"] - p["score"]) for m, p in zip(mine, plain, strict=True)]
             stacks = mine[0].get("stacks", {"model": 0})
             actives, less = [], []
-            for stack in stacks:
+            for part in stacks:
                 pairs = [
-                    [run["stacks"][stack] if len(stacks) > 1 else run["exact"] for run in pair]
+                    [run["stacks"][part] if len(stacks) > 1 else run["exact"] for run in pair]
                     for pair in zip(mine, plain, strict=True)
                 ]
                 actives.append(100 * statistics.mean(own for own, _ in pairs))
                 less.append(100 * statistics.mean(1 - own / other for own, other in pairs))
             spread = statistics.stdev(changes) if len(seeds) > 1 else 0.0
             note = f"cut at {cut:g}" if cut and not weight else f"weight {weight:g}" if activation == "relu" else ""
-            curve.append((actives[-1], statistics.mean(changes), spread, note))
+            if not stack:
+                curve.append((actives[-1], statistics.mean(changes), spread, note))
             print(
-                f"| {title} | {cut:g} | {weight:g} | {len(seeds)} | "
+                f"| {title} | {cut:g} | {weight:g}{stack and f', {stack} only'} | {len(seeds)} | "
                 f"{100 * statistics.mean(run['score'] for run in mine):.1f} | {statistics.mean(changes):+.1f} "
                 f"({', '.join(f'{change:+.1f}' for change in changes)}) | "
                 f"{', '.join(f'{active:.1f} %' for active in actives)} | "
@@ -335,6 +340,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--eps", type=float, default=1e-2)
     parser.add_argument("--train-cut", type=float, default=0.0)
+    parser.add_argument(
+        "--stack", choices=["", "encoder", "decoder"], default="", help="of a T5, the loss of this one only"
+    )
     parser.add_argument("--cuts", nargs="+", type=float, default=[])
     parser.add_argument("--report", action="store_true", help="only print and draw what there is")
     args = parser.parse_args()

@@ -174,6 +174,7 @@ class Study:
             learning_rate=self.arguments.ppo_rate,
             lr_scheduler_type="constant",
             kl_coef=self.arguments.kl_coef,
+            shuffle_dataset=not self.arguments.in_order,  # balanced rows have the classes in turn
             ref_adapter_name="sft",
             max_completion_length=9,
             stop_strings=["</Judgement>"],
@@ -235,7 +236,9 @@ def main(arguments: argparse.Namespace) -> None:
                     continue
                 study, clock = Study(arguments, task, seed), Clock()
                 found = getattr(study, arm.replace("-", "_"))()
-                used = {"ppo_rate": arguments.ppo_rate, "kl_coef": arguments.kl_coef} if arm == "ppo" else {}
+                used = {}
+                if arm == "ppo":
+                    used = {key: getattr(arguments, key) for key in ("ppo_rate", "kl_coef", "in_order")}
                 used |= {"more_rate": arguments.more_rate} if arm in ("sft-more", "sft-longer") else {}
                 run = named(arguments, task, seed, arm) | used | {"total_s": clock.seconds()} | found
                 with RUNS.open("a", encoding="utf-8") as file:
@@ -264,5 +267,6 @@ if __name__ == "__main__":
     parser.add_argument("--rollouts", type=int, default=24, help="of 32 prompts, in PPO")
     parser.add_argument("--ppo-rate", type=float, default=2e-5)
     parser.add_argument("--kl-coef", type=float, default=0.05)
+    parser.add_argument("--in-order", action="store_true", help="with --balanced: equally many of each in each rollout")
     parser.add_argument("--more-rate", type=float, default=3e-4)
     main(parser.parse_args())
