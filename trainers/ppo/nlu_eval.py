@@ -7,6 +7,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -151,8 +152,8 @@ Metric = Callable[[Numbers, Numbers, Sequence[Row]], float]
 def _need_libraries() -> None:
     """Raise before time is spent."""
     try:
-        import scipy.stats  # noqa: F401
-        import sklearn.metrics  # noqa: F401
+        for library in ("scipy.stats", "sklearn.metrics"):
+            import_module(library)
     except ImportError as error:
         raise ImportError(
             "The metrics of GLUE and SuperGLUE need scikit-learn and scipy: pip install 'peft-dynamic[nlu]'"
