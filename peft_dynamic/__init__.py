@@ -3,6 +3,7 @@
 from peft_dynamic.density import (
     ActivationDensityLoss,
     DensityReport,
+    calibrate_cut,
     cut_activations,
     measure_density,
     sparse_inference,
@@ -37,6 +38,7 @@ __all__ = [
     "RankCurve",
     "__version__",
     "at_rank",
+    "calibrate_cut",
     "cut_activations",
     "export_lora",
     "get_rank",

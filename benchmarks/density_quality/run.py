@@ -10,8 +10,9 @@ and learning rates. The weight rises over the first 30 % of these. Runs are appe
 there are not made again. "relu" puts a ReLU in place of the model's GELU before training, with and without the loss.
 The T5 writes its answers: the words positive and negative, or the answer of SQuAD, scored by its F1 over words.
 `--cuts` also evaluates what is trained with each activation of at most that size set to 0; `--train-cut` sets them to 0
-while the density loss is on, in training and in evaluation, and trains without both beside it. `--stack decoder` leaves
-the loss of a T5's encoder out.
+while the density loss is on, in training and in evaluation, and trains without both beside it. `--keep 0.4` does the
+same with a threshold per layer, calibrated on training batches at the end of the first part so that this share of its
+activations is left. `--stack decoder` leaves a T5's encoder out, of the loss and of that cut.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from transformers import (
 
 from benchmarks.tasks import Data, Task, evaluate, logits_and_labels, loss_of
 from benchmarks.tasks import read as read_rows
-from peft_dynamic import ActivationDensityLoss, cut_activations, measure_density
+from peft_dynamic import ActivationDensityLoss, calibrate_cut, cut_activations, measure_density
 from peft_dynamic.tuners.quantization import keep_training_on_cpu
 
 TASKS = {  # task -> tokens, batch size, metric
@@ -52,6 +53,7 @@ TASKS = {  # task -> tokens, batch size, metric
 }
 TARGETS = {"minilm": ["query", "value", "intermediate.dense", "output.dense"], "t5": ["q", "v", "wi_0", "wi_1", "wo"]}
 RAMP, THRESHOLD = 0.3, 0.1
+CALIBRATION = 8  # batches
 # A seed whose run with neither scores less has not learned the task, and is not in the means
 LEARNED = dict.fromkeys(TASKS, 0.7) | {"t5-squad": 0.5}
 KEYS = ("task", "adapter", "activation", "before", "after", "eps", "lr", "seed")
@@ -199,12 +201,13 @@ def assess(model: Any, data: Any, metric: str, cut: float) -> tuple[float, Any]:
 def job(args: argparse.Namespace, name: str, adapter: str, activation: str, seed: int) -> None:
     key = {"task": name, "adapter": adapter, "activation": activation, "seed": seed}
     key |= {"before": args.before, "after": args.after, "eps": args.eps, "lr": args.lr}
-    ways = [(args.train_cut, weight) for weight in args.weights]
-    ways = [(0.0, 0.0), *ways] if args.train_cut else ways
+    ways = [(args.train_cut, args.keep, weight) for weight in args.weights]
+    ways = [(0.0, 0.0, 0.0), *ways] if args.train_cut or args.keep else ways
     done = read()
 
-    def of(cut: float, weight: float) -> dict[str, Any]:
-        return key | {"train_cut": cut, "weight": weight, "stack": args.stack if weight else ""}
+    def of(cut: float, keep: float, weight: float) -> dict[str, Any]:
+        stack = args.stack if weight or keep else ""
+        return key | {"train_cut": cut, "keep": keep, "weight": weight, "stack": stack}
 
     ways = [way for way in ways if not any(of(*way).items() <= run.items() for run in done)]
     if not ways:
@@ -217,19 +220,23 @@ def job(args: argparse.Namespace, name: str, adapter: str, activation: str, seed
     training = Training(model, list(data.batches(args.before + args.after, seed)), args.lr)
     training.go(0, args.before)
     saved = training.save()
-    for cut, weight in ways:
+    for cut, keep, weight in ways:
         training.restore(saved)
-        with cut_activations(training.model, cut) if cut else nullcontext():
+        threshold: Any = cut
+        if keep:
+            pattern = rf"{args.stack}\..*act" if args.stack else None
+            threshold = calibrate_cut(model, training.batches[:CALIBRATION], keep, pattern)
+        with cut_activations(model, threshold) if threshold else nullcontext():
             training.go(args.before, args.before + args.after, weight, args.eps, args.stack)
             score, report = assess(training.model, data, metric, 0.0)
-        run = of(cut, weight) | {
+        run = of(cut, keep, weight) | {
             "score": score,
             "exact": report.mean(),
             "stacks": {stack: report.mean(stack) for stack in dict.fromkeys(row.stack for row in report.rows)},
             "above": report.mean(exact=False),
             "layers": [row.exact for row in report.rows],
         }
-        if args.cuts and not cut:
+        if args.cuts and not threshold:
             after = {str(size): assess(training.model, data, metric, size) for size in args.cuts}
             run["cuts"] = {size: {"score": score, "exact": report.mean()} for size, (score, report) in after.items()}
         with (HERE / "runs.jsonl").open("a", encoding="utf-8") as out:
@@ -240,7 +247,7 @@ def job(args: argparse.Namespace, name: str, adapter: str, activation: str, seed
 def read() -> list[dict[str, Any]]:
     path = HERE / "runs.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [{"train_cut": 0.0, "lr": 2e-3, "stack": ""} | json.loads(line) for line in lines]
+    return [{"train_cut": 0.0, "keep": 0.0, "lr": 2e-3, "stack": ""} | json.loads(line) for line in lines]
 
 
 def report() -> None:
@@ -340,8 +347,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--eps", type=float, default=1e-2)
     parser.add_argument("--train-cut", type=float, default=0.0)
+    parser.add_argument("--keep", type=float, default=0.0)
     parser.add_argument(
-        "--stack", choices=["", "encoder", "decoder"], default="", help="of a T5, the loss of this one only"
+        "--stack", choices=["", "encoder", "decoder"], default="", help="of a T5, loss and cut of this one only"
     )
     parser.add_argument("--cuts", nargs="+", type=float, default=[])
     parser.add_argument("--report", action="store_true", help="only print and draw what there is")

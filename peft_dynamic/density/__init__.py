@@ -1,6 +1,6 @@
 """Fewer active neurons: a loss on their density, a cut, their measurement, and decoding that skips inactive ones."""
 
-from .cut import ActivationCut, cut_activations
+from .cut import ActivationCut, calibrate_cut, cut_activations
 from .loss import ActivationDensityLoss
 from .measure import measure_density
 from .report import DensityReport, DensityRow
@@ -13,6 +13,7 @@ __all__ = [
     "DensityRow",
     "SparseInference",
     "SparseLayer",
+    "calibrate_cut",
     "cut_activations",
     "measure_density",
     "sparse_inference",

@@ -55,17 +55,50 @@ def measure_density(
     counts: dict[str, list[int]] = {}
     dtypes: dict[str, str] = {}
 
-    def count(layer: Activation, module: nn.Module, args: tuple, output: torch.Tensor, current: Pass | None) -> None:
+    def count(layer: Activation, a: torch.Tensor, mask: torch.Tensor | None) -> None:
+        exact, total = count_active(a, 0.0, mask)
+        above, _ = count_active(a, threshold, mask)
+        sums = counts.setdefault(layer.name, [0, 0, 0])
+        sums[:] = [sums[0] + exact, sums[1] + above, sums[2] + total]
+        dtypes[layer.name] = str(a.dtype).removeprefix("torch.")
+
+    layers = watch(model, dataloader, count, activation_modules, include_padding, max_batches, forward)
+    rows = [
+        DensityRow(layer.name, layer.stack, sums[0] / sums[2], sums[1] / sums[2], sums[2], dtypes[layer.name])
+        for layer in layers
+        if (sums := counts[layer.name])
+    ]
+    return DensityReport(float(threshold), rows)
+
+
+def watch(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    count: Callable[[Activation, torch.Tensor, torch.Tensor | None], None],
+    activation_modules: str | Sequence[str] | None,
+    include_padding: bool,
+    max_batches: int | None,
+    forward: Callable[[Any, Any], Any] | None,
+) -> list[Activation]:
+    """Call `count(layer, activations, mask or None)` in each forward pass over the batches; the others as there.
+
+    Returns:
+        The layers that had a real token.
+
+    Raises:
+        ValueError: none had, or the model has no activations that are found.
+    """
+    seen: set[str] = set()
+
+    def see(layer: Activation, module: nn.Module, args: tuple, output: torch.Tensor, current: Pass | None) -> None:
         if current is None:
             return
         fitted, mask = (output, None) if include_padding else current.fit(output, layer)
-        exact, total = count_active(fitted, 0.0, mask)
-        above, _ = count_active(fitted, threshold, mask)
-        sums = counts.setdefault(layer.name, [0, 0, 0])
-        sums[:] = [sums[0] + exact, sums[1] + above, sums[2] + total]
-        dtypes[layer.name] = str(output.dtype).removeprefix("torch.")
+        if fitted.numel() and (mask is None or mask.any()):
+            seen.add(layer.name)
+            count(layer, fitted, mask)
 
-    collector = Collector(model, activation_modules, lambda _: True, count, lambda done, output: None)
+    collector = Collector(model, activation_modules, lambda _: True, see, lambda done, output: None)
     try:
         with evaluating(model):
             device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -75,17 +108,12 @@ def measure_density(
                 _call(model, _to(batch, device), forward)
     finally:
         collector.remove()
-    rows = [
-        DensityRow(layer.name, layer.stack, sums[0] / sums[2], sums[1] / sums[2], sums[2], dtypes[layer.name])
-        for layer in collector.layers
-        if (sums := counts.get(layer.name)) and sums[2]
-    ]
-    if not rows:
+    if not seen:
         raise ValueError(
             "dataloader: no activation was counted. It gave no batches, or every token was padding, or the forward "
             "pass went past the model; pass include_padding=True or another `forward`."
         )
-    return DensityReport(float(threshold), rows)
+    return [layer for layer in collector.layers if layer.name in seen]
 
 
 def _call(model: nn.Module, batch: Any, forward: Callable[[Any, Any], Any] | None) -> None:

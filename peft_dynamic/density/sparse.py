@@ -9,7 +9,7 @@ tensors themselves, not from names.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -25,8 +25,8 @@ from peft_dynamic.functional.density import count_active
 from peft_dynamic.tuners.loretta_adp.layer import linear_features
 
 from .collect import roots
+from .cut import thresholds_of
 from .loss import is_number
-from .structure import find_activations
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _GRID = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -60,6 +60,7 @@ class _State:
 
     name: str
     module: nn.Module
+    threshold: float = 0.0
     row: SparseLayer | None = None
     output: torch.Tensor | None = None  # during the first forward pass
     gate: list[tuple[nn.Module, torch.Tensor]] = field(default_factory=list)
@@ -92,25 +93,26 @@ class SparseInference:
     """A model whose single tokens compute only the active neurons; made by `sparse_inference`.
 
     Attributes:
-        threshold: activations with |a| <= threshold are 0, on both paths.
+        thresholds: name of an activation -> the size up to which it is 0, on both paths.
         layers: a `SparseLayer` for each activation whose projections are known; empty before the first forward pass.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        threshold: float = 0.0,
+        threshold: float | Mapping[str, float] = 0.0,
         max_density: float | None = None,
         activation_modules: str | Sequence[str] | None = None,
     ) -> None:
-        if not is_number(threshold) or threshold < 0:
+        if not isinstance(threshold, Mapping) and (not is_number(threshold) or threshold < 0):
             raise ValueError(f"threshold must be a number of at least 0, got {threshold!r}. 0 skips exact zeros only.")
         if max_density is not None and (not is_number(max_density) or not 0 <= max_density <= 1):
             raise ValueError(f"max_density must be a number from 0 to 1 or None to measure it, got {max_density!r}.")
         if model.training:
             raise ValueError("sparse_inference needs a model in eval mode: call model.eval() first.")
-        self.threshold, self.max_density = float(threshold), max_density
-        self._states = [_State(item.name, item.module) for item in find_activations(model, activation_modules)]
+        self.max_density = max_density
+        found, self.thresholds = thresholds_of(model, threshold, activation_modules)
+        self._states = [_State(item.name, item.module, self.thresholds[item.name]) for item in found]
         self._outer = _linear_layers(model)
         _check(self._outer)
         self._patched: list[nn.Module] = []
@@ -150,12 +152,12 @@ class SparseInference:
         if module.training:
             raise RuntimeError("the model is in training mode under sparse_inference: detach() it, or call eval().")
         result = output
-        if self.threshold:
-            result = output.masked_fill(output.abs() <= self.threshold, 0)
+        if state.threshold:
+            result = output.masked_fill(output.abs() <= state.threshold, 0)
         if self._watchers and state.row is None:
             state.output, state.gate = result, []
         state.select(result.detach())
-        return result if self.threshold else None
+        return result if state.threshold else None
 
     def _before(self, module: nn.Module, args: tuple) -> None:
         x = args[0] if args else None
@@ -210,7 +212,7 @@ class SparseInference:
 
 def sparse_inference(
     model: nn.Module,
-    threshold: float = 0.0,
+    threshold: float | Mapping[str, float] = 0.0,
     max_density: float | None = None,
     activation_modules: str | Sequence[str] | None = None,
 ) -> SparseInference:
@@ -231,7 +233,8 @@ def sparse_inference(
 
     Args:
         model: in eval mode, with or without PEFT; adapters, merged or not, are computed as always.
-        threshold: activations with |a| <= threshold are 0.
+        threshold: activations with |a| <= threshold are 0; or a number for each, as `calibrate_cut` gives them: blocks
+            that the dict does not name stay dense.
         max_density: break-even of all blocks; None to measure that of each shape on this machine (about a second).
         activation_modules: as in `ActivationDensityLoss`.
 

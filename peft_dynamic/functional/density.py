@@ -15,6 +15,7 @@ they steps of gradient accumulation or processes, is the whole batch's value, wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -194,6 +195,40 @@ def count_active(a: torch.Tensor, threshold: float = 0.0, mask: torch.Tensor | N
     if mask is not None:
         a = a[(mask != 0).to(a.device)]
     return a.numel() - int((a.abs() <= threshold).sum()), a.numel()
+
+
+class SizeCounts:
+    """How many activations there are of each size |a|, to 1/1024 of it, without keeping them.
+
+    Notable: the bits of a positive float32 are in the order of its value, so its leading bits are the bin.
+    """
+
+    _LOST = 13  # of the 23 bits of the fraction
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(2 ** (31 - self._LOST), dtype=torch.int64)
+
+    def add(self, a: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+        """Count a batch; the arguments are those of `count_active`."""
+        if mask is not None:
+            a = a[(mask != 0).to(a.device)]
+        bins = a.detach().float().abs().view(torch.int32).flatten() >> self._LOST
+        self.counts += torch.bincount(bins, minlength=len(self.counts)).cpu()
+
+    def threshold(self, density: float) -> float:
+        """The smallest t for which at most a share of `density` has |a| > t, rounded up to the end of its bin.
+
+        Raises:
+            ValueError: more than that share is infinite or NaN.
+        """
+        above = self.counts.sum() - self.counts.cumsum(0)
+        last = int((above <= density * self.counts.sum()).nonzero()[0])
+        if last == 0:  # exact zeros, and what float32 hardly tells from them
+            return 0.0
+        edge = torch.tensor(((last + 1) << self._LOST) - 1, dtype=torch.int32).view(torch.float32).item()
+        if not math.isfinite(edge):
+            raise ValueError("activations are infinite or NaN: the model is broken, or its dtype is too narrow for it.")
+        return edge
 
 
 def _parts(a: torch.Tensor) -> tuple[torch.Tensor, ...]:
