@@ -57,6 +57,8 @@ CALIBRATION = 8  # batches
 # A seed whose run with neither scores less has not learned the task, and is not in the means
 LEARNED = dict.fromkeys(TASKS, 0.7) | {"t5-squad": 0.5}
 KEYS = ("task", "adapter", "activation", "before", "after", "eps", "lr", "seed")
+WAYS = ("train_cut", "keep", "weight", "stack")
+PANELS = {"relu": "ReLU, density loss", "cut": "GELU, one threshold", "keep": "GELU, a threshold per layer"}
 HERE = Path(__file__).parent
 
 
@@ -251,49 +253,42 @@ def read() -> list[dict[str, Any]]:
 
 
 def report() -> None:
-    """Prints a row for each setting that has its run without loss and cut, and draws density against score."""
-    failed = [run for run in read() if run["train_cut"] == run["weight"] == 0 and run["score"] < LEARNED[run["task"]]]
-    groups: dict[tuple, dict[tuple, dict[str, Any]]] = {}
+    """Prints a row for each setting that has its run without loss and cut, and draws those of three seeds and more."""
+    plain_runs = [run for run in read() if run["train_cut"] == run["keep"] == run["weight"] == 0]
+    failed = [run for run in plain_runs if run["score"] < LEARNED[run["task"]]]
+    plain = {tuple(run[k] for k in KEYS): run for run in plain_runs if run not in failed}
+    groups: dict[tuple, list[dict[str, Any]]] = {}
     for run in read():
-        setting = tuple(run[k] for k in KEYS[:-1])
-        groups.setdefault(setting, {})[run["train_cut"], run["weight"], run["stack"], run["seed"]] = run
+        if tuple(run[k] for k in KEYS) in plain:
+            groups.setdefault(tuple(run[k] for k in (*KEYS[:-1], *WAYS)), []).append(run)
     print(
         "| task, adapter, activation, steps | cut | weight | seeds | score | minus neither | active | reduction |\n"
         + "|---" * 8
         + "|"
     )
-    curves = []
-    for (name, adapter, activation, before, after, _, lr), found in groups.items():
-        found = {key: run for key, run in found.items() if found.get((0, 0, "", key[3])) not in failed}
-        curve, title = [], f"{name}, {adapter}, {activation}, {before} + {after} at {lr:g}"
-        for cut, weight, stack in sorted({key[:3] for key in found}):
-            seeds = [key[3] for key in found if key[:3] == (cut, weight, stack) and (0, 0, "", key[3]) in found]
-            if not seeds:
-                continue
-            mine = [found[cut, weight, stack, seed] for seed in seeds]
-            plain = [found[0, 0, "", seed] for seed in seeds]
-            changes = [100 * (m["score"] - p["score"]) for m, p in zip(mine, plain, strict=True)]
-            stacks = mine[0].get("stacks", {"model": 0})
-            actives, less = [], []
-            for part in stacks:
-                pairs = [
-                    [run["stacks"][part] if len(stacks) > 1 else run["exact"] for run in pair]
-                    for pair in zip(mine, plain, strict=True)
-                ]
-                actives.append(100 * statistics.mean(own for own, _ in pairs))
-                less.append(100 * statistics.mean(1 - own / other for own, other in pairs))
-            spread = statistics.stdev(changes) if len(seeds) > 1 else 0.0
-            note = f"cut at {cut:g}" if cut and not weight else f"weight {weight:g}" if activation == "relu" else ""
-            if not stack:
-                curve.append((actives[-1], statistics.mean(changes), spread, note))
-            print(
-                f"| {title} | {cut:g} | {weight:g}{stack and f', {stack} only'} | {len(seeds)} | "
-                f"{100 * statistics.mean(run['score'] for run in mine):.1f} | {statistics.mean(changes):+.1f} "
-                f"({', '.join(f'{change:+.1f}' for change in changes)}) | "
-                f"{', '.join(f'{active:.1f} %' for active in actives)} | "
-                f"{', '.join(f'{share:.1f} %' for share in less)} |"
-            )
-        curves.append((activation, f"{name}, {adapter}", curve))
+    curves: dict[tuple, list[tuple[float, float, float]]] = {}
+    order = list(dict.fromkeys(key[: len(KEYS) - 1] for key in groups))
+    for key, runs in sorted(groups.items(), key=lambda item: (order.index(item[0][: len(KEYS) - 1]), item[0])):
+        name, adapter, activation, before, after, _, lr, cut, keep, weight, stack = key
+        others = [plain[tuple(run[k] for k in KEYS)] for run in runs]
+        changes = [100 * (run["score"] - other["score"]) for run, other in zip(runs, others, strict=True)]
+        actives, less = [], []
+        for part in runs[0].get("stacks", {"model": 0}):
+            pairs = [(active_of(run, part), active_of(other, part)) for run, other in zip(runs, others, strict=True)]
+            actives.append(100 * statistics.mean(own for own, _ in pairs))
+            less.append(100 * statistics.mean(1 - own / other for own, other in pairs))
+        if len(runs) > 2:
+            panels = ["relu"] if activation == "relu" else ["keep"] if keep else ["cut"] if cut else ["cut", "keep"]
+            for panel in panels:
+                point = (actives[-1], statistics.mean(changes), statistics.stdev(changes))
+                curves.setdefault((panel, name, adapter, before, after, lr), []).append(point)
+        way = f"{f'{100 * keep:g} % kept' if keep else f'{cut:g}'} | {weight:g}{stack and f', {stack} only'}"
+        print(
+            f"| {name}, {adapter}, {activation}, {before} + {after} at {lr:g} | {way} | {len(runs)} | "
+            f"{100 * statistics.mean(run['score'] for run in runs):.1f} | {statistics.mean(changes):+.1f} "
+            f"({', '.join(f'{change:+.1f}' for change in changes)}) | "
+            f"{', '.join(f'{active:.1f} %' for active in actives)} | {', '.join(f'{share:.1f} %' for share in less)} |"
+        )
     for run in failed:
         print(
             f"left out, not learned: {', '.join(f'{key} {run[key]}' for key in KEYS)}, score {100 * run['score']:.1f}"
@@ -301,34 +296,38 @@ def report() -> None:
     draw(curves)
 
 
-def draw(curves: list[tuple[str, str, list[tuple[float, float, float, str]]]]) -> None:
-    """A panel per activation: points of score against the run with neither, by how many neurons are active."""
+def active_of(run: dict[str, Any], stack: str) -> float:
+    return run["exact"] if stack == "model" else run["stacks"][stack]
+
+
+def draw(curves: dict[tuple, list[tuple[float, float, float]]]) -> None:
+    """A panel per way: points of score against the run with neither, by how many neurons are active.
+
+    Of several settings of a task and adapter in a panel the first is drawn.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.6, 4), layout="constrained")
-    panels = dict(zip(("relu", "gelu"), figure.subplots(1, 2), strict=True))
-    for activation, label, curve in curves:
-        if len(curve) > 1:
-            actives, changes, spreads, ways = zip(*sorted(curve), strict=True)
-            line = panels[activation].errorbar(
-                actives, changes, spreads, marker="o", ms=4, capsize=2, lw=1, label=label
-            )
-            if label == "sst2, lora":  # the one with all weights and cuts
-                for place in zip(actives, changes, ways, strict=True):
-                    panels[activation].annotate(
-                        place[2], place[:2], (3, 4), textcoords="offset points", fontsize=7, color=line[0].get_color()
-                    )
-    for activation, axis in panels.items():
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    panels = dict(zip(PANELS, figure.subplots(1, len(PANELS), sharey=True), strict=True))
+    drawn = set()
+    for (panel, name, adapter, *_), found in curves.items():
+        if len(found) > 1 and (panel, name, adapter) not in drawn:  # more than the run with neither
+            drawn.add((panel, name, adapter))
+            actives, changes, spreads = zip(*sorted(found), strict=True)
+            style: dict[str, Any] = {"marker": "o", "ms": 4, "capsize": 2, "lw": 1.2, "elinewidth": 0.6}
+            style |= {"color": f"C{list(TASKS).index(name)}", "ls": "-" if adapter == "lora" else "--"}
+            panels[panel].errorbar(actives, changes, spreads, label=f"{name}, {adapter}", **style)
+    for panel, axis in panels.items():
         axis.axhline(-1, color="gray", lw=0.8, ls="--")
-        axis.set_title({"relu": "ReLU", "gelu": "GELU"}[activation])
+        axis.set_title(PANELS[panel])
         axis.set_xscale("log")
         ticks = [1, 3, 10, 30, 100]
         axis.set_xticks(ticks, list(map(str, ticks)))
         axis.minorticks_off()
-        axis.set_xlabel("active neurons (of a T5: of its decoder), not exactly 0, %")
+        axis.set_xlabel("active neurons (T5: of its decoder), %")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8, loc="lower right" if activation == "relu" else "lower left")
+        axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
     panels["relu"].set_ylabel("points of score against the run with neither")
     figure.savefig(HERE / "density.png", dpi=150)
 

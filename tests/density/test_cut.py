@@ -214,6 +214,17 @@ def test_sparse_inference_takes_the_dict_and_leaves_other_blocks_alone() -> None
             assert all(layer.sparse_tokens > 0 for layer in sparse.layers)
 
 
+def test_a_dict_has_whole_names() -> None:
+    model = nn.Sequential()
+    model.add_module("act", nn.GELU())
+    model.add_module("inner", nn.Sequential(nn.Linear(4, 4)))
+    model.inner.add_module("act", nn.GELU())
+    with cut_activations(model, {"act": 0.2}) as cut:  # not inner.act, as a pattern would
+        assert cut.layers == ["act"]
+        assert model.inner(torch.randn(9, 4)).ne(0).all()
+        assert model.act(torch.full((3,), 0.1)).eq(0).all()
+
+
 @pytest.mark.parametrize("density", [0, 1, -0.5, 40, float("nan"), True, "0.4", None])
 def test_a_share_without_a_meaning_is_refused(density: Any) -> None:
     with pytest.raises(ValueError, match="density must be a number above 0 and below 1"):

@@ -106,14 +106,28 @@ def test_uncited_answers_can_be_kept() -> None:
     dataset, report = build_citation_dataset([row("No mark.")], passages=None, uncited="keep")
     assert dataset["cited"] == [[]]
     assert report.repaired == {"cites nothing": [0]}
+    # An answer that lost all its marks is another thing: what it says came from sources that do not exist.
+    rows = [row("No mark."), row("Only [9].", question="What?")]
+    dataset, report = build_citation_dataset(rows, passages=None, uncited="keep", out_of_range="repair")
+    assert dataset["row"] == [0]
+    assert report.dropped == {"cites only ids that no passage has": [1]}
 
 
 def test_more_passages_than_wanted_lose_the_uncited_ones() -> None:
-    rows = [row("So [4][6].", 6), row("All [1][2][3][4].", 4, "What?")]
+    rows = [row("So [4][6].", 6), row("All [1][2][3][4].", 4, "What?"), row("First [1].", 6, "Who?")]
     dataset, report = build_citation_dataset(rows, passages=3, shuffle=False)
-    assert dataset["origin"] == [[1, 4, 6]]
-    assert dataset["answer"] == ["So [2][3]."]
+    assert dataset["origin"] == [[1, 4, 6], [1, 2, 3]]
+    assert dataset["answer"] == ["So [2][3].", "First [1]."]
     assert report.dropped == {"cites more than 3 passages": [1]}
+
+
+def test_the_same_text_under_another_title_is_another_passage() -> None:
+    passages = [{"title": "Paris", "text": "A city."}, {"title": "Rome", "text": "A city."}]
+    rows = [row("Rome is one [2].") | {"passages": passages}]
+    dataset, report = build_citation_dataset(rows, passages=None, shuffle=False)
+    assert dataset["answer"] == ["Rome is one [2]."]
+    assert dataset["passages"] == [passages]
+    assert not report.repaired
 
 
 def test_index_says_what_an_id_means() -> None:
