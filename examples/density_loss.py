@@ -1,10 +1,12 @@
-"""Train a LoRA with a density loss, and see how many neurons are still active.
+"""Train a LoRA, in the second half with a density loss, and see how many neurons are still active.
 
     python examples/density_loss.py --model google-t5/t5-small --data my.jsonl --output out/density
+    python examples/density_loss.py --model google/flan-t5-small --keep 0.3 --data my.jsonl --output out/density
     python examples/density_loss.py --toy --output out/density
 
-The data are JSON lines with `source` and `target`. `--toy` makes a small ReLU model and its data on the spot: seconds
-on a CPU.
+The data are JSON lines with `source` and `target`. `--keep` also cuts each layer, in the second half and afterwards,
+down to this share of its activations: for models whose activation has no zeros of its own, such as Flan-T5's GELU. The
+thresholds are written beside the adapter. `--toy` makes a small ReLU model and its data on the spot: seconds on a CPU.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import T5Config, T5ForConditionalGeneration
 
-from peft_dynamic import ActivationDensityLoss, measure_density
+from peft_dynamic import ActivationDensityLoss, calibrate_cut, cut_activations, measure_density
 
 
 def toy() -> tuple[Any, list[dict[str, torch.Tensor]]]:
@@ -46,10 +48,18 @@ def main(arguments: argparse.Namespace) -> None:
     base, batches = toy() if arguments.toy else from_files(arguments.model, arguments.data)
     before = measure_density(base, batches[:4])
     model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="SEQ_2_SEQ_LM"))
-    density = ActivationDensityLoss(weight=arguments.weight, eps=arguments.eps).attach(model)
+    density = ActivationDensityLoss(weight=0.0, eps=arguments.eps).attach(model)
+    arguments.output.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=arguments.lr)
     model.train()
-    for step in range(arguments.steps):  # nothing else to call: outputs.loss has the term
+    for step in range(arguments.steps):
+        if step == arguments.steps // 2:
+            if arguments.keep is not None:
+                thresholds = calibrate_cut(model, batches[:8], density=arguments.keep)
+                (arguments.output / "thresholds.json").write_text(json.dumps(thresholds, indent=1), encoding="utf-8")
+                cut_activations(model, thresholds)
+            density.weight = arguments.weight
+        # Nothing else to call: outputs.loss has the term
         loss = model(**batches[step % len(batches)]).loss
         loss.backward()
         optimizer.step()
@@ -72,6 +82,7 @@ if __name__ == "__main__":
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--weight", type=float, default=1.0)
+    parser.add_argument("--keep", type=float, help="share of each layer's activations that a cut leaves, such as 0.3")
     parser.add_argument("--eps", type=float, default=1e-2)
     parser.add_argument("--lr", type=float, default=1e-2)
     main(parser.parse_args())

@@ -212,8 +212,9 @@ class SizeCounts:
         """Count a batch; the arguments are those of `count_active`."""
         if mask is not None:
             a = a[(mask != 0).to(a.device)]
-        bins = a.detach().float().abs().view(torch.int32).flatten() >> self._LOST
-        self.counts += torch.bincount(bins, minlength=len(self.counts)).cpu()
+        for part in a.detach().flatten().split(2**24):  # no copies of a whole block's activations
+            bins = part.float().abs().view(torch.int32) >> self._LOST
+            self.counts += torch.bincount(bins, minlength=len(self.counts)).cpu()
 
     def threshold(self, density: float) -> float:
         """The smallest t for which at most a share of `density` has |a| > t, rounded up to the end of its bin.
