@@ -130,6 +130,14 @@ def test_the_same_text_under_another_title_is_another_passage() -> None:
     assert not report.repaired
 
 
+def test_a_row_in_another_order_is_the_same_row() -> None:
+    turned = row("So [3].") | {"passages": row("")["passages"][::-1]}
+    for shuffle in (True, False):
+        dataset, report = build_citation_dataset([row("So [1]."), turned], passages=None, shuffle=shuffle)
+        assert dataset["row"] == [0]
+        assert report.dropped == {"duplicate of an earlier row": [1]}
+
+
 def test_index_says_what_an_id_means() -> None:
     passages = [{"text": "third", "index": 3}, {"text": "first", "index": 1}]
     rows = [{"question": "Why?", "passages": passages, "answer": "So [3]. And [1]."}]
