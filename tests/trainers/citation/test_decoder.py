@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_dynamic.trainers.citation.collators import CitationDataCollator
-from peft_dynamic.trainers.citation.formats import FORMATS, CitationFormat, citation_prompt_completion, share
+from peft_dynamic.trainers.citation.formats import FORMATS, CitationFormat, Fitter, citation_prompt_completion, share
 
-from .common import ROWS, tokenizer
+from .common import CHAT, ROWS, tokenizer
 
 LONG = {
     "question": "who wrote the book",
@@ -102,6 +102,27 @@ def test_collator_masks_the_prompt(chat: bool) -> None:
         assert "Query: " + row["question"] in real
         assert (ids[mask == 0] == 0).all()
         assert (labels[mask == 0] == -100).all()
+
+
+def test_a_chat_whose_generation_prompt_is_no_beginning_of_the_answer() -> None:
+    made = tokenizer(chat=True)
+    made.chat_template = CHAT.replace("<|assistant|>\\n{% endif %}", "<|assistant|>\\n<think></think>{% endif %}")
+    batch = CitationDataCollator(made, max_length=None)(ROWS)
+    for row, ids, labels in zip(ROWS, batch["input_ids"], batch["labels"], strict=True):
+        assert "<think>" not in made.decode(ids)
+        assert made.decode(labels[labels != -100]) == f"{row['answer']}</s>\n", "none of the answer is masked"
+
+
+def test_each_passage_keeps_a_token_or_the_row_is_refused() -> None:
+    made = tokenizer()
+    fitter = Fitter(made, PLAIN, None, None)
+    bare = [{"title": "", "text": ""}] * 3
+    fixed = len(fitter.tokens(*fitter.turns(LONG["question"], bare, LONG["answer"]))[0])
+    with pytest.raises(ValueError, match=f"needs {fixed} tokens without the texts of its 3 passages"):
+        CitationDataCollator(made, format=PLAIN, max_length=fixed + 2)([LONG])
+    with pytest.warns(UserWarning, match="passages were cut"):
+        batch = CitationDataCollator(made, format=PLAIN, max_length=fixed + 3)([LONG])
+    assert batch["input_ids"].shape[1] <= fixed + 3
 
 
 def test_collator_without_answers_pads_on_the_left() -> None:

@@ -165,6 +165,15 @@ def test_logits_processors_and_sampling() -> None:
     other = generate_adaptive(model, ids, thresholds={2: 0.2}, max_new_tokens=1, logits_processor=suppressed)
     assert other.sequences[0, -1] != plain.sequences[0, -1]
     assert torch.equal(other.exits, plain.exits), "the exit is chosen before"
+    seen = []
+
+    def note(before: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        seen.append(before)
+        return logits
+
+    output = generate_adaptive(model, ids, thresholds={2: 0.2}, max_new_tokens=4, logits_processor=note)
+    assert {each.shape[1] for each in seen} == {5, 6, 7, 8}, "a processor gets the new tokens too"
+    assert all(torch.equal(each, output.sequences[:, : each.shape[1]]) for each in seen)
     cold = LogitsProcessorList([TemperatureLogitsWarper(1e-4)])
     drawn = generate_adaptive(model, ids, thresholds={2: 0.2}, max_new_tokens=6, do_sample=True, logits_processor=cold)
     greedy = generate_adaptive(model, ids, thresholds={2: 0.2}, max_new_tokens=6)
@@ -176,6 +185,19 @@ def test_logits_processors_and_sampling() -> None:
         expected = model(ids).logits[0, -1].softmax(-1)
     share = torch.bincount(drawn.sequences[:, -1], minlength=VOCABULARY) / 500
     assert (share - expected).abs().max() < 0.06
+
+
+def test_an_exit_that_is_never_taken_costs_no_head() -> None:
+    model, ids = build("llama"), tokens(1, 5)
+    for threshold, calls in ((1.5, 3), (1.0, 6)):
+        heads: list[int] = []
+        handle = model.lm_head.register_forward_hook(lambda *_, heads=heads: heads.append(1))
+        generate_adaptive(model, ids, thresholds={2: 0.2}, max_new_tokens=1)  # its trial runs are not counted
+        heads.clear()
+        output = generate_adaptive(model, ids, thresholds={2: threshold}, max_new_tokens=3)
+        handle.remove()
+        assert output.exits.tolist() == [[DEPTH] * 3]
+        assert len(heads) == calls
 
 
 def test_with_an_adapter() -> None:
