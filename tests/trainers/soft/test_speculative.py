@@ -46,6 +46,8 @@ def test_perfect_drafts_are_all_kept_and_useless_ones_cost_one_check_a_token() -
     perfect = generate_speculative(model, ids, exit=2, max_new_tokens=10, draft_tokens=4, draft_confidence=0)
     assert torch.equal(perfect.sequences, model.generate(ids, max_new_tokens=10, do_sample=False))
     assert (perfect.drafted, perfect.accepted, perfect.checks) == (20, 20, 2)  # 4 tokens, then 6
+    unsure = generate_speculative(model, ids, exit=2, max_new_tokens=10, draft_tokens=4, draft_confidence=1)
+    assert (unsure.drafted, unsure.accepted, unsure.checks) == (20, 20, 10)  # no token is that sure
 
     model = build("llama")
     plain = model.generate(ids, max_new_tokens=10, do_sample=False)
