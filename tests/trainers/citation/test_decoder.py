@@ -106,7 +106,9 @@ def test_collator_masks_the_prompt(chat: bool) -> None:
 
 def test_a_chat_whose_generation_prompt_is_no_beginning_of_the_answer() -> None:
     made = tokenizer(chat=True)
-    made.chat_template = CHAT.replace("<|assistant|>\\n{% endif %}", "<|assistant|>\\n<think></think>{% endif %}")
+    made.chat_template = CHAT.replace("<|assistant|>\n", "<|assistant|>\n<think></think>")
+    turn = [{"role": "user", "content": "Go."}]
+    assert "<think>" in made.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
     batch = CitationDataCollator(made, max_length=None)(ROWS)
     for row, ids, labels in zip(ROWS, batch["input_ids"], batch["labels"], strict=True):
         assert "<think>" not in made.decode(ids)

@@ -347,8 +347,13 @@ def test_a_copy_of_a_trained_model_runs_itself(tmp_path: Path) -> None:
         plain = type(model).forward(other, input_ids=ids)
         assert torch.equal(other(input_ids=ids).logits, plain.logits)
         assert not torch.equal(model(input_ids=ids).logits, plain.logits)
-    small = truncate_to_exit(model, 2)
     batch = first_batch(made)
+    for each in (model, other):
+        with torch.no_grad():
+            output = each(**batch, exits=[2, 6], exit_weights=[0.5, 0.5])
+        expected = plain_losses(each, batch, [2, 6])
+        torch.testing.assert_close(output.nll / output.tokens, expected.detach())
+    small = truncate_to_exit(model, 2)
     expected = plain_losses(model, batch, [2])[0]
     with torch.no_grad():
         torch.testing.assert_close(small(**{**batch, "labels": batch["labels"]}).loss, expected.detach())
