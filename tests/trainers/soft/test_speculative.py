@@ -37,6 +37,14 @@ def test_the_text_is_that_of_greedy_decoding(family: str, confidence: float) -> 
     assert one.sequences[0, 4:].tolist() == expected[1, 7:].tolist()
 
 
+def test_rows_without_padding_get_it_when_they_keep_different_numbers_of_drafts() -> None:
+    model, ids = agreeing("llama"), tokens(6, 5)
+    expected = model.generate(ids, max_new_tokens=15, do_sample=False)
+    output = generate_speculative(model, ids, exit=3, max_new_tokens=15, draft_confidence=0)
+    assert torch.equal(output.sequences, expected)
+    assert 0 < output.acceptance < 1
+
+
 def test_perfect_drafts_are_all_kept_and_useless_ones_cost_one_check_a_token() -> None:
     model, ids = build("llama"), tokens(2, 5)
     with torch.no_grad():
