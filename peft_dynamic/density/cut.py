@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from peft_dynamic.functional.density import SizeCounts
+from peft_dynamic.tuners.quantization import keep_training_on_cpu
 
 from .loss import is_number
 from .measure import watch
@@ -41,6 +42,7 @@ class ActivationCut:
         if cut:
             raise ValueError(f"the activations {cut[:3]} are cut already: detach() the other cut_activations first.")
         self.layers = list(self.thresholds)
+        keep_training_on_cpu(model)
         # Before all other hooks: a density loss, a measurement and sparse_inference see what is left
         self._handles = [
             item.module.register_forward_hook(partial(_cut, self.thresholds, item.name), prepend=True) for item in found

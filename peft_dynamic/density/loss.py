@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from peft_dynamic.functional.density import SURROGATES, combine, layer_density
+from peft_dynamic.tuners.quantization import keep_training_on_cpu
 
 from .collect import Collector, Pass, in_backward, in_reentrant_checkpoint
 from .hosts import current_step, watch_trainers
@@ -117,6 +118,7 @@ class ActivationDensityLoss:
             collector.remove()
             raise
         self._collector = collector
+        keep_training_on_cpu(model)
         watch_trainers()
         return self
 

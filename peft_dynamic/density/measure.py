@@ -10,6 +10,7 @@ from torch import nn
 
 from peft_dynamic.curves import evaluating
 from peft_dynamic.functional.density import count_active
+from peft_dynamic.tuners.quantization import keep_training_on_cpu
 
 from .collect import Collector, Pass
 from .loss import is_number
@@ -63,11 +64,10 @@ def measure_density(
         dtypes[layer.name] = str(a.dtype).removeprefix("torch.")
 
     layers = watch(model, dataloader, count, activation_modules, include_padding, max_batches, forward)
-    rows = [
-        DensityRow(layer.name, layer.stack, sums[0] / sums[2], sums[1] / sums[2], sums[2], dtypes[layer.name])
-        for layer in layers
-        if (sums := counts[layer.name])
-    ]
+    rows = []
+    for layer in layers:
+        exact, above, total = counts[layer.name]
+        rows.append(DensityRow(layer.name, layer.stack, exact / total, above / total, total, dtypes[layer.name]))
     return DensityReport(float(threshold), rows)
 
 
@@ -98,6 +98,7 @@ def watch(
             seen.add(layer.name)
             count(layer, fitted, mask)
 
+    keep_training_on_cpu(model)  # it may be trained after this
     collector = Collector(model, activation_modules, lambda _: True, see, lambda done, output: None)
     try:
         with evaluating(model):

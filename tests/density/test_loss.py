@@ -10,7 +10,7 @@ from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, 
 from torch import nn
 
 from peft_dynamic import DyLoRAConfig, LorettaAdpConfig, LorettaRepConfig, MoSLoRAConfig
-from peft_dynamic.density import ActivationDensityLoss
+from peft_dynamic.density import ActivationDensityLoss, calibrate_cut, cut_activations, measure_density
 from tests.density.models import (
     EPS,
     FAMILIES,
@@ -363,7 +363,8 @@ def test_virtual_tokens_shift_the_mask(family: str, kind: Any) -> None:
     assert_same(found, gradients(model))
 
 
-def test_four_bit_layers(tmp_path: Any) -> None:
+def four_bit(folder: Any) -> Any:
+    """A stock LoRA over a 4-bit Llama; on CPUs with AVX512-BF16 an evaluation would end its training."""
     pytest.importorskip("bitsandbytes")
     from peft import prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -371,16 +372,38 @@ def test_four_bit_layers(tmp_path: Any) -> None:
     from tests.stock_cases import tiny_llama
 
     torch.manual_seed(0)
-    tiny_llama().save_pretrained(tmp_path)
+    tiny_llama().save_pretrained(folder)
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=four, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=four, dtype=torch.float32)
     base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-    model = perturbed(get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")))
-    batch = batch_for("Llama")
+    return perturbed(get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")))
+
+
+def test_four_bit_layers(tmp_path: Any) -> None:
+    model, batch = four_bit(tmp_path), batch_for("Llama")
     wanted = reference(model, "Llama", batch)
     attached(model)
-    model(**batch).loss.backward()
+    with torch.no_grad():
+        model.eval()(**batch)
+    model.train()(**batch).loss.backward()
     assert_same(gradients(model), wanted)
+
+
+@pytest.mark.parametrize("what", ["calibrate_cut", "cut_activations", "measure_density"])
+def test_four_bit_layers_go_on_training_after_a_look_at_the_activations(what: str, tmp_path: Any) -> None:
+    model, batch = four_bit(tmp_path), batch_for("Llama")
+    model.train()(**batch).loss.backward()
+    before = gradients(model)
+    if what == "calibrate_cut":
+        calibrate_cut(model, [batch], density=0.5)
+    elif what == "measure_density":
+        measure_density(model, [batch])
+    else:
+        with cut_activations(model, 0.1), torch.no_grad():
+            model.eval()(**batch)
+        model.train()
+    model(**batch).loss.backward()
+    assert_same(gradients(model), before)
 
 
 # --- refusals
