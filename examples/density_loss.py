@@ -85,4 +85,7 @@ if __name__ == "__main__":
     parser.add_argument("--keep", type=float, help="share of each layer's activations that a cut leaves, such as 0.3")
     parser.add_argument("--eps", type=float, default=1e-2)
     parser.add_argument("--lr", type=float, default=1e-2)
-    main(parser.parse_args())
+    given = parser.parse_args()
+    if given.keep is not None and not 0 < given.keep < 1:
+        parser.error(f"--keep {given.keep}: it is a share above 0 and below 1; 0.3 sets 70 % of the activations to 0")
+    main(given)
