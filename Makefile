@@ -2,13 +2,15 @@
 # Each target installs into a virtual environment of its own, once; the stamp inside says for which pins.
 
 PYTHON ?= $(shell command -v python3 || command -v python)
-export PEFT_DYNAMIC_CACHE ?= $(HOME)/.cache/peft_dynamic
+# ~ where no HOME is set, as the tests and the command read it
+export PEFT_DYNAMIC_CACHE ?= $(or $(HOME),$(shell $(PYTHON) -c "import os; print(os.path.expanduser('~'))"))/.cache/peft_dynamic
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help test lint pytest models demo format clean
+.PHONY: help test test-matrix lint pytest models demo format clean
 
 help:
 	@echo "make test    lint, type-check and test, in .venv-test"
+	@echo "make test-matrix  the tests on other kernels, threads, locales, folders and orders, and fresh examples: an hour"
 	@echo "make demo    train and look at a small adapter, in .venv-demo"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make pytest  the tests alone; ARGS='-k name' is passed on"
@@ -32,6 +34,9 @@ lint: .venv-test/.stamp
 
 pytest: .venv-test/.stamp models
 	.venv-test/bin/python -m pytest -n 2 $(ARGS)
+
+test-matrix: .venv-test/.stamp models
+	.venv-test/bin/python -m tests.matrix $(ARGS)
 
 models: .venv-test/.stamp
 	.venv-test/bin/peft-dynamic models smollm2 minilm

@@ -1,7 +1,10 @@
-"""What every test runs under: one thread per worker, no hub, and models only from the cache of `make models`."""
+"""What every test runs under: one thread per worker, no hub, fixed random numbers, and models only from the cache of
+`make models`. Nothing here may depend on the order of the tests, which is random."""
 
 import os
+import random
 from pathlib import Path
+from zlib import crc32
 
 # Read by the libraries when they are imported, so set before any test module imports them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,14 +13,38 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores: more threads than that only wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy
 import pytest
+import torch
 from hypothesis import settings
 
-# On a shared machine the time that one example takes says nothing. All else stays as hypothesis sets it, in CI too.
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
+# The same examples in every run, without those that an earlier run left behind: a change is red by its own fault only.
+# Fresh ones are for `make test-matrix`, where a failure prints how to see it again.
+settings.register_profile("fixed", deadline=None, derandomize=True, database=None)
+settings.register_profile("fresh", deadline=None, max_examples=2000, database=None, print_blob=True)
+settings.load_profile("fixed")
 
 MODELS = Path(os.environ.get("PEFT_DYNAMIC_CACHE", "~/.cache/peft_dynamic")).expanduser() / "models"
+
+
+def _seed(what: str) -> None:
+    """Start torch's, numpy's and python's generators anew, from the name of what runs now."""
+    seed = crc32(what.encode())
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
+    """A shared fixture has the same random numbers whichever test asks for it first."""
+    _seed(fixturedef.argname)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """A test has the same random numbers whatever ran before it."""
+    _seed(item.nodeid)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

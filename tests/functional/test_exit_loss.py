@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -52,7 +52,6 @@ def test_by_hand() -> None:
     with_bias=st.booleans(),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=60)
 def test_equals_the_plain_reference(
     exits: int,
     tokens: int,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -227,7 +227,6 @@ def test_adapters_cannot_be_combined_and_say_how() -> None:
         model.add_weighted_adapter(["default"], [1.0], "both")
 
 
-@settings(max_examples=30)
 @given(sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)), bottleneck=st.integers(1, 12), rank=st.integers(1, 12))
 def test_every_size_works_or_is_refused_with_the_largest_rank(
     sizes: tuple[int, int], bottleneck: int, rank: int
