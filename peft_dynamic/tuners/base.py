@@ -10,6 +10,7 @@ from peft import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from .as_lora import check_target, target_experts, warn_of_parts
 from .factors import is_viewed
 from .quantization import keep_training_on_cpu
 
@@ -32,12 +33,20 @@ class ViewedLoraModel(LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's, and all or nothing: when a layer is refused, the model is left as it was."""
+        self._target_experts(model, self.peft_config[adapter_name])
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             self._roll_back(model, adapter_name)
             raise
         keep_training_on_cpu(model)
+
+    def _target_experts(self, model: nn.Module, config: Any) -> None:
+        """Take in, or refuse, the experts that `target_modules` names."""
+        target_experts(config, model)
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        check_target(peft_config, model, target_name)
 
     def _create_and_replace(
         self,
@@ -80,6 +89,19 @@ class ViewedLoraModel(LoraModel):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._forget(adapter_name)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, config: Any, adapter_name: str, **kwargs: Any) -> Any:
+        state_dict = super()._get_adapter_state_dict(model=model, config=config, adapter_name=adapter_name, **kwargs)
+        warn_of_parts(state_dict, adapter_name)
+        return state_dict
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, model: nn.Module, config: Any, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            "path_initial_model_for_weight_conversion: it takes a changed start (PiSSA, OLoRA and their like) out of "
+            f"an adapter, and {cls.method} has no such start. Leave it out; export_lora writes a stock LoRA."
+        )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -27,8 +27,9 @@ class AdapterRanks(LayerViews):
     """The rank state of one adapter in one layer.
 
     Attributes:
-        max_rank: r of this layer: the config's, or its cap in `rank_pattern`.
-        rank: the set rank, in use everywhere but in a training forward pass.
+        max_rank: r of this layer: the config's, or what `rank_pattern` says, a cap or a multiple.
+        per_rank: how many ranks the layer has for each of the adapter: above 1 for fused projections.
+        rank: the layer's rank at the set rank, in use everywhere but in a training forward pass.
         asked: the rank that was asked for; above `rank` where the layer is capped.
     """
 
@@ -49,13 +50,18 @@ class AdapterRanks(LayerViews):
         self.rule = rule
         self.lora_alpha = lora_alpha
         self.max_rank = max_rank
-        self.rank = self.asked = max_rank
+        self.per_rank = max(1, max_rank // schedule.ranks[-1])
+        self.rank, self.asked = max_rank, max_rank // self.per_rank
         self.outside_training: tuple[int, float, Any] | None = None  # r, lora_alpha, scaling to go back to
         self._basis: tuple[torch.Tensor, torch.Tensor] | None = None
         self.basis_key: Any = None
         for _, _, view in parts:
             view.owner = self
         LIVE_RANKS.add(self)
+
+    def of(self, rank: int) -> int:
+        """The layer's rank where the adapter has `rank`."""
+        return min(rank * self.per_rank, self.max_rank)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -124,8 +130,8 @@ class AdapterRanks(LayerViews):
             return
         self.outside_training = (layer.r[adapter_name], layer.lora_alpha[adapter_name], layer.scaling[adapter_name])
         multiplier = layer.scaling[adapter_name] / (layer.lora_alpha[adapter_name] / layer.r[adapter_name])
-        rank = min(schedule.drawn, self.max_rank)
-        frozen = min(schedule.below(schedule.drawn), rank) if schedule.update == "frozen" else 0
+        rank = self.of(schedule.drawn)
+        frozen = self.of(schedule.below(schedule.drawn)) if schedule.update == "frozen" else 0
         _show(layer, adapter_name, rank, frozen)
         scale = layer.lora_alpha[adapter_name] / rank
         layer.scaling[adapter_name] = scale if multiplier == 1 else scale * multiplier
@@ -143,8 +149,8 @@ class AdapterRanks(LayerViews):
 
     def moving_parts(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Each factor with the mask of the components that this step trains under update="frozen"."""
-        stop = min(self.schedule.drawn, self.max_rank)
-        start = min(self.schedule.below(self.schedule.drawn), self.max_rank)
+        stop = self.of(self.schedule.drawn)
+        start = self.of(self.schedule.below(self.schedule.drawn))
         return [
             (factor, view.block_mask(factor, start, stop))
             for factor, (_, _, view) in zip(self.factors(), self.parts, strict=True)
@@ -174,7 +180,7 @@ def make_ranked(layer: LoraLayer, adapter_name: str, schedule: RankSchedule, con
     ranks = AdapterRanks(schedule, config.truncation, config.scaling, layer.lora_alpha[adapter_name], max_rank, parts)
     attach(layer, adapter_name, ranks)
     _show(layer, adapter_name, max_rank)
-    prepare([(ranks, schedule.drawn)])
+    prepare([(ranks, ranks.of(schedule.drawn))])
     _set_scaling(layer, adapter_name, layer.lora_alpha[adapter_name] / layer.r[adapter_name])
 
 
@@ -194,7 +200,7 @@ def set_layer_rank(layer: LoraLayer, adapter_name: str, asked: int) -> None:
             "them), so its rank can no longer change. Set the rank before, or export it with export_lora."
         )
     multiplier = layer.scaling[adapter_name] / (layer.lora_alpha[adapter_name] / layer.r[adapter_name])
-    ranks.asked, ranks.rank = asked, min(asked, ranks.max_rank)
+    ranks.asked, ranks.rank = asked, ranks.of(asked)
     for _, _, view in ranks.parts:
         view.forget()  # a sure way to have changes through .data seen, which torch's version counters miss
     _show(layer, adapter_name, ranks.rank)

@@ -147,7 +147,7 @@ def _ranks_of_layers(model: nn.Module, rank: int | dict[str, int], adapter_name:
     for name, value in wanted.items():
         ranks = layers[name].lora_views[adapter_name]
         # a cap of rank_pattern holds for one rank for all modules; a rank given to the module itself must fit it
-        limit = ranks.max_rank if isinstance(rank, dict) else ranks.schedule.ranks[-1]
+        limit = ranks.max_rank // ranks.per_rank if isinstance(rank, dict) else ranks.schedule.ranks[-1]
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"rank must be an int or a dict of module patterns to ints, got {rank!r}.")
         if not 1 <= value <= limit:
@@ -214,7 +214,7 @@ def get_rank(model: nn.Module, adapter_name: str | None = None) -> int | dict[st
     # At full rank a capped module was asked for its cap or for r: both mean the same.
     if len(asked) == 1 or all(layer.lora_views[name].rank == layer.lora_views[name].max_rank for _, layer in layers):
         return max(asked)
-    return {key: layer.lora_views[name].rank for key, layer in layers}
+    return {key: layer.lora_views[name].rank // layer.lora_views[name].per_rank for key, layer in layers}
 
 
 @contextmanager

@@ -157,7 +157,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     advancing = {ranks.schedule for ranks in stepped}
     for schedule in advancing:
         schedule.advance()
-    prepare((ranks, min(ranks.schedule.drawn, ranks.rank)) for ranks in stepped)
+    prepare((ranks, min(ranks.of(ranks.schedule.drawn), ranks.rank)) for ranks in stepped)
     if not advancing:
         for schedule in {ranks.schedule for ranks in LIVE_RANKS}:
             schedule.count_foreign_step(optimizer)

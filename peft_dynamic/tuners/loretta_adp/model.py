@@ -19,6 +19,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from peft_dynamic.functional.tensor_train import factorize
+from peft_dynamic.tuners.as_lora import check_target, refuse_experts
 from peft_dynamic.tuners.quantization import keep_training_on_cpu
 
 from .also_trained import AlsoTrained, Extras, check_train
@@ -138,6 +139,7 @@ class LorettaAdpModel(AlsoTrained, BaseTuner):
         config = self.peft_config[adapter_name]
         if config.target_modules == DUMMY_TARGET_MODULES:
             return super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        refuse_experts(config, model, "LorettaAdpConfig")
         _maybe_include_all_linear_layers(config, model)
         self._plan = plan = _Plan(model, config)
         try:
@@ -155,6 +157,9 @@ class LorettaAdpModel(AlsoTrained, BaseTuner):
         if key in self._plan.excluded:
             return _ExcludedModule()
         return key in self._plan.targets
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        check_target(peft_config, model, target_name)
 
     def _create_and_replace(
         self,

@@ -7,6 +7,7 @@ from typing import Any
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from peft_dynamic.tuners.as_lora import refuse_experts
 from peft_dynamic.tuners.base import ViewedLoraModel
 from peft_dynamic.tuners.factors import LayerViews, attach
 from peft_dynamic.tuners.loretta_adp.also_trained import AlsoTrained, Extras
@@ -27,9 +28,13 @@ class LorettaRepModel(AlsoTrained, ViewedLoraModel):
     method = "LoRETTA_rep"
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self._target_experts(model, self.peft_config[adapter_name])
         extras = Extras(model, self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._train_extras(model, adapter_name, extras)
+
+    def _target_experts(self, model: nn.Module, config: Any) -> None:
+        refuse_experts(config, model, "LorettaRepConfig")
 
     def _make_viewed(self, layer: LoraLayer, adapter_name: str, config: LorettaRepConfig) -> None:
         base_layer = layer.get_base_layer()
