@@ -85,5 +85,6 @@ def warn_of_parts(state_dict: dict[str, Any], adapter_name: str) -> None:
     """PEFT's warning of factors that a sharded model has not gathered, for those that are stored as matrices."""
     from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 
-    matrices = {key: value for key, value in state_dict.items() if not key.endswith((".cores", ".start"))}
+    vectors = (".cores", ".start", ".bias")  # tensor trains, and `lora_bias`, of which PEFT warns without a reason
+    matrices = {key: value for key, value in state_dict.items() if not key.endswith(vectors)}
     _validate_lora_adapter_state_dict(matrices, adapter_name=adapter_name)

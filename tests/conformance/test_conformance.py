@@ -198,6 +198,8 @@ def test_merged_and_unmerged_again_is_the_forward_pass_at_every_rank(case: Case)
         return
     for rank in case.ranks:
         model, inputs = case.perturbed()
+        # in double precision: how far rounding goes in single is the kernels' business
+        model, inputs = model.double(), inputs.double() if inputs.is_floating_point() else inputs
         if case.ranked:
             model.set_rank(rank)
         forward = compute(model, inputs)

@@ -227,7 +227,7 @@ def test_an_adapter_of_experts_trains_is_saved_loaded_and_exported(method: str, 
         expected = model.eval()(input_ids=ids).logits
         model.save_pretrained(tmp_path / "ours")
         again = PeftModel.from_pretrained(moe(name), tmp_path / "ours").eval()
-        torch.testing.assert_close(again(input_ids=ids).logits, expected, rtol=0, atol=0)
+        torch.testing.assert_close(again(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
         export_lora(model, tmp_path / "stock")
         stock = PeftModel.from_pretrained(moe(name), tmp_path / "stock").eval()
         assert type(stock.peft_config["default"]) is LoraConfig

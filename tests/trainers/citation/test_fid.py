@@ -196,8 +196,9 @@ def test_adapters(tmp_path: Path, config: Any) -> None:
     model.eval()
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(fid(), tmp_path).eval()
-    with torch.no_grad():
-        assert torch.equal(loaded(**batch).logits, model(**batch).logits) or config.peft_type != "LORA"
+    saved = model.state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in loaded.state_dict().items())
+    with torch.no_grad():  # close, not equal: one reads the passages one by one, the other all at once
         torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)
         assert torch.equal(loaded.generate(**batch, max_new_tokens=5), model.generate(**batch, max_new_tokens=5))
 
