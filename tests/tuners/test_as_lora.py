@@ -81,7 +81,8 @@ def _names(node: ast.AST, name: str) -> bool:
 
 def _places(package: str) -> set[str]:
     spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     root, found = Path(spec.origin).parent, set()
 
     def visit(node: ast.AST, name: str) -> None:
@@ -234,6 +235,51 @@ def test_an_adapter_of_experts_trains_is_saved_loaded_and_exported(method: str, 
         torch.testing.assert_close(stock(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["dylora", "dylora-paper"])
+def test_a_fused_projection_has_two_ranks_for_each_of_the_adapter(method: str, tmp_path: Path) -> None:
+    """At every rank, in evaluation and in the training step that draws it; exported, stock PEFT computes the same."""
+    config = LIKE_LORA[method](task_type="CAUSAL_LM", r=4, target_modules=targets("qwen3", "list"))
+    model = get_peft_model(moe("qwen3"), config)
+    fused = next(module for module in model.modules() if getattr(module, "parameter_name", "") == "gate_up_proj")
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    outputs = []
+    for rank in (1, 2, 4):
+        model.eval().set_rank(rank)
+        assert (model.get_rank(), fused.r["default"]) == (rank, 2 * rank)
+        assert fused.lora_A["default"].weight.shape[0] == 4 * 2 * rank  # four experts
+        with torch.no_grad():
+            outputs.append(model(input_ids=ids).logits)
+        export_lora(model, tmp_path / str(rank))
+        stock = PeftModel.from_pretrained(moe("qwen3"), tmp_path / str(rank)).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(stock(input_ids=ids).logits, outputs[-1], rtol=1e-5, atol=1e-5)
+            schedule = fused.lora_views["default"].schedule
+            schedule.refresh()
+            schedule.drawn = rank
+        model.set_rank(4)
+        trained = model.train()(input_ids=ids).logits.detach()
+        torch.testing.assert_close(trained, outputs[-1], rtol=1e-4, atol=1e-5)
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-3 < (outputs[1] - outputs[2]).abs().max()
+
+
+@pytest.mark.parametrize("value", [0, 10, 16, -8])
+def test_other_ranks_above_r_are_still_refused(value: int) -> None:
+    with pytest.raises(ValueError, match="rank_pattern caps a module's rank"):
+        DyLoRAConfig(r=8, rank_pattern={r".*\.gate_up_proj": value}, target_modules=["q_proj"])
+    if value % 8 or value < 1:
+        with pytest.raises(ValueError, match="rank_pattern caps a module's rank"):
+            DyLoRAConfig(
+                r=4,
+                rank_pattern={r".*\.gate_up_proj": value},
+                target_parameters=["gate_up_proj"],
+                target_modules=["q_proj"],
+            )
+
+
 @pytest.mark.parametrize("how", ["list", "experts", "all-linear", "expression"])
 @pytest.mark.parametrize("name", MOE)
 @pytest.mark.parametrize("method", LINEAR_ONLY)
@@ -293,10 +339,10 @@ def test_what_peft_refuses_for_other_types_is_still_refused(method: str, tmp_pat
     with pytest.raises(ValueError, match="not using LoRA"):
         reduce_intruder_dimension(model)
     base = with_method(method).unload()
-    with pytest.raises(ValueError, match="can only be mixed|not compatible|not supported"):
+    with pytest.raises(ValueError, match=r"can only be mixed|not compatible|not supported"):
         PeftMixedModel(base, METHODS[method]())
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="not supported|[Hh]otswapping"):
+    with pytest.raises(ValueError, match=r"not supported|[Hh]otswapping"):
         hotswap_adapter(model, tmp_path, adapter_name="default")
 
 

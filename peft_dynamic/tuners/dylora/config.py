@@ -1,5 +1,6 @@
 """Configuration of DyLoRA; the class docstring says what each field of PEFT's `LoraConfig` means here."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -49,9 +50,10 @@ class DyLoRAConfig(MixerConfig, LoraConfig):
     `alpha / b * B[:, :b] @ A[:b]` with every rank equally likely.
 
     Everything of `LoraConfig` keeps its meaning, with these exceptions.
-    Changed: `r` is the largest rank; `rank_pattern` caps a module's rank (a module capped at 4 runs at min(b, 4)), or
-    is a multiple k r, as PEFT writes for fused projections of experts: the module then runs at k b; `lora_alpha` and `alpha_pattern` are the alpha that `scaling` turns into a scale. Trained at every step
-    whatever the rank, because they have no rank: `bias`, `lora_bias`, `modules_to_save`, `trainable_token_indices`.
+    Changed: `r` is the largest rank; `rank_pattern` caps a module's rank (a module capped at 4 runs at min(b, 4));
+    for fused projections of experts PEFT writes a multiple k r into it, and they run at k b; `lora_alpha` and
+    `alpha_pattern` are the alpha that `scaling` turns into a scale. Trained at every step whatever the rank, because
+    they have no rank: `bias`, `lora_bias`, `modules_to_save`, `trainable_token_indices`.
     Work as in LoRA: `target_modules`, `exclude_modules`, `target_parameters`, `lora_dropout`, `fan_in_fan_out`,
     `layers_to_transform`, `layers_pattern`, `layer_replication`, `ensure_weight_tying`, `runtime_config`,
     `init_lora_weights` True, False (a random B: not the base model at the start, as in LoRA) or "gaussian".
@@ -181,12 +183,16 @@ class DyLoRAConfig(MixerConfig, LoraConfig):
                     f"Pass r={self.ranks[-1]}, or end the list with {self.r}."
                 )
         for pattern, rank in (self.rank_pattern or {}).items():
-            if not _is_int(rank) or rank < 1 or (rank > self.r and rank % self.r):
+            if not _is_int(rank) or (not 1 <= rank <= self.r and not self._is_fused(pattern, rank)):
                 raise ValueError(
-                    f"{name}: rank_pattern caps a module's rank, or is a multiple of r, so each value must lie in "
-                    f"1..r={self.r} or be one of {2 * self.r}, {3 * self.r}, ...; got {rank!r} for {pattern!r}. Change "
-                    "it, or raise r."
+                    f"{name}: rank_pattern caps a module's rank, so each value must lie in 1..r={self.r}; "
+                    f"got {rank!r} for {pattern!r}. Lower it, or raise r."
                 )
+
+    def _is_fused(self, pattern: str, rank: int) -> bool:
+        """Whether PEFT wrote this entry, for two projections of experts that are one of `target_parameters`."""
+        written = {rf".*\.{re.escape(parameter)}" for parameter in self.target_parameters or ()}
+        return pattern in written and rank > self.r and rank % self.r == 0
 
     def _check_sampling(self) -> None:
         name, ranks = self._name(), self.trained_ranks
