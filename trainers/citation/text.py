@@ -123,7 +123,9 @@ def normalise_citations(text: str) -> str:
 
     Marks next to each other, or with a comma between them, become one run in which no id comes twice. A run behind the
     end of a sentence ("So it is. [1] Then") moves before it ("So it is [1]. Then"), where sentence splitters count it
-    to the sentence that it is for; not so a run which the next sentence needs ("So it is. [1] says").
+    to the sentence that it is for, and a second full stop behind it goes ("So it is. [1]. Then"). A run stays where it
+    is when the next sentence needs it ("So it is. [1] says"), in a line that has its marks in front ("[1] So it is. [2]
+    Then it was."), and where moving it would make a mark of what is none, or hide one in a URL.
 
     Args:
         text: an answer.
@@ -131,10 +133,16 @@ def normalise_citations(text: str) -> str:
     Returns:
         The text. Normalising it again changes nothing.
     """
-    text = map_citations(text, lambda i: i)
+    written = map_citations(text, lambda i: i)
+    text = written if _says(written) == _says(text) else text
     while (settled := _settle(text)) != text:
         text = settled  # a run that moved may now stand behind another
     return text
+
+
+def _says(text: str) -> tuple[list[int], int]:
+    """What no rewriting may change."""
+    return cited_ids(text), hidden_citations(text)
 
 
 def split_sentences(text: str) -> list[str]:
@@ -149,9 +157,10 @@ def split_sentences(text: str) -> list[str]:
 def _sentences(text: str) -> list[tuple[int, int]]:
     protected = _protected(text)
     marks = [(start, end) for start, end, _ in _find(text, protected)]
+    whole = sorted([*protected, *marks])  # a mark may hold a line break
     cuts, start, i = [], 0, 0
     while i < len(text):
-        inside = next((end for begin, end in protected if begin <= i < end), None)
+        inside = next((end for begin, end in whole if begin <= i < end), None)
         if inside is not None:
             i = inside
             continue
@@ -163,7 +172,11 @@ def _sentences(text: str) -> list[tuple[int, int]]:
             end = _past_closers(text, i, marks)
             rest = text[end:].lstrip(" \t")
             spaced = len(rest) < len(text) - end
-            starts = spaced and rest and not rest[0].islower() and not _is_abbreviation(text[start : i + 1])
+            place = len(text) - len(rest)
+            # what ends before a mark that stands in front is a sentence, "A." too
+            fronted = any(begin == place for begin, _ in marks) and _marks_stand_in_front(text, place)
+            abbreviated = not fronted and _is_abbreviation(text[start : i + 1])
+            starts = spaced and rest and not rest[0].islower() and not abbreviated
             if starts or text[i] in "。！？":
                 cuts.append((start, end))
                 start = end
@@ -187,34 +200,58 @@ def sentence_citations(text: str) -> list[tuple[str, list[int]]]:
     for start, end in _sentences(text):
         marks = [Citation(a - start, b - start, ids) for a, b, ids in found if start <= a < end]
         ids = list(dict.fromkeys(i for mark in marks for i in mark.ids))
-        pairs.append((_rewrite(text[start:end], marks, lambda _: None), ids))
+        sentence = _rewrite(text[start:end], marks, lambda _: None)
+        if marks and text[marks[-1].end + start : end].strip() == "." and sentence[-2:-1] in _END and sentence[:-2]:
+            sentence = sentence[:-1]  # "So it is. [1]." has ended before
+        pairs.append((sentence, ids))
     return pairs
 
 
 def _settle(text: str) -> str:
-    """Join the marks of each run, and move the run before the sentence end that it stands behind."""
+    """The text with one run of marks joined, or moved before the sentence end that it stands behind; or as it is."""
+    marks = find_citations(text)
     runs: list[tuple[int, int, list[int]]] = []
-    for start, end, ids in find_citations(text):
+    for start, end, ids in marks:
         if runs and re.fullmatch(r"[ \t]*[,;]?[ \t]*", text[runs[-1][1] : start]):
             first, _, known = runs.pop()
             runs.append((first, end, [*known, *ids]))
         else:
             runs.append((start, end, [*ids]))
-    out, last = "", 0
+    said = _says(text)
     for start, end, listed in runs:
-        out += text[last:start]
         mark = "".join(f"[{i}]" for i in dict.fromkeys(listed))
-        last = end
-        ended = re.search(rf"[{re.escape(_END)}]+[{re.escape(_CLOSERS)}]*[ \t]*\Z", out)
-        follows = text[end:].lstrip(" \t")
-        alone = not follows or follows[0] in "\r\n" or (text[end] in " \t" and not follows[0].islower())
-        # "e.g. [1]" is no end, nor is a full stop that opens a line.
-        if alone and ended and out[: ended.start()].strip(" \t")[-1:].strip() and not _is_abbreviation(out):
-            sentence = out[: ended.start()].rstrip(" \t")
-            out = sentence + ("" if sentence.endswith("]") else " ") + mark + ended[0].rstrip(" \t")
-        else:
-            out += mark
-    return out + text[last:]
+        for changed in (_moved(text, start, end, mark), text[:start] + mark + text[end:]):
+            if changed not in (None, text) and _says(changed) == said:
+                return changed
+    return text
+
+
+def _moved(text: str, start: int, end: int, mark: str) -> str | None:
+    """The text with the run at start..end before the sentence end that it stands behind; None where it stays."""
+    ended = re.search(rf"[{re.escape(_END)}]+[{re.escape(_CLOSERS)}]*[ \t]*\Z", text[:start])
+    # "e.g. [1]" is no end, nor is a full stop that opens a line.
+    if not ended or not text[: ended.start()].strip(" \t")[-1:].strip() or _is_abbreviation(text[:start]):
+        return None
+    again = re.match(rf"[{re.escape(_END)}](?=\s|\Z)", text[end:])
+    rest = text[end + len(again[0] if again else "") :]
+    follows = rest.lstrip(" \t")
+    if follows and follows[0] not in "\r\n":
+        spaced = rest[0] in " \t" and not follows[0].islower()
+        if not spaced or (not again and _marks_stand_in_front(text, start)):
+            return None
+    sentence = text[: ended.start()].rstrip(" \t")
+    behind_a_mark = any(citation.end == len(sentence) for citation in find_citations(sentence))
+    return sentence + ("" if behind_a_mark else " ") + mark + ended[0].rstrip(" \t") + rest
+
+
+def _marks_stand_in_front(text: str, place: int) -> bool:
+    """Whether the line of `place` begins with a mark that is no subject: "[1] So it is. [2] Then it was."."""
+    line = text[text.rfind("\n", 0, place) + 1 :].lstrip(" \t")
+    opening = re.match(rf"(?:{_SQUARE}[ \t]*)+", line)
+    if opening is None:
+        return False
+    rest = line[opening.end() :]
+    return bool(rest) and rest[0] != "\n" and not rest[0].islower() and rest[0] not in f"{_END},;:"
 
 
 def _find(text: str, protected: list[tuple[int, int]]) -> list[Citation]:
@@ -296,14 +333,22 @@ def _is_abbreviation(text: str) -> bool:
 
 def _past_closers(text: str, i: int, marks: list[tuple[int, int]]) -> int:
     """The place behind the marks of sentence end at i, and behind the quotes, brackets and citations that follow."""
-    while i < len(text) and text[i] in _END + _CLOSERS:
-        i += 1
+    i = _past(text, i)
     for begin, end in marks:
-        if begin >= i and not text[i:begin].strip(" \t") and not _opens(text, end):
-            i = end
+        if begin >= i and not text[i:begin].strip(" \t") and not _opens(text, begin, end):
+            i = _past(text, end)
     return i
 
 
-def _opens(text: str, end: int) -> bool:
-    """Whether what follows a mark needs it as its subject: "[1] says"."""
-    return text[end:].lstrip(" \t")[:1].islower()
+def _past(text: str, i: int) -> int:
+    while i < len(text) and text[i] in _END + _CLOSERS:
+        i += 1
+    return i
+
+
+def _opens(text: str, begin: int, end: int) -> bool:
+    """Whether what follows a mark needs it: as its subject ("[1] says"), or since marks stand in front in this line."""
+    follows = text[end:].lstrip(" \t")
+    if follows[:1].islower():
+        return True
+    return follows[:1] not in ("", "\n", *_END) and _marks_stand_in_front(text, begin)
