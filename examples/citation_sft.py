@@ -37,7 +37,8 @@ class CitationArguments:
 
 
 def main(citation: CitationArguments, training: SFTConfig, model_config: ModelConfig) -> None:
-    rows = [json.loads(line) for line in Path(citation.rows).read_text(encoding="utf-8").splitlines()]
+    with Path(citation.rows).open(encoding="utf-8-sig") as lines:
+        rows = [json.loads(line) for line in lines if line.strip()]
     dataset, report = build_citation_dataset(
         rows, passages=citation.passages, out_of_range=citation.out_of_range, seed=training.seed
     )

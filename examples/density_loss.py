@@ -33,7 +33,8 @@ def from_files(name: str, data: Path) -> tuple[Any, list[Any]]:
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(name)
-    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    with data.open(encoding="utf-8-sig") as lines:
+        rows = [json.loads(line) for line in lines if line.strip()]
     batches = []
     for first in range(0, len(rows), 8):
         some = rows[first : first + 8]

@@ -42,7 +42,7 @@ Pair = tuple[str, str, bool]
 def read(path: Path) -> list[Pair]:
     """(premise, hypothesis, supported) of each line."""
     text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    rows = [json.loads(line) for line in text.splitlines()]
+    rows = [json.loads(line) for line in text.decode("utf-8-sig").split("\n") if line.strip()]
     return [
         (row["premise"], row["hypothesis"], row["label"] == 0)
         if "premise" in row

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,11 @@ def run(name: str, *arguments: object) -> str:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def as_people_write(rows: list[Any]) -> str:
+    """JSON lines with a mark of their encoding in front, and an empty line behind each."""
+    return "\ufeff" + "".join(json.dumps(row) + "\n\n" for row in rows)
 
 
 def test_all_examples_are_run_here() -> None:
@@ -65,9 +71,8 @@ def test_citations(tmp_path: Path, kind: str) -> None:
         {"question": f"How wide is {i}?", "passages": facts[i : i + 2], "answer": f"It is {i} [1, 2]."}
         for i in range(10)
     ]
-    (tmp_path / "rows.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in [*rows, {**rows[0], "answer": "[7]"}])
-    )
+    rows += [{**rows[0], "answer": "[7]"}]
+    (tmp_path / "rows.jsonl").write_text(as_people_write(rows), encoding="utf-8")
     out = tmp_path / "out"
     sizes = ("--passages", 3, "--held", 0.2, "--max_length", 700 if kind == "sft" else 64, "--max_new_tokens", 8)
     training = ("--output_dir", out, "--max_steps", 2, "--per_device_train_batch_size", 2, "--report_to", "none")
@@ -101,8 +106,8 @@ def test_classify(tmp_path: Path, method: str) -> None:
     BertForSequenceClassification(BertConfig(vocab_size=6, **sizes)).save_pretrained(tmp_path / "tiny")
     data = [{"sentence": f"{word} {thing}", "label": word == "good"} for word in ("good", "bad") for thing in words]
     for name in ("train", "eval"):
-        lines = [json.dumps(row | {"label": int(row["label"])}) + "\n" for row in data * 4]
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+        rows = [row | {"label": int(row["label"])} for row in data * 4]
+        (tmp_path / f"{name}.jsonl").write_text(as_people_write(rows), encoding="utf-8")
     files = ("--train", tmp_path / "train.jsonl", "--eval", tmp_path / "eval.jsonl")
     out = ("--output", tmp_path / "out", "--method", method, "--steps", 60, "--batch-size", 8, "--lr", 0.02)
     printed = run("classify.py", "--model", tmp_path / "tiny", *files, *out)
@@ -138,7 +143,7 @@ def test_exit_early(tmp_path: Path) -> None:
 def test_sft_trainer(tmp_path: Path) -> None:
     tiny_language_model(tmp_path)
     rows = [{"prompt": "say ", "completion": word} for word in ("one", "two", "three", "one two") * 5]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "data.jsonl").write_text(as_people_write(rows), encoding="utf-8")
     out = tmp_path / "out"
     printed = run(
         "sft_trainer.py", "--model", tmp_path / "tiny", "--data", tmp_path / "data.jsonl", "--output", out, "--steps", 3
@@ -173,8 +178,8 @@ def test_train_entailment(tmp_path: Path) -> None:
         for a, b, label in things * 4
     ]
     pairs = [{"premise": a, "hypothesis": b, "label": 0 if label else 2} for a, b, label in things * 4]
-    (tmp_path / "claims.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, claims)).encode()))
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    (tmp_path / "claims.jsonl.gz").write_bytes(gzip.compress(as_people_write(claims).encode()))
+    (tmp_path / "pairs.jsonl").write_text(as_people_write(pairs), encoding="utf-8")
     out = tmp_path / "out"
     files = (
         "--train",
@@ -227,7 +232,7 @@ def test_ppo_glue(tmp_path: Path) -> None:
     # Of these words "No" has a token of its own, and the label goes by it
     rows = [{"sentence": text, "label": label} for text, label in (("No", 0), ("a", 1), ("No a", 0), ("a a", 1)) * 4]
     for name in ("train", "eval"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / f"{name}.jsonl").write_text(as_people_write(rows), encoding="utf-8")
     out = tmp_path / "out"
     settings = {
         "task": "cola",

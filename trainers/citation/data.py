@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .passages import as_list, as_records, half_character, is_missing, read_indices
 from .text import cited_ids, find_citations, hidden_citations, map_citations, normalise_citations
 
 _COLUMNS = {"question": "question", "passages": "passages", "answer": "answer"}
@@ -82,16 +83,19 @@ def read_passages(passages: Any, where: str) -> list[dict[str, str]]:
     Raises:
         TypeError: it is no list of these.
     """
+    passages = as_list(passages)
     if isinstance(passages, str | Mapping) or not isinstance(passages, Iterable):
         raise TypeError(f"the passages of {where} are {passages!r}: pass a list of texts or of dicts with `text`.")
     out = []
     for passage in passages:
         if isinstance(passage, str):
             passage = {"text": passage}
-        texts = (passage.get("text"), passage.get("title") or "") if isinstance(passage, Mapping) else (None,)
+        if isinstance(passage, Mapping) and is_missing(passage.get("title")):
+            passage = {**passage, "title": ""}
+        texts = (passage.get("text"), passage["title"]) if isinstance(passage, Mapping) else (None,)
         if not all(isinstance(text, str) for text in texts):
             raise TypeError(f"a passage of {where} is {passage!r}: a text, or a dict with texts in `text` and `title`.")
-        out.append({"title": (passage.get("title") or "").strip(), "text": passage["text"].strip()})
+        out.append({"title": passage["title"].strip(), "text": passage["text"].strip()})
     return out
 
 
@@ -108,8 +112,8 @@ def build_citation_dataset(
 ) -> tuple[Any, CitationReport]:
     """A dataset of questions, passages and answers whose citations are written [1][2] and point to a passage each.
 
-    The ids of an answer count the passages from 1. Where every passage of a row has an integer `index`, the ids are
-    those. For each row, in this order:
+    The ids of an answer count the passages from 1. Where the passages of a row have an `index` (2, "2" or 2.0), the ids
+    are those. For each row, in this order:
 
     1. empty passages are taken away, and of equal ones all but the first, whose id the others' citations get;
     2. the marks are written as `normalise_citations` does, and ids that no passage has dropped or repaired;
@@ -118,7 +122,8 @@ def build_citation_dataset(
     5. a row with the same question, answer and passages as one before it is dropped.
 
     Args:
-        rows: dicts with a question, passages (texts, or dicts with `text` and perhaps `title`) and a cited answer.
+        rows: dicts, a `datasets.Dataset` or a pandas DataFrame, with a question, passages (texts, or dicts with `text`
+            and perhaps `title`) and a cited answer.
         passages: how many each row gets (the paper has 5); None for as many as it has.
         pool: passages to fill up with. None for those of the other rows. That these are irrelevant is a hope: passages
             of the same question, and equal ones, are never taken; give a pool of your own for a guarantee.
@@ -143,7 +148,7 @@ def build_citation_dataset(
     is not stated there; shuffling, and all that is said above of repairs, is ours.
     """
     names = _check(passages, out_of_range, uncited, columns)
-    read = [_read(row, number, names) for number, row in enumerate(rows)]
+    read = [_read(row, number, names) for number, row in enumerate(as_records(rows))]
     spare = _Pool(read, None if pool is None else read_passages(pool, "the pool"))
     report, kept, seen = CitationReport(rows=len(read)), [], set()
     for number, row in enumerate(read):
@@ -195,17 +200,12 @@ def _read(
                 f"columns={{'question': ..., 'passages': ..., 'answer': ...}}."
             )
     question, given, answer = (row[names[key]] for key in ("question", "passages", "answer"))
+    answer = None if is_missing(answer) else answer
     if not isinstance(question, str) or not isinstance(answer, str | None):
         raise TypeError(f"row {number}: question and answer have to be texts, not {question!r} and {answer!r}.")
-    listed = read_passages([] if given is None else given, f"row {number}")
-    indices = [p["index"] for p in given or [] if isinstance(p, Mapping) and isinstance(p.get("index"), int)]
-    if len(indices) < len(listed):
-        indices = [*range(1, len(listed) + 1)]
-    if len({*indices}) < len(indices) or min(indices, default=1) < 1:
-        raise ValueError(
-            f"row {number}: its passages have the `index` {indices}: the rule is numbers from 1 that differ, as the "
-            "answer cites them. Leave `index` out where the answer counts the passages by their order."
-        )
+    given = [] if is_missing(given) else as_list(given)
+    listed = read_passages(given, f"row {number}")
+    indices = read_indices(given, f"row {number}")
     return question.strip(), listed, {index: place for place, index in enumerate(indices)}, (answer or "").strip()
 
 
@@ -220,6 +220,8 @@ def _build(
     shuffle: bool,
 ) -> dict[str, Any]:
     question, listed, places, answer = row
+    if any(half_character(text) for text in (question, answer, *(text for p in listed for text in p.values()))):
+        raise _Drop("holds half a character (a lone surrogate)")
     if not question:
         raise _Drop("no question")
     if not listed:

@@ -358,6 +358,12 @@ def _notes_on_outputs(
     rows: list[Row], answers: list[Answer], task: str, empty: int, empty_answers: str, normalise: bool
 ) -> list[str]:
     notes = []
+    longer = sum(row.goes_on for row in rows)
+    if longer:
+        notes.append(
+            f"{longer} of {len(rows)} outputs go on after their first line. As in ALCE the first line alone is scored; "
+            "join the lines with spaces before to have all of it scored."
+        )
     if empty:
         fate = "are not in the means of the citation scores" if empty_answers == "skip" else "have citation scores of 0"
         notes.append(f"{empty} of {len(rows)} answers are empty; they {fate}.")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .data import read_passages
+from .passages import as_list, read_indices
 
 Passage = Mapping[str, str]
 
@@ -101,7 +102,13 @@ def check_row(row: Mapping[str, Any], number: int = 0) -> tuple[str, list[dict[s
     question, answer = row.get("question"), row.get("answer")
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"row {number} has the question {question!r}: it has to be a text that is not empty.")
-    passages = read_passages(row.get("passages") or [], f"row {number}")
+    given = as_list(row.get("passages"))
+    passages = read_passages(given or [], f"row {number}")
+    if (indices := read_indices(given or [], f"row {number}")) != [*range(1, len(indices) + 1)]:
+        raise ValueError(
+            f"row {number} ({question!r}) has passages with the `index` {indices}, and a prompt numbers them by their "
+            "order: its answer would point to others. Run build_citation_dataset first, which renumbers it."
+        )
     if not passages:
         raise ValueError(f"row {number} ({question!r}) has no passages: there is nothing to cite. Drop it.")
     if answer is not None and (not isinstance(answer, str) or not answer.strip()):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from peft_dynamic.trainers.citation import metrics
+from peft_dynamic.trainers.citation.passages import as_list, as_records, half_character, is_missing, read_indices
 
 
 @dataclass
@@ -33,6 +33,7 @@ class Row:
     human: str | None  # the long answer for MAUVE
     short: list[list[str]] | None  # short answers: of each sub-question, or of each item of a list
     claims: list[str] | None
+    goes_on: bool = False  # behind its first line, which is all that is evaluated
 
 
 def read_rows(rows: Iterable[Mapping[str, Any]], task: str) -> list[Row]:
@@ -41,7 +42,7 @@ def read_rows(rows: Iterable[Mapping[str, Any]], task: str) -> list[Row]:
     Raises:
         ValueError: there are none, one is not of the form, or only some have a field.
     """
-    read = [_read(row, i, task) for i, row in enumerate(rows)]
+    read = [_read(row, i, task) for i, row in enumerate(as_records(rows))]
     _check_together(read)
     return read
 
@@ -56,40 +57,39 @@ def _read(row: Mapping[str, Any], i: int, task: str) -> Row:
         if not isinstance(row.get(name), str):
             found = f"a {type(row[name]).__name__}" if name in row else f"missing; the row has {', '.join(row)}"
             raise ValueError(f"rows[{i}]: `{name}` must be a text, and is {found}")
-    given = row.get("passages", row.get("docs"))
+        if half_character(row[name]):
+            raise ValueError(
+                f"rows[{i}]: `{name}` holds half a character (a lone surrogate), which no judge can read. Drop the "
+                "row, or mend the text: text.encode(errors='replace').decode()"
+            )
+    given = as_list(row.get("passages", row.get("docs")))
     if isinstance(given, (str, Mapping)) or not isinstance(given, Sequence):
         raise ValueError(f"rows[{i}]: `passages` (or `docs`) must be a list, and is {type(given).__name__}")
     passages = _passages(given, i)
     output = metrics.evaluated_part(row["output"])
     human, references = (None, None) if task == "qampari" else _long_answers(row, i)
-    return Row(row["question"], output, passages, references, human, _short_answers(row, i, task), _claims(row, i))
+    goes_on = len(row["output"].strip().split("\n")) > 1
+    return Row(
+        row["question"], output, passages, references, human, _short_answers(row, i, task), _claims(row, i), goes_on
+    )
 
 
 def _passages(given: Sequence[Any], i: int) -> list[Passage]:
-    indexed = [isinstance(passage, Mapping) and "index" in passage for passage in given]
-    if any(indexed) and not all(indexed):
-        raise ValueError(f"rows[{i}]: only some passages have an `index`, the first without is {indexed.index(False)}")
-    passages = [_passage(passage, f"rows[{i}]: passages[{k}]", k + 1) for k, passage in enumerate(given)]
-    indices = [passage.index for passage in passages]
-    if len(set(indices)) < len(indices):
-        raise ValueError(f"rows[{i}]: the passages' `index` must be different, and they are {indices}")
-    return passages
+    indices = read_indices(given, f"rows[{i}]")
+    return [_passage(passage, f"rows[{i}]: passages[{k}]", indices[k]) for k, passage in enumerate(given)]
 
 
-def _passage(given: Any, place: str, number: int) -> Passage:
+def _passage(given: Any, place: str, index: int) -> Passage:
     if isinstance(given, str):
-        return Passage(number, given)
+        given = {"text": given}
     # ALCE takes an extracted `sent` before the whole text.
     text = given.get("sent", given.get("text")) if isinstance(given, Mapping) else None
-    if not isinstance(text, str):
+    if not isinstance(text, str) or half_character(text):
         raise ValueError(f"{place} must be a text or a mapping with a `text`, and is {str(given)[:80]!r}")
-    index = given.get("index", number)
-    if not re.fullmatch(r"[0-9]+", str(index)) or int(index) < 1:
-        raise ValueError(f"{place}: `index` must be a whole number from 1, as it is cited, and is {index!r}")
-    title = given.get("title")
+    title = None if is_missing(given.get("title")) else given["title"]
     if title is not None and not isinstance(title, str):
         raise ValueError(f"{place}: `title` must be a text, and is {title!r}")
-    return Passage(int(index), text, title)
+    return Passage(index, text, title)
 
 
 def _long_answers(row: Mapping[str, Any], i: int) -> tuple[str | None, list[str] | None]:
