@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from peft_dynamic.functional.density import token_weights
+from peft_dynamic.running import call_frame, is_running
 
 from .structure import Activation, base_model, find_activations
 
@@ -27,7 +28,7 @@ class Pass:
     """One forward pass: who opened it, the arguments that say what is padding, and what was collected."""
 
     def __init__(self, opener: nn.Module, pad: int | None) -> None:
-        self.opener, self.pad = opener, pad
+        self.opener, self.pad, self.call = opener, pad, call_frame()
         self.inputs: dict[str, Any] = {}
         self.collected: dict[str, list[Any]] = {}
         self.rows = 0
@@ -132,6 +133,8 @@ class Collector:
 
     @torch.compiler.disable
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.current is not None and not is_running(self.current.call):
+            self.current = None  # it was interrupted, which no hook is told of
         if self.current is None and self._begin(module):
             self.current = Pass(module, self._pad)
         if self.current is not None:

@@ -19,7 +19,7 @@ from peft_dynamic.tuners.mixer import add_mixer
 
 from .bases import find_bases, prepare
 from .config import DyLoRAConfig
-from .schedule import LIVE_RANKS, RankSchedule
+from .schedule import RankSchedule, enlist
 from .view import RankView
 
 
@@ -57,7 +57,7 @@ class AdapterRanks(LayerViews):
         self.basis_key: Any = None
         for _, _, view in parts:
             view.owner = self
-        LIVE_RANKS.add(self)
+        enlist(self)
 
     def of(self, rank: int) -> int:
         """The layer's rank where the adapter has `rank`."""
@@ -66,7 +66,7 @@ class AdapterRanks(LayerViews):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.forget_basis()
-        LIVE_RANKS.add(self)  # a deep copy or an unpickled one
+        enlist(self)  # a deep copy or an unpickled one
 
     def basis(self) -> tuple[torch.Tensor, torch.Tensor]:
         """E and F of `leading_components` for the factors as they are now."""

@@ -18,6 +18,7 @@ from .bases import prepare
 from .config import DyLoRAConfig
 from .layer import AdapterRanks, make_ranked, ranked_adapters, ranked_layers, set_layer_rank
 from .schedule import RankSchedule
+from .turns import turn
 
 
 class DyLoRAModel(ViewedLoraModel):
@@ -175,8 +176,14 @@ def set_rank(model: nn.Module, rank: int | dict[str, int], adapter_name: str | N
 
     Warns once for each rank that training never draws.
     """
-    for name in _dynamic_adapters(model, adapter_name):
-        _apply_rank(model, rank, name)
+    names = _dynamic_adapters(model, adapter_name)
+    with turn(_schedules(model, names)):
+        for name in names:
+            _apply_rank(model, rank, name)
+
+
+def _schedules(model: nn.Module, names: list[str]) -> list[RankSchedule]:
+    return [next(layer for _, layer in ranked_layers(model, name)).lora_views[name].schedule for name in names]
 
 
 def _apply_rank(model: nn.Module, rank: int | dict[str, int], adapter_name: str) -> None:
@@ -219,15 +226,25 @@ def get_rank(model: nn.Module, adapter_name: str | None = None) -> int | dict[st
 
 @contextmanager
 def at_rank(model: nn.Module, rank: int | dict[str, int], adapter_name: str | None = None) -> Iterator[None]:
-    """`set_rank` inside a `with` block; the ranks from before come back after it, also on an error."""
+    """`set_rank` inside a `with` block; the ranks from before come back after it, also on an error.
+
+    Threads take turns: a second one waits until the first has left its block, so that a server can answer each request
+    at a rank of its own.
+
+    Raises:
+        RuntimeError: another thread computes with the model outside of `at_rank`, or another task of this thread is
+            inside it. A forward pass outside while another thread is inside raises it too.
+    """
     names = _dynamic_adapters(model, adapter_name)
-    before = [(layer, name, layer.lora_views[name].asked) for name in names for _, layer in ranked_layers(model, name)]
-    try:
-        for name in names:
-            _apply_rank(model, rank, name)
-        yield
-    finally:
-        for layer, name, asked in before:
-            if layer.lora_views[name].asked != asked:
-                set_layer_rank(layer, name, asked)
-        prepare((ranks, ranks.rank) for layer, name, _ in before if (ranks := layer.lora_views[name]))
+    with turn(_schedules(model, names)):
+        layers = [(layer, name) for name in names for _, layer in ranked_layers(model, name)]
+        before = [(layer, name, layer.lora_views[name].asked) for layer, name in layers]
+        try:
+            for name in names:
+                _apply_rank(model, rank, name)
+            yield
+        finally:
+            for layer, name, asked in before:
+                if layer.lora_views[name].asked != asked:
+                    set_layer_rank(layer, name, asked)
+            prepare((ranks, ranks.rank) for layer, name, _ in before if (ranks := layer.lora_views[name]))

@@ -7,6 +7,7 @@ not in a forward pass: a forward pass may be repeated (gradient checkpointing, a
 
 from __future__ import annotations
 
+import threading
 import warnings
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -18,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from peft_dynamic.functional.ranks import draw_rank, rank_weights
 
 from .bases import prepare
+from .turns import turns_of
 
 if TYPE_CHECKING:
     from .config import DyLoRAConfig
@@ -32,7 +34,6 @@ class RankSchedule(nn.Module):
 
     Attributes:
         drawn: the rank of the current training step.
-        suspended: above 0 while the model runs without gradients (generation in train mode): nothing is sampled then.
     """
 
     step: torch.Tensor
@@ -43,7 +44,6 @@ class RankSchedule(nn.Module):
         self.weights = rank_weights(self.ranks, config.rank_sampling, config.geometric_p)
         self.seed = config.rank_seed
         self.update = config.update
-        self.suspended = 0
         self.warned: set[int] = set()
         self._entered_training = False
         self._unseen_steps = 0  # steps of optimizers without our factors, as long as none with them was seen
@@ -95,24 +95,44 @@ class RankSchedule(nn.Module):
                 below = trained
         return below
 
+    @property
+    def suspended(self) -> bool:
+        """Whether the model runs without gradients (generation in train mode): nothing is sampled then."""
+        # Not asked of the layer: reentrant checkpointing runs the layers of a training step without gradients.
+        return not torch.is_grad_enabled() if torch.compiler.is_compiling() else turns_of(self).without_gradients()
+
     def enter_model(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of the whole model."""
-        if not torch.is_grad_enabled():
-            self.suspended += 1
-        elif not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return
+        trains = module.training and torch.is_grad_enabled()
+        turns_of(self).enter_call(trains)
+        if torch.is_grad_enabled():
             self.refresh()
-            self._entered_training = self._entered_training or module.training
+        self._entered_training = self._entered_training or trains
 
     def leave_model(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook of the whole model; runs after an error too."""
-        if self.suspended and not torch.is_grad_enabled():
-            self.suspended -= 1
+        """Forward hook of the whole model; runs after an `Exception` too, and after nothing else that is raised."""
+        if not torch.compiler.is_compiling():
+            turns_of(self).leave_call()
 
 
 # Every (layer, adapter) alive. Weak, and filled when one is made, copied or unpickled: a copied model's schedule
 # follows the copy's optimizer.
 LIVE_RANKS: WeakSet[AdapterRanks] = WeakSet()
+_live_lock = threading.Lock()
 _before_step: dict[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
+
+
+def enlist(ranks: AdapterRanks) -> None:
+    """Add one to `LIVE_RANKS`."""
+    with _live_lock:
+        LIVE_RANKS.add(ranks)
+
+
+def _live() -> list[AdapterRanks]:
+    with _live_lock:  # another thread may be making a model
+        return list(LIVE_RANKS)
 
 
 def _stepped(optimizer: torch.optim.Optimizer) -> list[AdapterRanks]:
@@ -120,7 +140,7 @@ def _stepped(optimizer: torch.optim.Optimizer) -> list[AdapterRanks]:
     if not LIVE_RANKS:
         return []
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return [ranks for ranks in LIVE_RANKS if any(id(factor) in held for factor in ranks.factors())]
+    return [ranks for ranks in _live() if any(id(factor) in held for factor in ranks.factors())]
 
 
 def _distribute_like(mask: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
@@ -159,7 +179,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
         schedule.advance()
     prepare((ranks, min(ranks.of(ranks.schedule.drawn), ranks.rank)) for ranks in stepped)
     if not advancing:
-        for schedule in {ranks.schedule for ranks in LIVE_RANKS}:
+        for schedule in {ranks.schedule for ranks in _live()}:
             schedule.count_foreign_step(optimizer)
 
 
