@@ -52,6 +52,7 @@ class FactorView:
         self.groups = groups
         self.divisor = divisor
         self.mixer = mixer
+        self.owner: LayerViews | None = None
         self.kept: tuple[Any, torch.Tensor] | None = None  # (state, what was shown) of the last inference
         self.in_forward = False  # inside a training forward pass of the layer
         self.pending: torch.Tensor | None = None  # computed in this forward pass
@@ -71,6 +72,10 @@ class FactorView:
         m = self.mixer.weight
         return (id(full), full._version, id(m), m._version)
 
+    def sources(self, full: torch.Tensor) -> list[torch.Tensor]:
+        """All tensors that `compute` reads."""
+        return [full] if self.mixer is None else [full, self.mixer.weight]
+
     def of(self, full: torch.Tensor) -> torch.Tensor:
         """What is shown for the stored tensor `full`: computed once per training forward pass, kept in inference."""
         if self.is_plain():
@@ -83,10 +88,14 @@ class FactorView:
             if self.pending is None:  # PEFT asks for the weight's dtype, then for the weight
                 self.pending = self.anew(full)
             return self.pending
+        assert self.owner is not None
+        self.owner.verify()
         key = self.state_key(full)
-        if self.kept is None or self.kept[0] != key:
-            self.kept = (key, self.anew(full))
-        return self.kept[1]
+        kept = self.kept
+        if kept is None or kept[0] != key:
+            self.kept = kept = (key, self.anew(full))
+            self.owner.remember()
+        return kept[1]
 
     def anew(self, full: torch.Tensor) -> torch.Tensor:
         """`of`, for any tensor of the factor's shape."""
@@ -118,6 +127,8 @@ class FactorView:
     def forget(self) -> None:
         """The stored tensor has changed."""
         self.kept = self.pending = None
+        if self.owner is not None:
+            self.owner.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"kept": None, "pending": None, "in_forward": False}
@@ -237,17 +248,62 @@ class ViewedParameterDict(nn.ParameterDict):
 class LayerViews:
     """The two views of one adapter in one layer.
 
+    What they have computed holds as long as the stored factors have the values that they had. torch's version counters
+    tell of most changes, but not of those through `.data` (an EMA's swap, `vector_to_parameters`, a soup), nor of
+    writes to shared memory. So the values themselves are kept and compared, which costs little beside the layer.
+
     Attributes:
         parts: (module that holds the parameter, the parameter's name there, its view), for A and for B.
+        verified: inside a forward pass of the layer that has compared them.
     """
 
     def __init__(self, parts: tuple[tuple[nn.Module, str, Any], tuple[nn.Module, str, Any]]) -> None:
         self.parts = parts
+        self.verified = False
+        self._seen: tuple[Any, list[torch.Tensor]] | None = None  # (versions, values) of what was computed from
+        for _, _, view in parts:
+            view.owner = self
 
     def factors(self) -> list[torch.Tensor]:
         """The stored A and B."""
         (holder_a, name_a, _), (holder_b, name_b, _) = self.parts
         return [whole_factor(holder_a, name_a), whole_factor(holder_b, name_b)]
+
+    def sources(self) -> list[torch.Tensor]:
+        """The stored A and B, and what else is shown with them."""
+        (_, _, view_a), (_, _, view_b) = self.parts
+        a, b = self.factors()
+        return [*view_a.sources(a), *view_b.sources(b)]
+
+    def remember(self) -> None:
+        """Something was computed from the factors as they are now."""
+        sources = self.sources()
+        versions = [(id(tensor), tensor._version) for tensor in sources]
+        if self._seen is not None and self._seen[0] == versions:
+            return
+        if any(is_sharded(tensor) or tensor.device.type == "meta" for tensor in sources):
+            self._seen = None
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            self._seen = versions, [tensor.detach().clone() for tensor in sources]
+
+    def has_changed(self) -> bool:
+        """Whether the factors have other values than when something was last computed from them."""
+        if self._seen is None or self.verified or torch.compiler.is_compiling():
+            return False
+        before, after = self._seen[1], self.sources()
+        return len(before) != len(after) or not all(map(same_values, before, after))
+
+    def verify(self) -> None:
+        """Forget what was computed when the factors have changed since."""
+        if self.has_changed():
+            self.forget()
+
+    def forget(self) -> None:
+        """The factors may have changed."""
+        self._seen = None
+        for _, _, view in self.parts:
+            view.kept = view.pending = None
 
     def enter(self, layer: LoraLayer, adapter_name: str) -> None:
         """A training forward pass of the layer begins."""
@@ -259,6 +315,14 @@ class LayerViews:
         for _, _, view in self.parts:
             view.in_forward, view.pending = False, None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_seen": None, "verified": False}
+
+
+def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same in all that is computed with them."""
+    return one.device == other.device and one.dtype == other.dtype and torch.equal(one, other)
+
 
 class ViewedLayer:
     """Mixed into PEFT's LoRA layer classes: tells the views of a training forward pass.
@@ -269,7 +333,7 @@ class ViewedLayer:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.training or self.merged:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]  # object has no forward; LoraLayer has
+            return self._infer(*args, **kwargs)
         for part in _layers_of(self):
             for name, views in part.lora_views.items():
                 views.enter(part, name)
@@ -279,6 +343,24 @@ class ViewedLayer:
             for part in _layers_of(self):
                 for name, views in part.lora_views.items():
                     views.leave(part, name)
+
+    def _infer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """A forward pass that is not trained: what was computed before is compared with the factors once."""
+        kept = (
+            []
+            if torch.is_grad_enabled() or torch.compiler.is_compiling()
+            else [views for part in _layers_of(self) for views in part.lora_views.values() if views._seen is not None]
+        )
+        if not kept:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]  # object has no forward; LoraLayer has
+        for views in kept:
+            views.verify()
+            views.verified = True
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]  # as above
+        finally:
+            for views in kept:
+                views.verified = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, which pickle and deepcopy cannot find by name; its base can be.

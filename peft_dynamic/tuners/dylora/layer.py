@@ -55,8 +55,6 @@ class AdapterRanks(LayerViews):
         self.outside_training: tuple[int, float, Any] | None = None  # r, lora_alpha, scaling to go back to
         self._basis: tuple[torch.Tensor, torch.Tensor] | None = None
         self.basis_key: Any = None
-        for _, _, view in parts:
-            view.owner = self
         enlist(self)
 
     def of(self, rank: int) -> int:
@@ -65,7 +63,7 @@ class AdapterRanks(LayerViews):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.forget_basis()
+        self.forget()
         enlist(self)  # a deep copy or an unpickled one
 
     def basis(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,7 +97,7 @@ class AdapterRanks(LayerViews):
         return self._basis
 
     def is_out_of_date(self) -> bool:
-        return self._basis is None or self.state_key() != self.basis_key
+        return self._basis is None or self.state_key() != self.basis_key or self.has_changed()
 
     def grams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, r, r) each: M A A^T M^T and B^T B."""
@@ -113,9 +111,11 @@ class AdapterRanks(LayerViews):
         dtype = torch.promote_types(self.factors()[0].dtype, torch.float32)
         self._basis = (e.to(dtype), f.to(dtype))
         self.basis_key = self.state_key()
+        self._seen = None  # its versions may be the old ones
+        self.remember()
 
-    def forget_basis(self) -> None:
-        """The factors may have changed without a sign."""
+    def forget(self) -> None:
+        super().forget()
         self._basis = self.basis_key = None
 
     def wants_basis(self, rank: int) -> bool:

@@ -58,10 +58,6 @@ class RankView(FactorView):
             cut = cut.permute(1, 2, 0)
         return cut.reshape(full.shape[0], -1, *full.shape[2:]).to(full.dtype)
 
-    def forget(self) -> None:
-        super().forget()
-        self.owner.forget_basis()
-
     def block_mask(self, full: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Bool tensor of `full`'s shape: True at the components start..stop-1."""
         mask = torch.zeros(full.shape, dtype=torch.bool, device=full.device)

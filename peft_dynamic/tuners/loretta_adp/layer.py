@@ -84,7 +84,9 @@ class TensorTrainLinear(nn.Module):
         self._core_sizes = [math.prod(core) for core in self._core_shapes]
         # Building the matrix pays off, if at all, only with many tokens, so the choice need not follow their number.
         self._dense = prefers_dense(512, self.shape, tensor_rank, in_features, out_features)
-        self._cache: tuple[Any, tuple[torch.Tensor, ...]] | None = None
+        self._cache: tuple[Any, tuple[torch.Tensor, ...], torch.Tensor] | None = (
+            None  # key, what is kept, of which cores
+        )
 
     def core_list(self) -> list[torch.Tensor]:
         """G_1, ..., G_d, views of the parameter `cores`."""
@@ -106,12 +108,13 @@ class TensorTrainLinear(nn.Module):
         if torch.compiler.is_compiling() or cores.is_inference():
             return self._contract()
         # `module.to` keeps the parameter and its version and swaps the data; so the place and kind of the data count.
+        # Writes through `.data` leave no trace at all; so the values themselves are compared.
         key = (id(cores), cores._version, cores.data_ptr(), cores.dtype, cores.device)
         cache = self._cache
-        if cache is None or cache[0] != key:
+        if cache is None or cache[0] != key or not torch.equal(cache[2], cores):
             # Ordinary tensors even from an evaluation under inference_mode: a pass with gradients may use them next.
             with torch.inference_mode(False), torch.no_grad():
-                self._cache = cache = key, self._contract()
+                self._cache = cache = key, self._contract(), cores.detach().clone()
         return cache[1]
 
     def _contract(self) -> tuple[torch.Tensor, ...]:

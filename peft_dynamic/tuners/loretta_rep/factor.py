@@ -32,6 +32,9 @@ class TrainView(FactorView):
     def is_plain(self) -> bool:
         return False
 
+    def sources(self, full: torch.Tensor) -> list[torch.Tensor]:
+        return [full] if self.start is None else [full, self.start]
+
     def compute(self, full: torch.Tensor) -> torch.Tensor:
         weight = self._matrix(full)
         if self.start is None:
