@@ -250,7 +250,8 @@ class LayerViews:
 
     What they have computed holds as long as the stored factors have the values that they had. torch's version counters
     tell of most changes, but not of those through `.data` (an EMA's swap, `vector_to_parameters`, a soup), nor of
-    writes to shared memory. So the values themselves are kept and compared, which costs little beside the layer.
+    writes to shared memory. So the values themselves are kept and compared; between two tokens of one decoding, where
+    reading all of them would be felt, an eighth of the rows, another one at each token.
 
     Attributes:
         parts: (module that holds the parameter, the parameter's name there, its view), for A and for B.
@@ -260,6 +261,7 @@ class LayerViews:
     def __init__(self, parts: tuple[tuple[nn.Module, str, Any], tuple[nn.Module, str, Any]]) -> None:
         self.parts = parts
         self.verified = False
+        self._part = 0
         self._seen: tuple[Any, list[torch.Tensor]] | None = None  # (versions, values) of what was computed from
         for _, _, view in parts:
             view.owner = self
@@ -287,16 +289,22 @@ class LayerViews:
         with torch.inference_mode(False), torch.no_grad():
             self._seen = versions, [tensor.detach().clone() for tensor in sources]
 
-    def has_changed(self) -> bool:
-        """Whether the factors have other values than when something was last computed from them."""
-        if self._seen is None or self.verified or torch.compiler.is_compiling():
+    def has_changed(self, in_part: bool = False) -> bool:
+        """Whether the factors, or the next part of them, have other values than what was computed from."""
+        seen = self._seen
+        if seen is None or self.verified or torch.compiler.is_compiling():
             return False
-        before, after = self._seen[1], self.sources()
-        return len(before) != len(after) or not all(map(same_values, before, after))
+        before, after = seen[1], self.sources()
+        if len(before) != len(after):
+            return True
+        if in_part:
+            self._part = (self._part + 1) % 8
+            before, after = [eighth(t, self._part) for t in before], [eighth(t, self._part) for t in after]
+        return not all(map(same_values, before, after))
 
-    def verify(self) -> None:
+    def verify(self, in_part: bool = False) -> None:
         """Forget what was computed when the factors have changed since."""
-        if self.has_changed():
+        if self.has_changed(in_part):
             self.forget()
 
     def forget(self) -> None:
@@ -317,6 +325,12 @@ class LayerViews:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_seen": None, "verified": False}
+
+
+def eighth(tensor: torch.Tensor, part: int) -> torch.Tensor:
+    """The `part`-th eighth of the rows, all of them where there are fewer than eight."""
+    rows = tensor.shape[0] // 8
+    return tensor[part * rows : (part + 1) * rows if part < 7 else None] if rows else tensor
 
 
 def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -353,8 +367,9 @@ class ViewedLayer:
         )
         if not kept:
             return super().forward(*args, **kwargs)  # type: ignore[misc]  # object has no forward; LoraLayer has
+        in_part = bool(args) and _is_a_decoded_token(args[0])
         for views in kept:
-            views.verify()
+            views.verify(in_part)
             views.verified = True
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]  # as above
@@ -365,6 +380,11 @@ class ViewedLayer:
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, which pickle and deepcopy cannot find by name; its base can be.
         return _empty_viewed_layer, (type(self).__mro__[2],), self.__dict__
+
+
+def _is_a_decoded_token(x: Any) -> bool:
+    """Whether this is one token of each row: (batch, 1, features), or (batch, 1) ids."""
+    return isinstance(x, torch.Tensor) and x.dim() == 2 + x.is_floating_point() and x.shape[1] == 1
 
 
 def _empty_viewed_layer(base: type) -> Any:

@@ -188,3 +188,26 @@ def test_what_is_merged_and_exported_is_what_is_there(method: str) -> None:
             return
         model.merge_adapter()
         torch.testing.assert_close(model(input_ids=rows(2)).logits, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["data.copy_", "data=", "numpy"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "density-lora"])
+def test_a_change_between_two_tokens_of_a_decoding(method: str, way: str) -> None:
+    """Weights that are swapped as a whole are seen at the next token, and a single row within eight."""
+    model = with_method(method).eval()
+    if hasattr(model, "set_rank"):
+        model.set_rank(2)
+    parameters = trained(model)
+    generator = torch.Generator().manual_seed(2)
+    by_copy(parameters, [0.3 * torch.randn(p.shape, generator=generator) for p in parameters])
+    token = rows(2)[:, :1]
+    with torch.no_grad():
+        model(input_ids=token)
+        model(input_ids=token)
+        WAYS[way](parameters, [2 * p.detach() + 0.1 for p in parameters])
+        torch.testing.assert_close(model(input_ids=token).logits, copy.deepcopy(model)(input_ids=token).logits)
+        for parameter in parameters:
+            parameter.data[-1] += 0.5
+        for _ in range(8):
+            found = model(input_ids=token).logits
+        torch.testing.assert_close(found, copy.deepcopy(model)(input_ids=token).logits)
