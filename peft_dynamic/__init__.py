@@ -12,7 +12,15 @@ from peft_dynamic.export import export_lora
 from peft_dynamic.hub import push_adapter
 from peft_dynamic.ranks import RankCurve, rank_curve
 from peft_dynamic.tuners.density_lora import DensityLoRAConfig, DensityLoRAModel
-from peft_dynamic.tuners.dylora import DyLoRAConfig, DyLoRAModel, at_rank, get_rank, hotswap_adapter, set_rank
+from peft_dynamic.tuners.dylora import (
+    DyLoRAConfig,
+    DyLoRAModel,
+    at_rank,
+    drawn_rank,
+    get_rank,
+    hotswap_adapter,
+    set_rank,
+)
 from peft_dynamic.tuners.loretta_adp import LorettaAdpConfig, LorettaAdpModel
 from peft_dynamic.tuners.loretta_rep import LorettaRepConfig, LorettaRepModel
 from peft_dynamic.tuners.moslora import MoSLoRAConfig, MoSLoRAModel
@@ -40,6 +48,7 @@ __all__ = [
     "at_rank",
     "calibrate_cut",
     "cut_activations",
+    "drawn_rank",
     "export_lora",
     "get_rank",
     "hotswap_adapter",

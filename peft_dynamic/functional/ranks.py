@@ -91,8 +91,32 @@ def rank_weights(ranks: Sequence[int], sampling: str | Sequence[float], geometri
 
 @lru_cache(maxsize=64)
 def draw_rank(ranks: tuple[int, ...], weights: tuple[float, ...], seed: int, step: int) -> int:
-    """The rank of optimizer step `step`: a pure function, so that processes, retries and resumed runs agree on it."""
-    return random.Random(f"{seed}/{step}").choices(ranks, weights)[0]
+    """The rank of optimizer step `step`: a pure function, so that processes, retries and resumed runs agree on it.
+
+    Each rank has the probability that `weights` gives it, but the steps are not independent: of each `n` steps in turn,
+    with n the least number for which one below the largest rank is to be expected, at least one is below it. So every
+    window of 2 / (1 - p) steps, p the probability of the largest, has a lower rank, and a short run has its share.
+
+    Args:
+        ranks: increasing.
+        weights: the probability of each.
+        seed: of the draws.
+        step: the number of the optimizer step, from 0.
+    """
+    below = sum(weights[:-1])
+    rng = random.Random(f"{seed}/{step}")
+    if below > 0 and _is_below(below, seed, step, rng):
+        return rng.choices(ranks[:-1], weights[:-1])[0]
+    return ranks[-1]
+
+
+def _is_below(probability: float, seed: int, step: int, rng: random.Random) -> bool:
+    """Whether a step is below the largest rank: one of each block for sure, the others with what is then left over."""
+    size = math.ceil(1 / probability - 1e-9)
+    block, place = divmod(step, size)
+    if size == 1 or place == random.Random(f"{seed}/block {block}").randrange(size):
+        return True
+    return rng.random() < (probability * size - 1) / (size - 1)
 
 
 def leading_components(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

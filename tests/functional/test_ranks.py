@@ -1,6 +1,7 @@
 """Rank slicing, the best approximation and the scales, against figures worked out by hand and against numpy's SVD."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -96,3 +97,30 @@ def test_draws_are_a_function_of_seed_and_step() -> None:
     assert draws == [draw_rank((1, 2, 4), weights, 7, step) for step in range(50)]
     assert draws != [draw_rank((1, 2, 4), weights, 8, step) for step in range(50)]
     assert rank_weights((5,), "mostly_full", 0.15) == (1.0,)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(
+    ("count", "sampling"),
+    [
+        *((6, "mostly_full"), (2, "mostly_full"), (4, "uniform"), (2, "uniform"), (8, "geometric"), (3, [1, 2, 97])),
+        *((3, [0, 1, 9]), (3, [1, 1, 0]), (2, [3, 4]), (3, [0.0, 0.15, 0.85]), (2, [0.1, 0.9])),
+    ],
+)
+def test_every_window_has_a_lower_rank(seed: int, count: int, sampling: Any) -> None:
+    ranks = tuple(2**i for i in range(count))
+    weights = rank_weights(ranks, sampling, 0.15)
+    draws = [draw_rank(ranks, weights, seed, step) for step in range(1200)]
+    window = math.ceil(2 / (1 - weights[-1]) - 1e-9)
+    longest = max(len(run) for run in "".join("1" if rank == ranks[-1] else " " for rank in draws).split(" "))
+    assert longest < window
+    # four standard deviations of independent draws, which these stay within the more easily
+    for rank, weight in zip(ranks, weights, strict=True):
+        assert abs(draws.count(rank) / 1200 - weight) <= 4 * math.sqrt(weight * (1 - weight) / 1200)
+        assert weight > 0 or rank not in draws
+
+
+def test_weights_that_leave_one_rank() -> None:
+    assert {draw_rank((1, 2), (0.0, 1.0), 0, step) for step in range(50)} == {2}
+    assert {draw_rank((4,), (1.0,), 0, step) for step in range(50)} == {4}
+    assert {draw_rank((1, 2), (1.0, 0.0), 0, step) for step in range(50)} == {1}

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from peft_dynamic import DyLoRAConfig
 from peft_dynamic.functional.ranks import draw_rank, rank_weights
-from peft_dynamic.tuners.dylora import get_rank, set_rank
+from peft_dynamic.tuners.dylora import drawn_rank, get_rank, set_rank
 from tests.tuners.common import (
     RankRecorder,
     a_layer,
@@ -44,6 +44,20 @@ def test_each_optimizer_step_has_one_rank_and_all_micro_batches_share_it() -> No
     train(model, steps=20, accumulate=2)
     assert recorder.training == [rank for rank in expected_ranks(20) for _ in range(2)]
     assert set(recorder.training) == {1, 2, 4, 8}
+
+
+def test_the_drawn_rank_can_be_read() -> None:
+    model = adapted(rank_sampling="mostly_full")
+    recorder, read = RankRecorder(model), []
+    optimizer = optimizer_of(model)
+    for step in range(16):
+        read.append(model.drawn_rank())
+        train(model, 1, optimizer, first=step)
+        assert model.base_model.drawn_rank("default") == drawn_rank(model.base_model.model)
+    assert read == recorder.training
+    assert min(read[:8]) < 8 > min(read[8:])  # a short run trains lower ranks too
+    with pytest.raises(ValueError, match="adapter_name='other' is no DyLoRA adapter"):
+        model.drawn_rank("other")
 
 
 def test_all_layers_use_the_same_rank() -> None:

@@ -4,8 +4,8 @@ from peft_dynamic._registry import register
 
 from .config import DyLoRAConfig
 from .hotswap import hotswap_adapter
-from .model import DyLoRAModel, at_rank, get_rank, set_rank
+from .model import DyLoRAModel, at_rank, drawn_rank, get_rank, set_rank
 
 register("dylora", DyLoRAConfig, DyLoRAModel)
 
-__all__ = ["DyLoRAConfig", "DyLoRAModel", "at_rank", "get_rank", "hotswap_adapter", "set_rank"]
+__all__ = ["DyLoRAConfig", "DyLoRAModel", "at_rank", "drawn_rank", "get_rank", "hotswap_adapter", "set_rank"]

@@ -114,9 +114,13 @@ class AdapterRanks(LayerViews):
         self._seen = None  # its versions may be the old ones
         self.remember()
 
+    def forget_basis(self) -> None:
+        """The factors may have changed without a sign."""
+        self._basis = self.basis_key = self._seen = None
+
     def forget(self) -> None:
         super().forget()
-        self._basis = self.basis_key = None
+        self.forget_basis()
 
     def wants_basis(self, rank: int) -> bool:
         at_hand = not any(is_sharded(factor) or factor.device.type == "meta" for factor in self.factors())

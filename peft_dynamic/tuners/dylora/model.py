@@ -95,6 +95,10 @@ class DyLoRAModel(ViewedLoraModel):
         """The rank outside training: an int, or a dict from module name to rank where modules differ."""
         return get_rank(self.model, adapter_name)
 
+    def drawn_rank(self, adapter_name: str | None = None) -> int:
+        """The rank that the next training step uses; see `peft_dynamic.tuners.dylora.drawn_rank`."""
+        return drawn_rank(self.model, adapter_name)
+
     def at_rank(self, rank: int | dict[str, int], adapter_name: str | None = None) -> Any:
         """`with model.at_rank(rank):` uses that rank inside the block and goes back after it, also on an error."""
         return at_rank(self.model, rank, adapter_name)
@@ -222,6 +226,20 @@ def get_rank(model: nn.Module, adapter_name: str | None = None) -> int | dict[st
     if len(asked) == 1 or all(layer.lora_views[name].rank == layer.lora_views[name].max_rank for _, layer in layers):
         return max(asked)
     return {key: layer.lora_views[name].rank // layer.lora_views[name].per_rank for key, layer in layers}
+
+
+def drawn_rank(model: nn.Module, adapter_name: str | None = None) -> int:
+    """The rank that is drawn for this training step: forward passes in training use it until the optimizer steps.
+
+    A module with a cap in `rank_pattern` trains at its cap where that is less.
+
+    Args:
+        model: the model with DyLoRA adapters.
+        adapter_name: the adapter, or None for the first active one.
+    """
+    (schedule,) = _schedules(model, [active_adapter(model, adapter_name)])
+    schedule.refresh()  # a checkpoint may have been loaded
+    return schedule.drawn
 
 
 @contextmanager
