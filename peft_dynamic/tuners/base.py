@@ -10,8 +10,9 @@ from peft import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from . import optimizers as optimizers  # for its hook
 from .as_lora import check_target, target_experts, warn_of_parts
-from .factors import is_viewed
+from .factors import is_viewed, keep_together
 from .quantization import keep_training_on_cpu
 
 
@@ -39,6 +40,7 @@ class ViewedLoraModel(LoraModel):
         except Exception:
             self._roll_back(model, adapter_name)
             raise
+        keep_together(model, LoraLayer)
         keep_training_on_cpu(model)
 
     def _target_experts(self, model: nn.Module, config: Any) -> None:
@@ -70,6 +72,7 @@ class ViewedLoraModel(LoraModel):
                 continue
             if adapter_name in module.lora_A or adapter_name in module.lora_embedding_A:
                 self._make_viewed(module, adapter_name, lora_config)
+                module.lora_views[adapter_name].name = current_key
                 made += 1
         if not made:
             raise ValueError(

@@ -15,9 +15,11 @@ import types
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from .mixer import Mixer
@@ -245,6 +247,10 @@ class ViewedParameterDict(nn.ParameterDict):
         return (self.whole(key) for key in self.keys())
 
 
+# Every one alive, for checks of an optimizer that is about to step.
+LIVE_VIEWS: WeakSet[LayerViews] = WeakSet()
+
+
 class LayerViews:
     """The two views of one adapter in one layer.
 
@@ -260,11 +266,23 @@ class LayerViews:
 
     def __init__(self, parts: tuple[tuple[nn.Module, str, Any], tuple[nn.Module, str, Any]]) -> None:
         self.parts = parts
+        self.name = ""  # the module's, for messages
         self.verified = False
         self._part = 0
         self._seen: tuple[Any, list[torch.Tensor]] | None = None  # (versions, values) of what was computed from
         for _, _, view in parts:
             view.owner = self
+        LIVE_VIEWS.add(self)
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether the layer always computes with the factors as they are stored."""
+        return all(type(view) is FactorView and view.mixer is None for _, _, view in self.parts)
+
+    @property
+    def stores_vectors(self) -> bool:
+        """Whether the factors are stored as vectors: the cores of tensor trains."""
+        return all(factor.dim() == 1 for factor in self.factors())
 
     def factors(self) -> list[torch.Tensor]:
         """The stored A and B."""
@@ -326,6 +344,10 @@ class LayerViews:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_seen": None, "verified": False}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:  # a deep copy or an unpickled one
+        self.__dict__.update(state)
+        LIVE_VIEWS.add(self)
+
 
 def eighth(tensor: torch.Tensor, part: int) -> torch.Tensor:
     """The `part`-th eighth of the rows, all of them where there are fewer than eight."""
@@ -338,12 +360,49 @@ def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.device == other.device and one.dtype == other.dtype and torch.equal(one, other)
 
 
+class Scaling(dict[str, float]):
+    """The scale of each adapter in a layer, and the `lora_alpha / r` at which it was written.
+
+    PEFT's `rescale_adapter_scale` keeps a copy and puts it back at its end. A rank that was set in between gives
+    another `lora_alpha / r`, which then holds for what is put back too.
+    """
+
+    def __init__(self, values: dict[str, float], units: dict[str, float] | None = None) -> None:
+        super().__init__(values)
+        self.units = dict(units or {})
+
+    def copy(self) -> Scaling:
+        return Scaling(self, self.units)
+
+
 class ViewedLayer:
     """Mixed into PEFT's LoRA layer classes: tells the views of a training forward pass.
 
     Per layer rather than for the whole model, since gradient checkpointing calls the layers again in the backward pass,
     when the model's own forward pass is over.
     """
+
+    @property
+    def scaling(self: Any) -> Scaling:
+        """PEFT's: adapter name -> scale."""
+        found: Scaling = self.__dict__["_scaling"]
+        return found
+
+    @scaling.setter
+    def scaling(self: Any, values: dict[str, float]) -> None:
+        units = {name: self.lora_alpha[name] / self.r[name] for name in self.lora_views}
+        put_back = values.units if isinstance(values, Scaling) else {}
+        scales = {
+            name: scale
+            if put_back.get(name, units.get(name)) == units.get(name)
+            else scale * units[name] / put_back[name]
+            for name, scale in values.items()
+        }
+        self.__dict__["_scaling"] = Scaling(scales, units)
+
+    def enable_adapters(self: Any, enabled: bool) -> None:
+        super().enable_adapters(enabled)  # type: ignore[misc]  # object has none; LoraLayer has
+        enable_also(self, enabled)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.training or self.merged:
@@ -457,8 +516,29 @@ def attach(layer: LoraLayer, adapter_name: str, views: LayerViews) -> None:
         layer.lora_views = {}
         layer.other_param_names = (*layer.other_param_names, "lora_views")
         cls: Any = type(layer)
+        layer.__dict__["_scaling"] = Scaling(layer.__dict__.pop("scaling"))
         layer.__class__ = viewed_layer_class(cls)
     layer.lora_views[adapter_name] = views
+    note_unit(layer, adapter_name)
+
+
+def note_unit(layer: Any, adapter_name: str) -> None:
+    """The adapter's scale in this layer was written for the `lora_alpha` and `r` that are set."""
+    layer.scaling.units[adapter_name] = layer.lora_alpha[adapter_name] / layer.r[adapter_name]
+
+
+def enable_also(layer: Any, enabled: bool) -> None:
+    """Turn on and off what an adapter trains beside its layers, with one of these: transformers forgets the first."""
+    for wrapper in layer.__dict__.get("also_trained", ()):
+        wrapper.enable_adapters(enabled)
+
+
+def keep_together(model: nn.Module, kind: type[nn.Module]) -> None:
+    """Let the first layer of this kind turn on and off the modules that adapters train as a whole."""
+    first = next((module for module in model.modules() if isinstance(module, kind)), None)
+    if first is not None:
+        wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+        first.__dict__["also_trained"] = wrappers
 
 
 def active_adapter(model: nn.Module, adapter_name: str | None = None) -> str:

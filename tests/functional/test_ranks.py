@@ -110,13 +110,13 @@ def test_draws_are_a_function_of_seed_and_step() -> None:
 def test_every_window_has_a_lower_rank(seed: int, count: int, sampling: Any) -> None:
     ranks = tuple(2**i for i in range(count))
     weights = rank_weights(ranks, sampling, 0.15)
-    draws = [draw_rank(ranks, weights, seed, step) for step in range(1200)]
+    draws = [draw_rank(ranks, weights, seed, step) for step in range(4000)]
     window = math.ceil(2 / (1 - weights[-1]) - 1e-9)
     longest = max(len(run) for run in "".join("1" if rank == ranks[-1] else " " for rank in draws).split(" "))
     assert longest < window
-    # four standard deviations of independent draws, which these stay within the more easily
+    # five standard deviations of independent draws, which these stay within the more easily
     for rank, weight in zip(ranks, weights, strict=True):
-        assert abs(draws.count(rank) / 1200 - weight) <= 4 * math.sqrt(weight * (1 - weight) / 1200)
+        assert abs(draws.count(rank) / 4000 - weight) <= 5 * math.sqrt(weight * (1 - weight) / 4000)
         assert weight > 0 or rank not in draws
 
 

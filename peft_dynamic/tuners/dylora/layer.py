@@ -7,6 +7,7 @@ The layer's `r`, `lora_alpha` and `scaling` follow, so at rank b it *is* a stock
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import torch
@@ -14,13 +15,15 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from peft_dynamic.functional.ranks import alpha_at, gram_matrices
-from peft_dynamic.tuners.factors import LayerViews, ViewedParameterDict, attach, install, is_sharded, layout
+from peft_dynamic.tuners.factors import LayerViews, ViewedParameterDict, attach, install, is_sharded, layout, note_unit
 from peft_dynamic.tuners.mixer import add_mixer
 
 from .bases import find_bases, prepare
 from .config import DyLoRAConfig
 from .schedule import RankSchedule, enlist
 from .view import RankView
+
+_order = count()  # of making
 
 
 class AdapterRanks(LayerViews):
@@ -46,6 +49,7 @@ class AdapterRanks(LayerViews):
     ) -> None:
         super().__init__(parts)
         self.schedule = schedule
+        self.order = next(_order)
         self.truncation = truncation
         self.rule = rule
         self.lora_alpha = lora_alpha
@@ -62,7 +66,7 @@ class AdapterRanks(LayerViews):
         return min(rank * self.per_rank, self.max_rank)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        super().__setstate__(state)
         self.forget()
         enlist(self)  # a deep copy or an unpickled one
 
@@ -225,6 +229,7 @@ def _set_scaling(layer: LoraLayer, adapter_name: str, value: float) -> None:
         layer.scaling[adapter_name].fill_(value)
     else:
         layer.scaling[adapter_name] = value
+    note_unit(layer, adapter_name)
 
 
 def ranked_layers(model: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, Any]]:

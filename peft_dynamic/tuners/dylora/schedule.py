@@ -53,6 +53,11 @@ class RankSchedule(nn.Module):
         self.updates = 0  # optimizer steps seen by this process, never set back
         self.drawn = self._draw()
 
+    @property
+    def steps(self) -> int:
+        """How many optimizer steps were taken, before a resume too."""
+        return self._steps
+
     def _draw(self) -> int:
         return draw_rank(self.ranks, self.weights, self.seed, self._steps)
 
@@ -152,14 +157,48 @@ def _distribute_like(mask: torch.Tensor, parameter: torch.Tensor) -> torch.Tenso
     return distribute_tensor(mask, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
+def _led(optimizer: torch.optim.Optimizer, stepped: list[AdapterRanks]) -> set[RankSchedule]:
+    """The schedules whose step this is: of several optimizers over one adapter that with its first factor counts."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    ours = {ranks.schedule for ranks in stepped}
+    first: dict[RankSchedule, bool] = {}
+    for ranks in sorted(_live(), key=lambda ranks: ranks.order):
+        trained = [factor for factor in ranks.factors() if factor.requires_grad]
+        if trained and ranks.schedule in ours:
+            first.setdefault(ranks.schedule, id(trained[0]) in held)
+    return {schedule for schedule, mine in first.items() if mine}
+
+
+def _check_whole(optimizer: torch.optim.Optimizer, stepped: list[AdapterRanks]) -> None:
+    """Refuse update="frozen" over several optimizers: the first one's step would draw the next rank for the others."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    frozen = {ranks.schedule for ranks in stepped if ranks.schedule.update == "frozen"}
+    for ranks in _live() if frozen else ():
+        if ranks.schedule in frozen and any(p.requires_grad and id(p) not in held for p in ranks.factors()):
+            raise RuntimeError(
+                f"update='frozen' trains one block of all factors in a step, and {type(optimizer).__name__} holds a "
+                f"part of them only: {ranks.name or 'a layer'} is not in it. Put all lora_A and lora_B into one "
+                "optimizer (in groups, where they differ), freeze the others, or use update='nested'. Nothing has been "
+                "updated."
+            )
+
+
 def _keep_frozen(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Before an optimizer step: remember the components that update="frozen" must not move."""
     saved = []
-    for ranks in _stepped(optimizer):
+    stepped = _stepped(optimizer)
+    _check_whole(optimizer, stepped)
+    for ranks in stepped:
         if ranks.schedule.update == "frozen":
             for factor, mask in ranks.moving_parts():
                 saved.append((factor, factor.detach().clone(), _distribute_like(mask, factor)))
     _before_step[id(optimizer)] = saved
+
+
+def _was_skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a GradScaler found an overflow and left the skipping to the optimizer, as it does to fused ones."""
+    found = getattr(optimizer, "found_inf", None)
+    return isinstance(found, torch.Tensor) and bool(found.any())
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -174,11 +213,11 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     with torch.no_grad():
         for factor, before, moving in _before_step.pop(id(optimizer), []):
             factor.copy_(torch.where(moving, factor, before))
-    advancing = {ranks.schedule for ranks in stepped}
-    for schedule in advancing:
-        schedule.advance()
+    if stepped and not _was_skipped(optimizer):
+        for schedule in _led(optimizer, stepped):
+            schedule.advance()
     prepare((ranks, min(ranks.of(ranks.schedule.drawn), ranks.rank)) for ranks in stepped)
-    if not advancing:
+    if not stepped:
         for schedule in {ranks.schedule for ranks in _live()}:
             schedule.count_foreign_step(optimizer)
 

@@ -21,6 +21,7 @@ from peft_dynamic.functional.tensor_train import (
     prefers_dense,
     split,
 )
+from peft_dynamic.tuners.factors import enable_also
 from peft_dynamic.tuners.quantization import is_quantized
 
 from .config import LorettaAdpConfig
@@ -248,6 +249,10 @@ class LorettaAdpLayer(nn.Module, BaseTunerLayer):
             scaling = self.loretta_scaling[name]
             result = result + (term if scaling == 1 else term * scaling)
         return result.to(hidden.dtype)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        enable_also(self, enabled)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError(CANNOT_MERGE)

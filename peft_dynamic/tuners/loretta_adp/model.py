@@ -20,6 +20,7 @@ from torch import nn
 
 from peft_dynamic.functional.tensor_train import factorize
 from peft_dynamic.tuners.as_lora import check_target, refuse_experts
+from peft_dynamic.tuners.factors import keep_together
 from peft_dynamic.tuners.quantization import keep_training_on_cpu
 
 from .also_trained import AlsoTrained, Extras, check_train
@@ -147,6 +148,7 @@ class LorettaAdpModel(AlsoTrained, BaseTuner):
         finally:
             del self._plan
         self._train_extras(model, adapter_name, plan.extras)
+        keep_together(model, LorettaAdpLayer)
         keep_training_on_cpu(model)
         return None
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from peft_dynamic.tuners.as_lora import refuse_experts
 from peft_dynamic.tuners.base import ViewedLoraModel
-from peft_dynamic.tuners.factors import LayerViews, attach
+from peft_dynamic.tuners.factors import LayerViews, attach, keep_together, note_unit
 from peft_dynamic.tuners.loretta_adp.also_trained import AlsoTrained, Extras
 
 from .config import LorettaRepConfig
@@ -32,6 +32,7 @@ class LorettaRepModel(AlsoTrained, ViewedLoraModel):
         extras = Extras(model, self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._train_extras(model, adapter_name, extras)
+        keep_together(model, LoraLayer)
 
     def _target_experts(self, model: nn.Module, config: Any) -> None:
         refuse_experts(config, model, "LorettaRepConfig")
@@ -51,6 +52,7 @@ class LorettaRepModel(AlsoTrained, ViewedLoraModel):
         if config.init_weights == "noise_removal":  # a LoRA of twice the rank and the same scale
             layer.r[adapter_name] = 2 * rank
             layer.lora_alpha[adapter_name] = layer.scaling[adapter_name] * 2 * rank
+            note_unit(layer, adapter_name)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(

@@ -1,0 +1,215 @@
+"""The hosts' helpers around our adapters: PEFT's optimizers and scale contexts, GradScaler, transformers' switches."""
+
+from typing import Any
+
+import peft.optimizers
+import pytest
+import torch
+from peft.helpers import rescale_adapter_scale
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
+
+from peft_dynamic import DyLoRAConfig, LorettaAdpConfig, LorettaRepConfig, MoSLoRAConfig, get_rank, set_rank
+from tests.tuners.common import RankRecorder, a_layer, adapted, rows, schedule_of, tiny_llama, train, trainable_state
+from tests.tuners.methods import METHODS, with_method
+
+COMPUTE_WITH_STORED_FACTORS = {"density-lora"}
+
+
+def step(model: Any, optimizer: Any) -> None:
+    model.train()(input_ids=rows(2), labels=rows(2)).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_pefts_helpers_are_those_that_we_know() -> None:
+    found = {name for name in dir(peft.optimizers) if name.startswith("create_")}
+    assert found == {"create_lorafa_optimizer", "create_loraplus_optimizer", "create_riemannian_optimizer"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_loraplus_sorts_our_parameters_as_it_sorts_loras(method: str) -> None:
+    model = with_method(method)
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
+    before = trainable_state(model)
+    if method.startswith("loretta-rep"):
+        with pytest.raises(RuntimeError, match="takes every parameter of one dimension for a part of B"):
+            step(model, optimizer)
+        assert all(torch.equal(value, before[name]) for name, value in trainable_state(model).items())
+        return
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            of_b = "lora_B" in name or parameter.dim() == 1
+            assert rates[id(parameter)] == (16e-3 if of_b else 1e-3), name
+    step(model, optimizer)
+    assert any(not torch.equal(value, before[name]) for name, value in trainable_state(model).items())
+
+
+@pytest.mark.parametrize("helper", ["lorafa", "riemannian"])
+@pytest.mark.parametrize("method", METHODS)
+def test_optimizers_that_read_the_stored_factors_are_refused_where_these_mean_something_else(
+    method: str, helper: str
+) -> None:
+    model = with_method(method)
+    if helper == "riemannian" and method.startswith("loretta"):
+        with pytest.raises(ValueError, match="did not find any trainable lora_A/lora_B"):
+            create_riemannian_optimizer(model, torch.optim.SGD, lr=1e-2)
+        return
+    if helper == "lorafa":
+        optimizer = create_lorafa_optimizer(model, r=8, lora_alpha=8, lr=1e-2)
+    else:
+        optimizer = create_riemannian_optimizer(model, torch.optim.SGD, lr=1e-2)
+    before = trainable_state(model)
+    if method in COMPUTE_WITH_STORED_FACTORS:
+        step(model, optimizer)
+        assert any(not torch.equal(value, before[name]) for name, value in trainable_state(model).items())
+        return
+    if method == "loretta-adp":  # has no factors: both treat its parameters one by one
+        return
+    with pytest.raises(RuntimeError, match="computes with the stored lora_A and lora_B"):
+        step(model, optimizer)
+    assert all(torch.equal(value, before[name]) for name, value in trainable_state(model).items())
+
+
+@pytest.mark.parametrize("rule", ["alpha/b", "alpha/r", "alpha/sqrt(b)", "alpha/sqrt(r*b)"])
+@pytest.mark.parametrize("truncation", ["svd", "prefix"])
+def test_a_rank_set_inside_a_rescaling_has_its_own_scale_afterwards(rule: str, truncation: str) -> None:
+    def scales(model: Any) -> list[float]:
+        return [m.scaling["default"] for m in model.modules() if hasattr(m, "lora_views")]
+
+    model = adapted(scaling=rule, truncation=truncation, lora_alpha=16)
+    at = {}
+    for rank in (1, 2, 4, 8):
+        model.set_rank(rank)
+        at[rank] = scales(model)
+    with rescale_adapter_scale(model, 0.5):
+        assert scales(model) == pytest.approx([0.5 * scale for scale in at[8]])
+        model.set_rank(2)
+        assert scales(model) == pytest.approx([0.5 * scale for scale in at[2]])
+        with model.at_rank(4), rescale_adapter_scale(model, 3.0):
+            assert scales(model) == pytest.approx([1.5 * scale for scale in at[4]])
+        assert scales(model) == pytest.approx([0.5 * scale for scale in at[2]])
+    assert scales(model) == pytest.approx(at[2])
+    if rule == "alpha/b":
+        assert scales(model)[0] == 8.0
+    with model.at_rank(4), rescale_adapter_scale(model, 3.0):
+        model.set_rank(1)
+    assert scales(model) == pytest.approx(at[2])
+
+
+def test_a_factor_set_on_a_layer_stays_through_ranks_and_rescaling() -> None:
+    model = adapted(scaling="alpha/b", lora_alpha=16)
+    layer = a_layer(model)
+    layer.set_scale("default", 3.0)
+    model.set_rank(2)
+    assert layer.scaling["default"] == 24.0
+    with rescale_adapter_scale(model, 0.5):
+        model.set_rank(4)
+        assert layer.scaling["default"] == 6.0
+    assert layer.scaling["default"] == 12.0
+    layer.scale_layer(2.0)
+    model.set_rank(8)
+    assert layer.scaling["default"] == 12.0
+    layer.unscale_layer()
+    assert layer.scaling["default"] == 2.0
+
+
+SWITCHED = {
+    "loretta-rep": LorettaRepConfig(bottleneck=4, tensor_rank=2, target_modules=["q_proj"]),
+    "loretta-adp": LorettaAdpConfig(bottleneck=8, tensor_rank=2),
+    "dylora": DyLoRAConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "moslora": MoSLoRAConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+}
+
+
+@pytest.mark.parametrize("method", SWITCHED)
+def test_transformers_switches_all_of_an_adapter_off_and_on(method: str) -> None:
+    base = tiny_llama().eval()
+    with torch.no_grad():
+        plain = base(input_ids=rows(2)).logits
+        base.add_adapter(SWITCHED[method])
+        for parameter in base.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+        trained = {name for name, p in base.named_parameters() if p.requires_grad}
+        expected = base.eval()(input_ids=rows(2)).logits
+        assert not torch.allclose(expected, plain, atol=1e-3)
+        for _ in range(2):
+            base.disable_adapters()
+            torch.testing.assert_close(base(input_ids=rows(2)).logits, plain)
+            base.enable_adapters()
+            torch.testing.assert_close(base(input_ids=rows(2)).logits, expected)
+    assert {name for name, p in base.named_parameters() if p.requires_grad} == trained
+
+
+def test_frozen_over_two_optimizers_is_refused() -> None:
+    model = adapted(update="frozen")
+    factors = {part: [p for n, p in model.named_parameters() if part in n] for part in ("lora_A", "lora_B")}
+    optimizers = [torch.optim.AdamW(some, lr=1e-2) for some in factors.values()]
+    before = trainable_state(model)
+    model.train()(input_ids=rows(2), labels=rows(2)).loss.backward()
+    with pytest.raises(RuntimeError, match=r"holds a part of them only: .*_proj is not in it"):
+        optimizers[0].step()
+    assert all(torch.equal(value, before[name]) for name, value in trainable_state(model).items())
+    for parameter in factors["lora_A"]:
+        parameter.requires_grad_(False)
+    optimizers[1].step()  # what is frozen need not be in it
+    assert schedule_of(model).updates == 1
+
+
+def test_two_optimizers_draw_one_rank_for_each_step() -> None:
+    expected = RankRecorder(model := adapted())
+    train(model, 6)
+    model = adapted()
+    found = RankRecorder(model)
+    for order in ("lora_A", "lora_B"), ("lora_B", "lora_A"):
+        optimizers = [torch.optim.SGD([p for n, p in model.named_parameters() if part in n], lr=1e-3) for part in order]
+        for _ in range(3):
+            model.train()(input_ids=rows(2), labels=rows(2)).loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    assert found.training == expected.training
+    assert schedule_of(model).updates == 6
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_scaler_skips_is_not_counted(fused: bool) -> None:
+    model = adapted()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    before = trainable_state(model)
+    drawn = model.drawn_rank()
+    for overflows, steps in ((True, 0), (False, 1), (True, 1), (False, 2)):
+        loss = model.train()(input_ids=rows(2), labels=rows(2)).loss
+        scaler.scale(loss * (float("inf") if overflows else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert schedule_of(model).updates == steps
+        if steps == 0:
+            assert model.drawn_rank() == drawn
+            assert all(torch.equal(value, before[name]) for name, value in trainable_state(model).items())
+
+
+@pytest.mark.parametrize(("value", "what"), [(float("nan"), "NaN"), (float("inf"), "infinite values")])
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_a_run_that_diverged_names_the_layer_and_the_step(factor: str, value: float, what: str) -> None:
+    model = adapted(rank_sampling=[1.0, 1.0, 1.0, 0.0])
+    optimizer = train(model, 3)
+    module = model.base_model.model.model.layers[1].mlp.up_proj
+    model.train()(input_ids=rows(2), labels=rows(2)).loss.backward()
+    getattr(module, factor)["default"]._parameters["weight"].grad.fill_(value)
+    message = rf"{factor} of model.layers.1.mlp.up_proj holds {what} after optimizer step 4 .*lower the learning rate"
+    if what != "NaN":  # AdamW makes NaN of it at once
+        message = rf"{factor} of model.layers.1.mlp.up_proj holds (NaN|infinite values) after optimizer step 4 "
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+
+
+def test_ranks_on_a_model_of_transformers_follow_the_switches() -> None:
+    base = tiny_llama()
+    base.add_adapter(DyLoRAConfig(r=4, target_modules=["q_proj"]))
+    set_rank(base, 2)
+    base.disable_adapters()
+    base.enable_adapters()
+    assert get_rank(base) == 2
