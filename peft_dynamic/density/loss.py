@@ -358,12 +358,12 @@ def check_settings(
         values = list(layer_weights.values()) if isinstance(layer_weights, Mapping) else layer_weights
         if isinstance(values, str) or not isinstance(values, Sequence):
             raise TypeError(
-                f"{owner}: layer_weights must be a list of numbers or a dict from names to numbers, got "
+                f"{owner}: {prefix}layer_weights must be a list of numbers or a dict from names to numbers, got "
                 f"{layer_weights!r}."
             )
         off = not isinstance(layer_weights, Mapping) and not any(values)  # a dict leaves the others at 1
         if not all(is_number(value) and value >= 0 for value in values) or off:
             raise ValueError(
-                f"{owner}: layer_weights must be numbers of at least 0, some of them above 0, got {layer_weights!r}. "
-                f"To switch the loss off pass {prefix}weight=0."
+                f"{owner}: {prefix}layer_weights must be numbers of at least 0, some of them above 0, got "
+                f"{layer_weights!r}. To switch the loss off pass {prefix}weight=0."
             )

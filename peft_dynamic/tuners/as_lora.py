@@ -86,5 +86,7 @@ def warn_of_parts(state_dict: dict[str, Any], adapter_name: str) -> None:
     from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 
     vectors = (".cores", ".start", ".bias")  # tensor trains, and `lora_bias`, of which PEFT warns without a reason
-    matrices = {key: value for key, value in state_dict.items() if not key.endswith(vectors)}
+    matrices = {
+        key: value for key, value in state_dict.items() if not key.endswith(vectors) and ".lora_schedule." not in key
+    }
     _validate_lora_adapter_state_dict(matrices, adapter_name=adapter_name)

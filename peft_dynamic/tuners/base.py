@@ -12,6 +12,7 @@ from torch import nn
 
 from . import optimizers as optimizers  # for its hook
 from .as_lora import check_target, target_experts, warn_of_parts
+from .checkpoint import check_fits
 from .factors import is_viewed, keep_together
 from .quantization import keep_training_on_cpu
 
@@ -112,26 +113,7 @@ class ViewedLoraModel(LoraModel):
     ) -> dict[str, torch.Tensor]:
         """PEFT's, and refuse an incomplete or misshapen checkpoint before any of it is loaded."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        expected = {
-            name: tuple(tensor.shape)
-            for name, tensor in (*model.named_parameters(), *model.named_buffers())
-            if ".lora_" in name and (f".{adapter_name}." in name or name.endswith(f".{adapter_name}"))
-        }
-        # on a model with injected adapters the checkpoint has a prefix that the model lacks
-        found = {name.removeprefix("base_model.model."): value for name, value in remapped.items()}
-        missing = [name for name in expected if name.removeprefix("base_model.model.") not in found]
-        if missing and not any(hasattr(parameter, "placements") for parameter in model.parameters()):
-            raise ValueError(
-                f"the checkpoint for the adapter {adapter_name!r} lacks {len(missing)} of its {len(expected)} tensors, "
-                f"{missing[0]} among them. It is incomplete, or was made with other target_modules. Nothing was loaded."
-            )
-        for name, shape in expected.items():
-            value = found.get(name.removeprefix("base_model.model."))
-            if value is not None and tuple(value.shape) != shape:
-                raise ValueError(
-                    f"the checkpoint for the adapter {adapter_name!r} has {name} of shape {tuple(value.shape)}, the "
-                    f"model needs {shape}: it was made with another r or for another base model. Nothing was loaded."
-                )
+        check_fits(model, adapter_name, remapped)
         return remapped
 
     def _weighted(self, config: Any, adapter_name: str) -> Any:

@@ -6,6 +6,7 @@ from peft import LoraConfig
 from peft.utils.peft_types import PeftType
 
 from peft_dynamic.density.loss import check_settings
+from peft_dynamic.tuners.lora_fields import check_lora_fields
 
 
 @dataclass
@@ -46,6 +47,7 @@ class DensityLoRAConfig(LoraConfig):
     include_padding: bool = field(default=False, metadata={"help": "Count padding tokens too."})
 
     def __post_init__(self) -> None:
+        check_lora_fields(self)
         super().__post_init__()
         self.peft_type = PeftType.DENSITY_LORA  # the member that _registry adds
         check_settings(

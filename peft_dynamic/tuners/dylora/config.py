@@ -3,14 +3,21 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import Any, Self
 
 from peft import LoraConfig
 from peft.utils.peft_types import PeftType
 
 from peft_dynamic.functional.ranks import SCALING_RULES
-from peft_dynamic.tuners.lora_fields import check_init, check_refused
+from peft_dynamic.tuners.lora_fields import (
+    check_init,
+    check_lora_fields,
+    check_refused,
+    is_finite,
+    is_int,
+    is_number,
+    plain,
+)
 from peft_dynamic.tuners.mixer import MixerConfig
 
 # Fields of LoraConfig that change what an adapter computes in a way that has no meaning at every rank, with the reason.
@@ -30,14 +37,6 @@ REFUSED_FIELDS = {
     "corda_config": "CorDA changes the base weights to fit one rank and one scale",
     "lora_ga_config": "LoRA-GA changes the base weights to fit one rank and one scale",
 }
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @dataclass
@@ -132,6 +131,7 @@ class DyLoRAConfig(MixerConfig, LoraConfig):
 
     def __post_init__(self) -> None:
         check_refused(self, REFUSED_FIELDS)
+        check_lora_fields(self)
         # The others subtract the full-rank product from the base weights or need it to vanish as a whole.
         check_init(self, "that start is the base model at the full rank only, and DyLoRA trains every rank")
         super().__post_init__()
@@ -161,14 +161,8 @@ class DyLoRAConfig(MixerConfig, LoraConfig):
 
     def _check_ranks(self) -> None:
         name = self._name()
-        if not _is_int(self.r):
-            raise TypeError(f"{name}: r must be an int, got {self.r!r} of type {type(self.r).__name__}.")
-        if self.r < 1:
-            raise ValueError(f"{name}: r must be at least 1, got {self.r}.")
-        if not _is_number(self.lora_alpha) or not self.lora_alpha > 0:
-            raise ValueError(f"{name}: lora_alpha must be a number above 0, got {self.lora_alpha!r}.")
         if self.ranks is not None:
-            if isinstance(self.ranks, str) or not isinstance(self.ranks, Sequence) or not all(map(_is_int, self.ranks)):
+            if isinstance(self.ranks, str) or not isinstance(self.ranks, Sequence) or not all(map(is_int, self.ranks)):
                 raise TypeError(f"{name}: ranks must be a list of ints or None, got {self.ranks!r}.")
             self.ranks = [int(rank) for rank in self.ranks]
             increasing = all(a < b for a, b in zip(self.ranks, self.ranks[1:], strict=False))
@@ -183,7 +177,7 @@ class DyLoRAConfig(MixerConfig, LoraConfig):
                     f"Pass r={self.ranks[-1]}, or end the list with {self.r}."
                 )
         for pattern, rank in (self.rank_pattern or {}).items():
-            if not _is_int(rank) or (not 1 <= rank <= self.r and not self._is_fused(pattern, rank)):
+            if not is_int(rank) or (not 1 <= rank <= self.r and not self._is_fused(pattern, rank)):
                 raise ValueError(
                     f"{name}: rank_pattern caps a module's rank, so each value must lie in 1..r={self.r}; "
                     f"got {rank!r} for {pattern!r}. Lower it, or raise r."
@@ -209,7 +203,7 @@ class DyLoRAConfig(MixerConfig, LoraConfig):
                     f"got {self.rank_sampling!r}."
                 )
             weights: list[Any] = list(self.rank_sampling)
-            if not all(map(_is_number, weights)) or len(weights) != len(ranks):
+            if not all(map(is_number, weights)) or len(weights) != len(ranks):
                 raise ValueError(
                     f"{name}: rank_sampling as a list needs one number per rank, got {weights!r} "
                     f"for the {len(ranks)} ranks {list(ranks)}."
@@ -219,7 +213,7 @@ class DyLoRAConfig(MixerConfig, LoraConfig):
                     f"{name}: the weights of rank_sampling must be finite, at least 0 and not all 0, got {weights!r}."
                 )
             self.rank_sampling = [float(weight) for weight in weights]
-        if not _is_number(self.geometric_p) or not 0 < self.geometric_p < 1:
+        if not is_finite(self.geometric_p) or not 0 < self.geometric_p < 1:
             raise ValueError(f"{name}: geometric_p must be a number between 0 and 1, got {self.geometric_p!r}.")
         if self.update not in ("nested", "frozen"):
             raise ValueError(f"{name}: update must be 'nested' or 'frozen', got {self.update!r}.")
@@ -232,5 +226,6 @@ class DyLoRAConfig(MixerConfig, LoraConfig):
             )
         if not isinstance(self.scaling, str) or self.scaling not in SCALING_RULES:
             raise ValueError(f"{name}: scaling must be one of {list(SCALING_RULES)}, got {self.scaling!r}.")
-        if not _is_int(self.rank_seed):
+        if not is_int(self.rank_seed):
             raise TypeError(f"{name}: rank_seed must be an int, got {self.rank_seed!r}.")
+        self.rank_seed, self.geometric_p = plain(self.rank_seed), plain(self.geometric_p)

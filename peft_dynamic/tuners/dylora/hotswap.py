@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
-from peft.utils.save_and_load import load_peft_weights
+from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights
 from torch import nn
 
 from .layer import ranked_layers
@@ -29,7 +29,7 @@ def hotswap_adapter(
     """Replace the weights of a DyLoRA adapter by those of a saved one, at whatever rank is set; the set rank stays.
 
     PEFT's function of this name knows stock LoRA only and refuses DyLoRA, since it compares whole matrices. This one
-    takes the same arguments. Nothing is changed when the adapters do not fit.
+    takes the same arguments. Nothing is changed when the adapters do not fit, or the file is damaged.
 
     Args:
         model: a `PeftModel` with a DyLoRA adapter.
@@ -39,7 +39,8 @@ def hotswap_adapter(
         kwargs: passed on to `PeftConfig.from_pretrained` and the download.
 
     Raises:
-        ValueError: the new adapter has another type, r, target, truncation or scaling, or lacks tensors.
+        ValueError: the new adapter has another type, r, target, truncation or scaling, lacks tensors, has others than
+            this one, or holds NaN.
     """
     configs: Any = model.peft_config
     old = configs[adapter_name]
@@ -56,7 +57,18 @@ def hotswap_adapter(
         )
     weights: dict[str, torch.Tensor] = load_peft_weights(str(model_name_or_path), device=torch_device, **kwargs)
     with at_rank(model, old.r, adapter_name):
-        set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
+        saved = {name: value.clone() for name, value in get_peft_model_state_dict(model, None, adapter_name).items()}
+        if odd := sorted(saved.keys() ^ weights.keys()):
+            kind = "lacks" if odd[0] in saved else "has"
+            raise ValueError(
+                f"cannot swap {model_name_or_path} into {adapter_name!r}: it {kind} {odd[0]}, unlike the adapter that "
+                f"is there ({len(odd)} such tensors). Nothing was changed. Use load_adapter for another adapter."
+            )
+        try:
+            set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
+        except Exception:
+            set_peft_model_state_dict(model, saved, adapter_name=adapter_name)
+            raise
     if old.lora_alpha != new.lora_alpha:
         rank = get_rank(model, adapter_name)
         for name, layer in ranked_layers(model, adapter_name):

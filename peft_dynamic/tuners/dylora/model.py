@@ -13,6 +13,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from peft_dynamic.tuners.base import ViewedLoraModel
+from peft_dynamic.tuners.lora_fields import is_int
 
 from .bases import prepare
 from .config import DyLoRAConfig
@@ -153,10 +154,11 @@ def _ranks_of_layers(model: nn.Module, rank: int | dict[str, int], adapter_name:
         ranks = layers[name].lora_views[adapter_name]
         # a cap of rank_pattern holds for one rank for all modules; a rank given to the module itself must fit it
         limit = ranks.max_rank // ranks.per_rank if isinstance(rank, dict) else ranks.schedule.ranks[-1]
-        if isinstance(value, bool) or not isinstance(value, int):
+        if not is_int(value):
             raise TypeError(f"rank must be an int or a dict of module patterns to ints, got {rank!r}.")
         if not 1 <= value <= limit:
             raise ValueError(f"rank={value} for {name!r} is outside 1..{limit}, the ranks of adapter {adapter_name!r}.")
+        wanted[name] = int(value)
     return wanted
 
 

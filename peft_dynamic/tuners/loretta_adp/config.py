@@ -9,6 +9,8 @@ from peft import PeftConfig
 from peft.utils.peft_types import PeftType
 from transformers.activations import ACT2FN
 
+from peft_dynamic.tuners.lora_fields import plain
+
 from .fields import check_train_fields
 
 PLACEMENTS = ("paper", "reference")
@@ -136,6 +138,8 @@ class LorettaAdpConfig(PeftConfig):
             raise ValueError(f"LorettaAdpConfig: scaling must be a finite number, got {self.scaling!r}.")
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"LorettaAdpConfig: dropout must be a number from 0 to below 1, got {self.dropout!r}.")
+        for name in ("scaling", "dropout", "layers_to_transform"):
+            setattr(self, name, plain(getattr(self, name)))
 
     def _check_choices(self) -> None:
         if self.placement not in PLACEMENTS:

@@ -20,6 +20,7 @@ def check_train_fields(config: Any) -> None:
             raise TypeError(f"{name}: {field} must be an int, got {value!r} of {type(value).__name__}.")
         if value < 1:
             raise ValueError(f"{name}: {field} must be at least 1, got {value}.")
+        setattr(config, field, int(value))
     shape = config.tensor_shape
     if shape is None:
         return

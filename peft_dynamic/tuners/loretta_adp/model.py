@@ -20,6 +20,7 @@ from torch import nn
 
 from peft_dynamic.functional.tensor_train import factorize
 from peft_dynamic.tuners.as_lora import check_target, refuse_experts
+from peft_dynamic.tuners.checkpoint import check_fits
 from peft_dynamic.tuners.factors import keep_together
 from peft_dynamic.tuners.quantization import keep_training_on_cpu
 
@@ -159,6 +160,15 @@ class LorettaAdpModel(AlsoTrained, BaseTuner):
         if key in self._plan.excluded:
             return _ExcludedModule()
         return key in self._plan.targets
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """PEFT's, and refuse a checkpoint that does not fit before any of it is loaded."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_fits(model, adapter_name, remapped)
+        return remapped
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
         check_target(peft_config, model, target_name)

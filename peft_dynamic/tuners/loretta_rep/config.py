@@ -1,12 +1,11 @@
 """Configuration of LoRETTA_rep."""
 
-import math
 from dataclasses import dataclass, field
 
 from peft import LoraConfig
 from peft.utils.peft_types import PeftType
 
-from peft_dynamic.tuners.lora_fields import check_refused
+from peft_dynamic.tuners.lora_fields import check_lora_fields, check_refused, is_finite
 from peft_dynamic.tuners.loretta_adp.fields import check_train_fields
 
 REFUSED_FIELDS = {
@@ -99,8 +98,13 @@ class LorettaRepConfig(LoraConfig):
     def __post_init__(self) -> None:
         name = type(self).__name__
         check_refused(self, REFUSED_FIELDS)
+        if not is_finite(self.lora_alpha) or not self.lora_alpha > 0:
+            raise ValueError(
+                f"{name}: lora_alpha must be a finite number, got {self.lora_alpha!r}; it must be above 0."
+            )
+        check_lora_fields(self, skip=("r",))
         check_train_fields(self)
-        if self.r not in (0, self.bottleneck):
+        if isinstance(self.r, bool) or self.r not in (0, self.bottleneck):
             raise ValueError(
                 f"{name}: r={self.r!r} and bottleneck={self.bottleneck} mean the same and differ. Pass bottleneck "
                 "alone."
@@ -115,5 +119,3 @@ class LorettaRepConfig(LoraConfig):
             )
         if self.init_weights is not True and self.init_weights not in ("noise_removal", "reference"):
             raise ValueError(f"{name}: init_weights must be one of {', '.join(INITS)}, got {self.init_weights!r}.")
-        if not isinstance(self.lora_alpha, int | float) or not math.isfinite(self.lora_alpha):
-            raise ValueError(f"{name}: lora_alpha must be a finite number, got {self.lora_alpha!r}.")

@@ -1,12 +1,11 @@
 """Configuration of MoSLoRA; the class docstring says what each field of PEFT's `LoraConfig` means here."""
 
 from dataclasses import dataclass
-from numbers import Integral
 
 from peft import LoraConfig
 from peft.utils.peft_types import PeftType
 
-from peft_dynamic.tuners.lora_fields import check_init, check_refused
+from peft_dynamic.tuners.lora_fields import check_init, check_lora_fields, check_refused
 from peft_dynamic.tuners.mixer import MixerConfig
 
 REFUSED_FIELDS = {
@@ -52,12 +51,8 @@ class MoSLoRAConfig(MixerConfig, LoraConfig):
 
     def __post_init__(self) -> None:
         check_refused(self, REFUSED_FIELDS)
+        check_lora_fields(self)
         check_init(self, "it sets B A, and the update is B M A")
         super().__post_init__()
         self.peft_type = PeftType.MOSLORA  # the member that _registry adds
-        name = type(self).__name__
-        if not isinstance(self.r, Integral) or isinstance(self.r, bool):
-            raise TypeError(f"{name}: r must be an int, got {self.r!r} of type {type(self.r).__name__}.")
-        if self.r < 1:
-            raise ValueError(f"{name}: r must be at least 1, got {self.r}.")
-        self._check_mixer([int(self.r), *(self.rank_pattern or {}).values()])
+        self._check_mixer([self.r, *(self.rank_pattern or {}).values()])
