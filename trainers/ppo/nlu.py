@@ -35,6 +35,20 @@ _CLOSE = re.compile(r"<\s*/\s*judgement\s*>", re.I)
 _END_OF_ANALYSIS = re.compile(r"<\s*/\s*analysis\s*>", re.I)
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?(?!\w)", re.I)
 
+# 80%, 80 percent, 8/10, 8 out of 10: other scales than 0 to 5
+_OTHER_SCALE = re.compile(r"\s*(?:%|per\s?cent\b|(?:/|out of)\s*(?!5(?:\.0*)?(?![\d.]*\d))\d)", re.I)
+_NEGATION = re.compile(
+    r"\b(?:not|never|neither|nor|cannot|hardly|barely|scarcely|without|far from|anything but|rather than|instead of"
+    r"|opposite of)\b|n't\b|\bnon[- ]$",
+    re.I,
+)
+_PART = re.compile(
+    r"[.,;:!?()\n]|(?<!anything )\bbut\b|\b(?:so|because|since|hence|therefore|thus)\b", re.I
+)  # a negation goes so far
+_REACH = 60  # characters: a negation is near, and long answers take no time
+# Curly apostrophes, and the minus signs that are no hyphens
+_PLAIN = str.maketrans(dict.fromkeys("’‘ʼ`´＇", "'") | dict.fromkeys("−﹣－‐‑–—", "-"))
+
 
 def nlu_prompt(
     task: str, row: Row, chain_of_thought: bool = False, chat: bool = False, shots: Sequence[Row] = ()
@@ -113,7 +127,8 @@ def nlu_parse(task: str, completion: str | Sequence[Message], chain_of_thought: 
     """What a completion answers.
 
     The judgement is what stands before the first closing tag, and after the opening one if there is one. It has to hold
-    exactly one of the label words; for STS-B the first number in it counts, cut to 0..5.
+    exactly one of the label words, without a negation before it in its part of the sentence ("Not very positive" is no
+    answer); for STS-B the first number in it counts, cut to 0..5, unless it is on another scale (80%, 8/10).
 
     Args:
         task: as for `nlu_prompt`.
@@ -153,16 +168,27 @@ def _content(messages: Sequence[Message]) -> str:
 
 
 def _read(task: NLUTask, judgement: str) -> int | float | None:
+    judgement = judgement.translate(_PLAIN)
     if task.words:
-        found = [label for label, word in enumerate(task.words) if _pattern(word).search(judgement)]
+        found = [label for label, word in enumerate(task.words) if _says(word, judgement)]
         return found[0] if len(found) == 1 else None
     number = _NUMBER.search(judgement)
-    value = float(number[0]) if number else math.nan
+    if number is None or _OTHER_SCALE.match(judgement, number.end()):
+        return None
+    value = float(number[0])
     return min(max(value, 0.0), HIGHEST_SIMILARITY) if math.isfinite(value) else None
 
 
+def _says(word: str, judgement: str) -> bool:
+    """Whether the word stands there, and no negation before it in its part of the sentence."""
+    return any(
+        not _NEGATION.search(_PART.split(judgement[: match.start()])[-1][-_REACH:])
+        for match in _pattern(word).finditer(judgement)
+    )
+
+
 def _pattern(word: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<![\w-])(?<!not )(?<!n't ){word}(?![\w-])", re.I)  # `re` keeps what it compiled
+    return re.compile(rf"(?<![\w-]){word}(?![\w-])", re.I)  # `re` keeps what it compiled
 
 
 def nlu_reward(task: str, chain_of_thought: bool = False) -> RewardFunction:

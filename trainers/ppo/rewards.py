@@ -7,12 +7,16 @@ import functools
 import inspect
 import math
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence, Set
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+LARGEST = 1e9  # the square of a return, summed over a rollout, has to fit into float32
 
 RewardFunction = str | nn.Module | Callable[..., Any]
 
@@ -51,7 +55,7 @@ class Rewards:
                 f"reward_processing_classes has {len(tokenizers)} entries for {len(listed)} reward_funcs: pass one "
                 "each, None where the function is no model."
             )
-        self.weights = torch.tensor([1.0] * len(listed) if weights is None else list(weights))
+        self.weights = torch.tensor([1.0] * len(listed) if weights is None else _weights(weights))
         self.functions: list[Any] = []
         self.tokenizers: list[Any] = []
         self.names: list[str] = []
@@ -102,7 +106,8 @@ class Rewards:
         waiting: dict[int, Coroutine[Any, Any, Any]] = {}
         for i, (function, name) in enumerate(zip(self.functions, self.names, strict=True)):
             if isinstance(function, nn.Module):
-                found[:, i] = self._score(function, self.tokenizers[i], prompts, completions, device)
+                scores = self._score(function, self.tokenizers[i], prompts, completions, device)
+                found[:, i] = _checked(scores, name, completions)
             elif _is_async(function):
                 waiting[i] = function(**arguments)
             else:
@@ -160,6 +165,12 @@ class Rewards:
         return results
 
 
+def _weights(weights: Sequence[float]) -> list[float]:
+    if not all(isinstance(w, Real) and not isinstance(w, bool) and abs(float(w)) <= LARGEST for w in weights):
+        raise ValueError(f"reward_weights={weights!r}: each must be a finite number of at most {LARGEST:g}.")
+    return [float(weight) for weight in weights]
+
+
 def _prepare_model(model: Any, tokenizer: Any) -> Any:
     """The tokenizer of a reward model, which pads; the model reads its score off the last token that is not padding."""
     if model.config.num_labels != 1:
@@ -192,7 +203,12 @@ def _raised_by(name: str) -> str:
 
 def _checked(returned: Any, name: str, completions: list[Any]) -> torch.Tensor:
     """(completions,) with NaN for None."""
-    if isinstance(returned, torch.Tensor):
+    if isinstance(returned, str | bytes | Mapping | Set):
+        raise TypeError(
+            f"The reward function {name!r} returned a {type(returned).__name__}, {str(returned)[:80]}; it must return "
+            "a list with a number (or None) for each completion, in their order."
+        )
+    if hasattr(returned, "tolist"):  # of torch, numpy or pandas
         returned = returned.tolist()
     try:
         returned = list(returned)
@@ -206,10 +222,33 @@ def _checked(returned: Any, name: str, completions: list[Any]) -> torch.Tensor:
             f"The reward function {name!r} returned {len(returned)} rewards for {len(completions)} completions; it "
             "must return one each, in their order."
         )
-    for reward, completion in zip(returned, completions, strict=True):
-        if reward is not None and not math.isfinite(reward):
-            raise ValueError(
-                f"The reward function {name!r} returned {reward} for the completion {completion!r}; it must be a "
-                "finite number, or None where the function does not apply."
-            )
-    return torch.tensor([math.nan if reward is None else float(reward) for reward in returned])
+    return torch.tensor([_number(*pair, name) for pair in zip(returned, completions, strict=True)])
+
+
+def _number(reward: Any, completion: Any, name: str) -> float:
+    """A reward as a number, NaN for None."""
+    if reward is None:
+        return math.nan
+    if isinstance(reward, torch.Tensor) and reward.numel() == 1:
+        reward = reward.item()
+    if not isinstance(reward, Real | np.bool_):
+        raise TypeError(
+            f"The reward function {name!r} returned {reward!r}, a {type(reward).__name__}, for the completion "
+            f"{completion!r}; it must be a finite number, or None where the function does not apply."
+        )
+    try:
+        value = float(reward)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise ValueError(
+            f"The reward function {name!r} returned {reward} for the completion {completion!r}; it must be a "
+            "finite number, or None where the function does not apply."
+        )
+    if abs(value) > LARGEST:
+        raise ValueError(
+            f"The reward function {name!r} returned {value:g} for the completion {completion!r}; a reward must lie "
+            f"between -{LARGEST:g} and {LARGEST:g}: squares of larger ones leave float32, and one of them would turn "
+            "all weights into NaN. Scale the rewards."
+        )
+    return value

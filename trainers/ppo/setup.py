@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,27 @@ from transformers import AutoModelForCausalLM
 from .config import PPOConfig
 from .reference import is_peft
 from .rollout import Generator
+
+# What a reward function is given beside the dataset's columns. `completion` and `completion_ids` of a dataset are left
+# out, as GRPOTrainer leaves them out.
+RESERVED = {"prompts", "completions", "trainer_state", "log_extra", "log_metric"}
+
+
+def seed_of(*parts: int) -> int:
+    """One seed of several numbers: another one for other numbers, and the same in every process.
+
+    Not `hash`, for which -1 and -2 are the same.
+    """
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def hidden_width(policy: Any) -> int:
+    """The width of the states that the head reads: not `hidden_size` in an OPT that projects them first."""
+    head = policy.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if weight is not None and weight.dim() == 2 and weight.is_floating_point():
+        return int(weight.shape[-1])
+    return int(getattr(head, "in_features", policy.config.get_text_config().hidden_size))
 
 
 def check_arguments(model: Any, args: PPOConfig, peft_config: Any) -> None:
@@ -41,6 +63,11 @@ def check_dataset(dataset: Any) -> None:
     columns = getattr(dataset, "column_names", None) or list(dataset[0])
     if "prompt" not in columns:
         raise ValueError(f"The dataset has the columns {columns} and no `prompt`. Rename the one with the prompts.")
+    if taken := sorted(set(columns) & RESERVED):
+        raise ValueError(
+            f"The dataset has a column `{taken[0]}`, which PPOTrainer passes to the reward functions itself: the "
+            f"column would take its place. Rename it with dataset.rename_column({taken[0]!r}, ...), or drop it."
+        )
     prompt = dataset[0]["prompt"]
     if not isinstance(prompt, str | list):
         raise ValueError(

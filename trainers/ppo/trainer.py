@@ -29,7 +29,16 @@ from .rewards import RewardFunction, Rewards
 from .rollout import Completions
 from .sampler import RolloutSampler
 from .scoring import Scorer, Sequences
-from .setup import as_dict, check_arguments, check_dataset, disable_dropout, load_model, make_generator
+from .setup import (
+    as_dict,
+    check_arguments,
+    check_dataset,
+    disable_dropout,
+    hidden_width,
+    load_model,
+    make_generator,
+    seed_of,
+)
 from .value_head import FILE, NAME, ValueFunction
 
 
@@ -158,7 +167,7 @@ class PPOTrainer(Trainer):
         """Hang the value function below the policy; one that is there, or in the model's folder, goes on."""
         device = self.policy.get_input_embeddings().weight.device
         if value_model is not None or not isinstance(getattr(self.policy, NAME, None), ValueFunction):
-            function = ValueFunction(self.policy.config.get_text_config().hidden_size, device, value_model)
+            function = ValueFunction(hidden_width(self.policy), device, value_model)
             self.policy.add_module(NAME, function)
             if folder is not None and (Path(folder) / FILE).is_file():
                 function.load(folder)
@@ -206,7 +215,7 @@ class PPOTrainer(Trainer):
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices), self.accelerator.autocast():
-                torch.manual_seed(hash(tuple(seeds)) % 2**63)
+                torch.manual_seed(seed_of(*seeds))
                 return self.generator(self.model, self.policy, ids, sample, self.args.rollout_forward_batch_size)
         finally:
             self.model.train(was_training)
@@ -318,7 +327,7 @@ class PPOTrainer(Trainer):
         epoch, step = divmod(step, per_epoch)
         # The order is a function of the numbers, so that a resumed run has it without its being saved
         seeds = (args.seed, index, args.process_index, epoch)
-        order = torch.randperm(args.rollout_size, generator=torch.Generator().manual_seed(hash(seeds) % 2**63))
+        order = torch.randperm(args.rollout_size, generator=torch.Generator().manual_seed(seed_of(*seeds)))
         size, per_step = args.train_batch_size, args.train_batch_size * args.gradient_accumulation_steps
         chosen = order[step * size : (step + 1) * size].to(args.device)
         batch = {key: value[chosen] for key, value in self._rollout.items()}
@@ -367,7 +376,21 @@ class PPOTrainer(Trainer):
                     "training would change nothing. Is the adapter active, and can its layers be differentiated?"
                 )
             self._gradients_seen = True
+        self._check_finite(loss)
         return loss
+
+    def _check_finite(self, loss: torch.Tensor) -> None:
+        """Stop before an update that would turn the weights into NaN, and a checkpoint that would keep them."""
+        if self.accelerator.scaler is not None:  # which skips such steps by itself
+            return
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if loss.isfinite() and all(bool(g.isfinite().all()) for g in gradients):
+            return
+        raise FloatingPointError(
+            f"The loss of step {self.state.global_step + 1} is {loss.item():g}, or a gradient of it is not finite. "
+            "Nothing was updated, and checkpoints that are saved stay as they are. Lower learning_rate, set "
+            "max_grad_norm, or look at the rewards' size (reward and reward_std in the logs)."
+        )
 
     # Evaluation and logs
 

@@ -125,6 +125,39 @@ def test_reading_a_word(completion: str, label: int | None) -> None:
     assert nlu_reward("cola")([completion], [1]) == [expected]
 
 
+@pytest.mark.parametrize(
+    ("task", "said", "label"),
+    [
+        ("wic", "Not the same", None),
+        ("wic", "The meanings are not different", None),
+        ("wic", "They're not different but the same", 1),
+        ("sst2", "Not very positive", None),
+        ("sst2", "It isn\u2019t positive", None),
+        ("sst2", "not negative, positive", 1),
+        ("sst2", "Hardly positive", None),
+        ("sst2", "Anything but negative", None),
+        ("sst2", "I would not call it negative, so: positive", 1),
+        ("sst2", "non-positive", None),
+        ("cola", "It isn\u2019t Yes", None),
+        ("cola", "It isn\u02bct yes", None),
+        ("cola", "isn't a yes", None),
+        ("boolq", "never yes", None),
+        ("mnli", "Neither entailment nor contradiction, neutral", 1),
+        ("mnli", "not entailment", None),
+        ("cb", "cannot be entailment", None),
+        ("multirc", "That is not true", None),
+        ("multirc", "Not quite true.", None),
+        ("multirc", "True. It could not be false.", 1),
+        ("copa", "Not option one", None),
+        ("copa", "Option two, not option one", 1),
+        ("rte", "I am not sure. Yes", 0),
+        ("record", "No, that isn't it", 0),
+    ],
+)
+def test_a_word_behind_a_negation_is_no_answer(task: str, said: str, label: int | None) -> None:
+    assert nlu_parse(task, f" {said} </Judgement>") == label
+
+
 def test_both_words_of_sst2_are_no_answer() -> None:
     assert nlu_reward("sst2")([" Positive and Negative </Judgement>", " Positive </Judgement>"], [1, 1]) == [-3.0, 1.0]
 
@@ -164,6 +197,17 @@ def test_record_is_milder_with_an_unclear_word_but_not_with_a_missing_tag() -> N
         ("2-3", 2.0),
         ("900", 5.0),
         ("-3", 0.0),
+        ("\u22122", 0.0),  # a minus sign that is no hyphen
+        ("\u20132", 0.0),
+        ("2\u20133", 2.0),
+        ("80%", None),  # other scales than 0 to 5
+        ("80 %", None),
+        ("80 percent", None),
+        ("8/10", None),
+        ("8 out of 10", None),
+        ("0.8 / 1", None),
+        ("4 / 5.0", 4.0),
+        ("4 out of 5", 4.0),
         ("-0.0", 0.0),
         ("1e999", None),
         ("9" * 400, None),
