@@ -11,8 +11,9 @@ import torch
 
 from peft_dynamic.curves import evaluating
 from peft_dynamic.trainers.soft.exits import check_exit, depth_of
-from peft_dynamic.trainers.soft.prompts import prepared
+from peft_dynamic.trainers.soft.prompts import check_generation_config, prepared
 from peft_dynamic.trainers.soft.sections import in_sections
+from peft_dynamic.trainers.soft.structure import base_model
 
 # The paper's, for the layers 12, 16, ..., 36 of 40.
 PAPER_THRESHOLDS = {0.3: 0.95, 0.4: 0.95, 0.5: 0.9, 0.6: 0.9, 0.7: 0.8, 0.8: 0.8, 0.9: 0.7}
@@ -99,7 +100,8 @@ def generate_adaptive(
             `paper_thresholds(model)`.
         max_new_tokens: at most so many tokens.
         do_sample: draw from the exit's distribution; otherwise take its most likely token. Of the model's generation
-            config only the tokens that end and pad are used.
+            config only the tokens that end and pad are used; without a `logits_processor` others that would change the
+            text, a repetition_penalty say, are refused.
         logits_processor: transformers' `LogitsProcessorList`, applied to the logits of the exit that is taken. The
             confidence is that of the logits before it.
         generator: for the draws.
@@ -117,6 +119,11 @@ def generate_adaptive(
     Source: P. Kavehzadeh et al., Sorted LLaMA, 2024, arXiv 2309.08968.
     """
     limits = paper_thresholds(model) if thresholds == "paper" else _checked(model, thresholds)
+    if logits_processor is None:
+        check_generation_config(
+            base_model(model).generation_config,
+            "Pass it as a logits_processor, or set it to None on model.generation_config.",
+        )
     prompts = prepared(model, input_ids, attention_mask, max_new_tokens, eos_token_id, pad_token_id)
     ends = [*sorted(exit for exit, limit in limits.items() if limit <= 1), depth_of(model)]
     rows = len(prompts.ids)

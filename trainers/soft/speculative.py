@@ -16,7 +16,7 @@ import torch
 
 from peft_dynamic.curves import evaluating
 from peft_dynamic.trainers.soft.exits import check_exit, depth_of, trial
-from peft_dynamic.trainers.soft.prompts import prepared
+from peft_dynamic.trainers.soft.prompts import check_generation_config, prepared
 from peft_dynamic.trainers.soft.sections import in_sections
 from peft_dynamic.trainers.soft.structure import base_model, find_decoder
 
@@ -91,6 +91,10 @@ def generate_speculative(
         2309.08968, who use it on SoFT's exits.
     """
     _check_draft(model, exit, draft_tokens, draft_confidence)
+    check_generation_config(
+        base_model(model).generation_config,
+        "Set it to None on model.generation_config for plain greedy text, or use generate under assisted_exit.",
+    )
     prompts = prepared(model, input_ids, attention_mask, max_new_tokens, eos_token_id, pad_token_id)
     rows = len(prompts.ids)
     texts: list[list[int]] = [[] for _ in range(rows)]

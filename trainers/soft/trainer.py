@@ -108,6 +108,7 @@ class SoFTTrainer(SFTTrainer):
         self.exit_weights = dict(zip(self.exits, self.args.exit_weights or [1.0] * len(self.exits), strict=True))
         # Of a forward without **kwargs Trainer thinks that it cannot divide by the tokens of a whole step; ours does.
         self.model_accepts_loss_kwargs = True
+        self._sums: dict[tuple[str, str], tuple[float, float]] = {}  # (mode, metric): its sum and its tokens
         _add_exits(self.decoder)
 
     def _check_setting(self) -> None:
@@ -180,16 +181,25 @@ class SoFTTrainer(SFTTrainer):
         mask = inputs.get("attention_mask")
         seen = torch.tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
         counts = [output.tokens, output.correct[-1], seen.to(output.nll.device)]
-        sums = self.accelerator.gather_for_metrics(torch.stack([*output.nll, *counts])[None]).sum(0).tolist()
+        # Not gather_for_metrics in training: it would take the last batch's sums for rows, and drop some
+        gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
+        sums = gather(torch.stack([*output.nll, *counts])[None]).sum(0).tolist()
         *nll, tokens, correct, seen = sums
-        metrics = self._metrics[mode]
         for depth, value in zip(exits, nll, strict=True):
-            metrics[f"exit_{depth}_loss"].append(value / max(tokens, 1))
+            self._add(mode, f"exit_{depth}_loss", value, tokens)
         if exits[-1] == self.decoder.depth:
-            metrics["mean_token_accuracy"].append(correct / max(tokens, 1))
+            self._add(mode, "mean_token_accuracy", correct, tokens)
         if mode == "train":
             self._total_train_tokens += int(seen)
-        metrics["num_tokens"] = [self._total_train_tokens]
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def _add(self, mode: str, name: str, total: float, tokens: float) -> None:
+        """Let the metric be the mean over all labelled tokens since the last log, however they are cut into batches."""
+        metrics = self._metrics[mode]
+        before = self._sums.get((mode, name), (0.0, 0.0)) if name in metrics else (0.0, 0.0)  # `log` has emptied it
+        self._sums[mode, name] = sums = (before[0] + total, before[1] + tokens)
+        if sums[1]:
+            metrics[name] = [sums[0] / sums[1]]
 
 
 def _soft_args(model: Any, args: TrainingArguments | None) -> SoFTConfig:
