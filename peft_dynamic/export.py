@@ -21,6 +21,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
+from peft_dynamic.engines import check_engine, fit
 from peft_dynamic.hub import write_model_card
 from peft_dynamic.tuners.dylora.layer import ranked_layers
 from peft_dynamic.tuners.dylora.model import at_rank
@@ -38,6 +39,9 @@ def export_lora(
     save_directory: str | Path,
     rank: int | dict[str, int] | None = None,
     adapter_name: str | None = None,
+    *,
+    engine: str = "peft",
+    uniform_rank: bool | None = None,
 ) -> Path:
     """Write an adapter of ours as a stock LoRA checkpoint: of a DyLoRA adapter one rank b, with r = b.
 
@@ -60,6 +64,11 @@ def export_lora(
         rank: of a DyLoRA adapter: the rank, or a dict from module names or patterns to ranks as in `set_rank`; None for
             the rank in use. Adapters of other methods have one, so None.
         adapter_name: the adapter; None for the first active one.
+        engine: who reads the file. "vllm" and "llama.cpp" (its converter) read the matrices of linear layers and one
+            scale: the file is brought into that form, and what they would drop (trained norms and biases, DoRA,
+            embeddings, experts, `modules_to_save`) is refused.
+        uniform_rank: pad all modules with zeros to one rank and fold differing scales into B, so that the file has no
+            `rank_pattern` and no `alpha_pattern`; None for where the engine knows neither.
 
     Returns:
         `save_directory`.
@@ -67,9 +76,10 @@ def export_lora(
     Raises:
         FileExistsError: the target is a file, or holds an adapter that is more than a stock LoRA: writing over it would
             lose what that lacks.
-        ValueError: the model has no such adapter, the rank is out of range, or the ranks cannot be written as
-            `rank_pattern`.
+        ValueError: the model has no such adapter, the rank is out of range, the ranks cannot be written as
+            `rank_pattern`, or the engine would compute something else.
     """
+    check_engine(engine)
     target = Path(save_directory)
     _check_target(target)
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
@@ -80,6 +90,7 @@ def export_lora(
     with nullcontext() if rank is None else at_rank(model, rank, name):
         tensors = _tensors(model, name)
         config, auto_mapping = _config(model, name)
+        tensors, config = fit(tensors, config, engine, uniform_rank, _ranks(model, name))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as work:
         made = Path(work, target.name)
@@ -174,6 +185,12 @@ def _config(model: Any, name: str) -> tuple[LoraConfig, dict[str, str] | None]:
     }
     mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     return LoraConfig(**values), None if ours.task_type else mapping
+
+
+def _ranks(model: nn.Module, name: str) -> dict[str, tuple[int, float]]:
+    """Each layer's rank and alpha, under the name that it has in the checkpoint."""
+    prefix = "" if isinstance(model, PeftModel) else PEFT_PREFIX
+    return {prefix + key: (layer.r[name], layer.lora_alpha[name]) for key, layer in viewed_layers(model, name)}
 
 
 def _named_layers(model: nn.Module, name: str) -> list[tuple[str, LoraLayer]]:

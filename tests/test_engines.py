@@ -1,0 +1,183 @@
+"""Files for engines that know one rank and one scale: read as they read them, they are the model's adapter."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+
+from peft_dynamic import DensityLoRAConfig, DyLoRAConfig, LorettaRepConfig, MoSLoRAConfig, export_lora
+from tests.conformance.cases import CASES, perturb
+from tests.conformance.test_conformance import compute
+from tests.tuners.common import adapted, rows, tiny_llama
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Could not identify embedding layer:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer"),
+    pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning"),
+]
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=rows(2)).logits
+
+
+def read_by(engine: str, folder: Path) -> nn.Module:
+    """The base model with the file's updates, as the engine's rules say: the matrices, one alpha, no patterns.
+
+    vLLM scales by lora_alpha / r of the configuration, llama.cpp by lora_alpha over the rank of each matrix.
+    """
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in tensors)
+    model = tiny_llama()
+    with torch.no_grad():
+        for name, a in tensors.items():
+            if name.endswith(".lora_A.weight"):
+                b = tensors[name.replace(".lora_A.", ".lora_B.")]
+                scale = config["lora_alpha"] / (config["r"] if engine == "vllm" else a.shape[0])
+                layer = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+                layer.weight += scale * b @ a
+    return model
+
+
+SETTINGS: dict[str, Any] = {
+    "dylora": lambda: DyLoRAConfig(r=8, ranks=[1, 2, 4, 8], lora_alpha=16, target_modules="all-linear"),
+    "dylora-paper": lambda: DyLoRAConfig.paper(r=8, ranks=[1, 2, 4, 8], lora_alpha=16, target_modules="all-linear"),
+    "dylora-patterns": lambda: DyLoRAConfig(
+        r=8,
+        rank_pattern={"q_proj": 2, "up_proj": 4},
+        alpha_pattern={"v_proj": 3, "q_proj": 5},
+        target_modules="all-linear",
+        scaling="alpha/sqrt(b)",
+    ),
+    "moslora": lambda: MoSLoRAConfig(
+        r=8, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3}, target_modules="all-linear"
+    ),
+    "moslora-rslora": lambda: MoSLoRAConfig(
+        r=8, rank_pattern={"q_proj": 2}, use_rslora=True, target_modules="all-linear"
+    ),
+    "density": lambda: DensityLoRAConfig(r=8, rank_pattern={"q_proj": 3}, target_modules="all-linear"),
+    "loretta-rep": lambda: LorettaRepConfig(
+        bottleneck=4,
+        tensor_rank=2,
+        train_layer_norms=False,
+        rank_pattern={"q_proj": 2},
+        target_modules=["q_proj", "v_proj"],
+    ),
+    "loretta-rep-noise": lambda: LorettaRepConfig(
+        bottleneck=4,
+        tensor_rank=2,
+        train_layer_norms=False,
+        init_weights="noise_removal",
+        target_modules=["q_proj", "v_proj"],
+    ),
+}
+
+
+@pytest.mark.parametrize("engine", ["vllm", "llama.cpp"])
+@pytest.mark.parametrize("method", SETTINGS)
+def test_an_engine_without_patterns_computes_the_adapter(method: str, engine: str, tmp_path: Path) -> None:
+    config = SETTINGS[method]()
+    config.task_type = "CAUSAL_LM"
+    model = get_peft_model(tiny_llama(), config)
+    perturb(model)
+    if hasattr(model, "set_rank") and method != "dylora-patterns":
+        model.set_rank({r".*layers\.0\..*": 2, r".*layers\.1\.mlp.*": 1} if method == "dylora" else 2)
+    expected = logits(model)
+    export_lora(model, tmp_path, engine=engine)
+    torch.testing.assert_close(logits(read_by(engine, tmp_path)), expected, rtol=1e-4, atol=2e-5)
+    stock = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    written = stock.peft_config["default"]
+    assert (written.rank_pattern, written.alpha_pattern, written.use_rslora) == ({}, {}, False)
+    torch.testing.assert_close(logits(stock), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_without_it_such_an_engine_computes_something_else(tmp_path: Path) -> None:
+    model = adapted(lora_alpha=16, scaling="alpha/b")
+    perturb(model)
+    expected = logits(model)
+    model.set_rank({r".*layers\.0\..*": 2})
+    expected = logits(model)
+    export_lora(model, tmp_path)
+    assert (logits(read_by("vllm", tmp_path)) - expected).abs().max() > 1e-2
+
+
+def test_equal_scales_leave_the_factors_to_the_bit(tmp_path: Path) -> None:
+    model = adapted()
+    perturb(model)
+    model.set_rank({r".*layers\.0\..*": 2})
+    export_lora(model, tmp_path / "plain")
+    export_lora(model, tmp_path / "uniform", uniform_rank=True)
+    plain, uniform = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "uniform"))
+    for name, tensor in plain.items():
+        padded = uniform[name]
+        assert padded.shape[0 if "lora_A" in name else 1] == 8
+        assert torch.equal(padded[: tensor.shape[0], : tensor.shape[1]], tensor)
+        assert padded.abs().sum() == tensor.abs().sum()
+
+
+@pytest.mark.parametrize("name", ["dylora-linear", "dylora-embedding", "moslora-patterns", "dylora-transposed"])
+def test_one_rank_for_layers_of_every_kind(name: str, tmp_path: Path) -> None:
+    from tests.stock_cases import build
+
+    case = next(case for case in CASES if case.name == name)
+    model, inputs = case.perturbed()
+    if case.ranked:
+        layers = [key for key, layer in model.named_modules() if hasattr(layer, "lora_views")]
+        model.set_rank({layers[0].removeprefix("base_model.model."): case.ranks[0]})
+    expected = compute(model, inputs)
+    export_lora(model, tmp_path, uniform_rank=True)
+    stock = PeftModel.from_pretrained(build(case.layers)[0], tmp_path).eval()
+    assert stock.peft_config["default"].rank_pattern == {}
+    torch.testing.assert_close(compute(stock, inputs), expected, rtol=1e-4, atol=case.tolerance)
+
+
+UNREADABLE: dict[str, tuple[Any, str]] = {
+    "norms": (LorettaRepConfig(bottleneck=4, tensor_rank=2, target_modules=["q_proj"]), "train_layer_norms=False"),
+    "modules_to_save": (DyLoRAConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]), "other tensors"),
+    "bias": (DyLoRAConfig(r=4, target_modules=["q_proj"], bias="lora_only"), "bias='lora_only'"),
+    "lora_bias": (MoSLoRAConfig(r=4, target_modules=["q_proj"], lora_bias=True), "lora_bias=True"),
+    "dora": (MoSLoRAConfig(r=4, target_modules=["q_proj"], use_dora=True), "use_dora=True"),
+    "embedding": (DyLoRAConfig(r=4, target_modules=["q_proj", "embed_tokens"]), "other tensors"),
+    "tokens": (DyLoRAConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[1]), "trainable_token_indices"),
+    "replication": (
+        DyLoRAConfig(r=4, target_modules=["q_proj"], layer_replication=[[0, 2], [0, 2]]),
+        "layer_replication",
+    ),
+}
+
+
+@pytest.mark.parametrize("engine", ["vllm", "llama.cpp"])
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_an_engine_would_drop_is_refused(kind: str, engine: str, tmp_path: Path) -> None:
+    import copy
+
+    config, message = UNREADABLE[kind]
+    config = copy.deepcopy(config)
+    config.task_type = "CAUSAL_LM"
+    model = get_peft_model(tiny_llama(), config)
+    with pytest.raises(ValueError, match=f"engine='{engine}'.*{message}"):
+        export_lora(model, tmp_path / "out", engine=engine)
+    assert not (tmp_path / "out").exists()
+    export_lora(model, tmp_path / "out")  # PEFT reads it
+    assert type(PeftModel.from_pretrained(tiny_llama(), tmp_path / "out").peft_config["default"]) is LoraConfig
+
+
+def test_an_unknown_engine_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"engine='tgi': must be one of peft, vllm, llama.cpp"):
+        export_lora(adapted(), tmp_path / "out", engine="tgi")
+
+
+def test_grouped_convolutions_cannot_be_padded(tmp_path: Path) -> None:
+    model, _ = next(case for case in CASES if case.name == "dylora-convolutions").perturbed()
+    with pytest.raises(ValueError, match="g2 is a grouped convolution"):
+        export_lora(model, tmp_path / "out", uniform_rank=True)
+    assert not (tmp_path / "out").exists()
