@@ -9,8 +9,11 @@ from __future__ import annotations
 from copy import copy, deepcopy
 from typing import Any
 
+import torch
 from peft.utils.peft_types import PeftType
 from torch import nn
+
+from .factors import viewed_layers
 
 
 def as_lora(config: Any) -> Any:
@@ -90,3 +93,32 @@ def warn_of_parts(state_dict: dict[str, Any], adapter_name: str) -> None:
         key: value for key, value in state_dict.items() if not key.endswith(vectors) and ".lora_schedule." not in key
     }
     _validate_lora_adapter_state_dict(matrices, adapter_name=adapter_name)
+
+
+def is_of_diffusers(model: nn.Module) -> bool:
+    """Whether the model is one of diffusers', whose scripts save adapters by PEFT's state dict and nothing else."""
+    return any(cls.__module__.partition(".")[0] == "diffusers" for cls in type(model).__mro__)
+
+
+def as_stock(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An adapter's state dict as that of a stock LoRA at the set rank, with the scale in B.
+
+    diffusers keeps `lora_A` and `lora_B`, drops all else with a line in its log, takes the rank from their shapes and
+    `lora_alpha` as equal to it. So that is what it gets.
+    """
+    own = (".lora_mixer.", ".lora_schedule.")
+    made = {
+        key: value
+        for key, value in state_dict.items()
+        if not any(part in key for part in own) and not key.endswith((".cores", ".start"))
+    }
+    layer: Any
+    for prefix, layer in viewed_layers(model, adapter_name):
+        of_embedding = adapter_name not in layer.lora_A
+        for side, (holder, name, view) in zip("AB", layer.lora_views[adapter_name].parts, strict=True):
+            key = f"{prefix}.lora_{side}.{adapter_name}.weight"
+            if of_embedding:
+                key = f"{prefix}.lora_embedding_{side}.{adapter_name}"
+            shown = view.anew(holder._parameters[name]).detach()
+            made[key] = shown * layer.scaling[adapter_name] if side == "B" else shown.clone()
+    return made

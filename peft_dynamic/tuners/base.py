@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from . import optimizers as optimizers  # for its hook
-from .as_lora import check_target, target_experts, warn_of_parts
+from .as_lora import as_stock, check_target, is_of_diffusers, target_experts, warn_of_parts
 from .checkpoint import check_fits
 from .factors import is_viewed, keep_together
 from .quantization import keep_training_on_cpu
@@ -98,7 +98,7 @@ class ViewedLoraModel(LoraModel):
     def _get_adapter_state_dict(cls, model: nn.Module, config: Any, adapter_name: str, **kwargs: Any) -> Any:
         state_dict = super()._get_adapter_state_dict(model=model, config=config, adapter_name=adapter_name, **kwargs)
         warn_of_parts(state_dict, adapter_name)
-        return state_dict
+        return as_stock(model, adapter_name, state_dict) if is_of_diffusers(model) else state_dict
 
     @classmethod
     def _convert_state_dict_for_initial_model(cls, model: nn.Module, config: Any, *args: Any, **kwargs: Any) -> Any:
