@@ -285,7 +285,8 @@ def new_figure(owner: str, width: float, height: float) -> Any:
         from matplotlib.figure import Figure  # not pyplot: no global state, no display
     except ImportError as error:
         raise ImportError(
-            f"{owner}.plot needs matplotlib: pip install 'peft-dynamic[plot]'. {owner}.table() does without."
+            f"{owner}.plot needs matplotlib, the extra peft-dynamic[plot]: pip install matplotlib (or, in a checkout, "
+            f"pip install '.[plot]'). {owner}.table() does without."
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
 

@@ -6,8 +6,8 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import fields
 from pathlib import Path
@@ -76,12 +76,12 @@ def export_lora(
     Raises:
         FileExistsError: the target is a file, or holds an adapter that is more than a stock LoRA: writing over it would
             lose what that lacks.
+        NotADirectoryError, PermissionError: there can be no such folder, or nothing can be written in it.
         ValueError: the model has no such adapter, the rank is out of range, the ranks cannot be written as
             `rank_pattern`, or the engine would compute something else.
     """
     check_engine(engine)
-    target = Path(save_directory)
-    _check_target(target)
+    target = check_target(save_directory)
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     name = active_adapter(model, adapter_name)
     if rank is not None and not list(ranked_layers(model, name)):
@@ -91,30 +91,61 @@ def export_lora(
         tensors = _tensors(model, name)
         config, auto_mapping = _config(model, name)
         tensors, config = fit(tensors, config, engine, uniform_rank, _ranks(model, name))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as work:
-        made = Path(work, target.name)
+    with _working_folder(target) as work:
+        made = work / target.name
         config.save_pretrained(str(made), auto_mapping_dict=auto_mapping)
         save_file(tensors, made / "adapter_model.safetensors", metadata={"format": "pt"})
         write_model_card(made)
         target.mkdir(exist_ok=True)
         for file in FILES:
             os.replace(made / file, target / file)
+    return Path(save_directory)
+
+
+def check_target(save_directory: str | Path) -> Path:
+    """The folder to write, with "..", "." and links followed, if an export may go there.
+
+    Raises:
+        FileExistsError: it is a file, or holds an adapter that is more than a stock LoRA.
+        NotADirectoryError: a folder above it is a file.
+        PermissionError: nothing can be written there.
+    """
+    named = f"save_directory={str(save_directory)!r}"
+    target = Path(os.path.realpath(save_directory))  # ".." has no name to put files under, and a link is no place
+    if target.is_symlink():
+        raise FileExistsError(f"{named} is a link to itself; pass a folder.")
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{named} is a file; pass a folder.")
+    there = next(folder for folder in (target, *target.parents) if folder.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{named}: {there} is a file, so there can be no folder in it.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{named}: nothing can be written in {there}. Pass another folder, or change its rights.")
+    try:
+        kind = json.loads((target / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
+    except (FileNotFoundError, ValueError, AttributeError, RecursionError):
+        return target  # no adapter, or none that could be loaded
+    except IsADirectoryError as error:
+        raise FileExistsError(f"{named} has a folder named adapter_config.json; pass another folder.") from error
+    if kind != "LORA":
+        raise FileExistsError(
+            f"{named} holds a {kind} adapter; an export over it would lose what a LoRA lacks. "
+            "Pass another folder, or delete that one first."
+        )
     return target
 
 
-def _check_target(target: Path) -> None:
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"save_directory={str(target)!r} is a file; pass a folder.")
-    try:
-        there = json.loads((target / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
-    except (FileNotFoundError, ValueError, AttributeError):
-        return  # no adapter, or none that could be loaded
-    if there != "LORA":
-        raise FileExistsError(
-            f"save_directory={str(target)!r} holds a {there} adapter; an export over it would lose what a LoRA lacks. "
-            "Pass another folder, or delete that one first."
-        )
+@contextmanager
+def _working_folder(target: Path) -> Iterator[Path]:
+    """A folder to make the files in: on the target's file system, and gone afterwards.
+
+    It is in the target if that is there, which may be a mount or stand in a folder where we may not write.
+    """
+    there = target.is_dir()
+    place = target if there else target.parent
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place, prefix=f".{target.name}-") as work:
+        yield Path(work)
 
 
 def _tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:

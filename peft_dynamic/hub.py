@@ -7,13 +7,17 @@ carries the line `import peft_dynamic`.
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -26,6 +30,7 @@ AUTO_CLASSES = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
 }
 REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -45,6 +50,9 @@ def write_model_card(directory: str | Path, repo_id: str | None = None) -> Path:
 
     Raises:
         FileNotFoundError: the folder holds no adapter.
+
+    Warns:
+        UserWarning: the adapter says neither its task nor its model's class, so the card cannot say how to load it.
     """
     directory = Path(directory)
     if not (directory / "adapter_config.json").is_file():
@@ -66,7 +74,7 @@ def write_model_card(directory: str | Path, repo_id: str | None = None) -> Path:
     if base and not data.base_model:
         data.base_model = base
     tags = list(data.tags or [])
-    data.tags = [*tags, *(tag for tag in ("lora", config["peft_type"].lower()) if tag not in tags)]
+    data.tags = [*tags, *(tag for tag in _tags(config["peft_type"]) if tag not in tags)]
     card.save(path)
     return path
 
@@ -145,6 +153,11 @@ def _save(model: Any, work: Path, name: str) -> Path:
             f"adapter_name={name!r} is not the one active adapter: call model.set_adapter({name!r}) first."
         )
     model.save_pretrained(work)
+    path = work / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if not config.get("task_type") and not config.get("auto_mapping"):  # PeftModel notes the class, transformers not
+        config["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     return work
 
 
@@ -152,6 +165,46 @@ def _base_repo(config: dict[str, Any]) -> str | None:
     """The base model's name on the Hub; None for a folder, which means nothing elsewhere."""
     base = config.get("base_model_name_or_path") or ""
     return base if REPO_ID.fullmatch(base) and not Path(base).exists() else None
+
+
+def model_class_name(config: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The class of an adapter's base model, as library and name; None for the name if the adapter does not say it.
+
+    Args:
+        config: the values of an adapter_config.json. PEFT writes `auto_mapping` there if there is no `task_type`.
+    """
+    task = config.get("task_type")
+    task = getattr(task, "value", task)
+    if isinstance(task, str) and task in AUTO_CLASSES:
+        return "transformers", AUTO_CLASSES[task]
+    noted = config.get("auto_mapping")
+    noted = noted if isinstance(noted, dict) else {}
+    library, name = noted.get("parent_library"), noted.get("base_model_class")
+    if isinstance(library, str) and isinstance(name, str):
+        return library, name
+    return "transformers", None
+
+
+def _tags(peft_type: str) -> list[str]:
+    """The method's own name, after "lora" if it is a LoRA with something more."""
+    own = peft_type.lower()
+    is_lora = issubclass(PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type, object), LoraConfig)
+    return list(dict.fromkeys(["lora", own] if is_lora else [own]))
+
+
+def _loading(config: dict[str, Any], base: str) -> list[str]:
+    """The lines that load the base model."""
+    library, name = model_class_name(config)
+    if name is None:
+        warnings.warn(
+            "the adapter says neither its task_type nor its model's class, so the card cannot say how to load its base "
+            "model. Pass task_type to the adapter's config, e.g. task_type='CAUSAL_LM'.",
+            stacklevel=4,
+        )
+        return ["from transformers import AutoModel", "", f'base = AutoModel.from_pretrained("{base}")  # or its class']
+    if library.partition(".")[0] == "transformers":
+        return [f"from transformers import {name}", "", f'base = {name}.from_pretrained("{base}")']
+    return ["", f"base = ...  # the {name} that it was trained on"]
 
 
 def _ranks(config: dict[str, Any]) -> str:
@@ -163,9 +216,8 @@ def _ranks(config: dict[str, Any]) -> str:
 
 
 def _usage(config: dict[str, Any], directory: Path, repo_id: str | None) -> str:
-    source = repo_id or directory.name
+    source = repo_id or Path(os.path.abspath(directory)).name  # "." and ".." have no name to call it by
     base = _base_repo(config) or "path/to/the/base/model"
-    auto = AUTO_CLASSES.get(config.get("task_type") or "", "AutoModel")
     stock = config["peft_type"] == "LORA"
     ranked = config["peft_type"] in ("DYLORA", "QDYLORA")
     if stock:
@@ -180,9 +232,7 @@ def _usage(config: dict[str, Any], directory: Path, repo_id: str | None) -> str:
     code = [
         *([] if stock else [f"import peft_dynamic  # registers {config['peft_type']} with PEFT"]),
         "from peft import PeftModel",
-        f"from transformers import {auto}",
-        "",
-        f'base = {auto}.from_pretrained("{base}")',
+        *_loading(config, base),
         f'model = PeftModel.from_pretrained(base, "{source}")',
     ]
     if ranked:

@@ -6,6 +6,7 @@ few lines of torch, `lambda model: trainer.evaluate()`, or a benchmark harness.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its types are a package of their own
 
-from peft_dynamic.curves import Curve, evaluating, measured
+from peft_dynamic.curves import Curve, direction, evaluating, measured
 from peft_dynamic.tuners.dylora.layer import ranked_layers
 from peft_dynamic.tuners.dylora.model import active_adapter, at_rank
 
@@ -73,13 +74,17 @@ class RankCurve(Curve[RankRow]):
     def recommend(
         self, tolerance: float = 0.01, metric: str | None = None, greater_is_better: bool | None = None
     ) -> int:
-        """The smallest rank whose metric is within a relative tolerance of the best rank's.
+        """The smallest rank that keeps all but a fraction of the best rank's gain over the base model.
 
-        With v* the best value among the ranks (the base model does not count), a rank qualifies if
-        |v - v*| <= tolerance * |v*|. Ranks whose value is not finite never qualify.
+        With g the gains over the base model and g* the greatest, a rank qualifies if g >= (1 - tolerance) g*: a rank
+        that learnt little is told from one that learnt nothing, whatever the metric's size. Where the base model was
+        not measured, with v* the best value, a rank qualifies if |v - v*| <= tolerance * |v*|. Ranks whose value is
+        not finite never qualify.
+
+        Where no rank is better than the base model, a warning says that nothing was learnt, and the values decide.
 
         Args:
-            tolerance: how much worse than the best is still good enough, as a fraction: 0.01 is one per cent.
+            tolerance: which fraction may be lost: 0.01 is one per cent.
             metric: which metric; None for the first that `evaluate` gave.
             greater_is_better: the direction; None looks it up for names such as loss, perplexity, accuracy, f1 or bleu.
 
@@ -92,7 +97,38 @@ class RankCurve(Curve[RankRow]):
         """
         rows = [row for row in self.rows if row.rank is not None]
         good = self.good_rows(tolerance, metric, greater_is_better, rows)
-        return min(row.rank for row in good if row.rank is not None)
+        gains = self.gains(metric, greater_is_better)
+        most = max(gains.values(), default=0.0)
+        if most > 0:
+            return min(rank for rank, gain in gains.items() if gain >= (1 - tolerance) * most)
+        best = min(row.rank for row in good if row.rank is not None)
+        if gains:
+            warnings.warn(
+                f"no rank is better than the base model: nothing was learnt, and rank {best} is no use. Train "
+                "longer, or at another learning rate.",
+                stacklevel=2,
+            )
+        return best
+
+    def gains(self, metric: str | None = None, greater_is_better: bool | None = None) -> dict[int, float]:
+        """How much better than the base model each rank is.
+
+        Args:
+            metric: as in `recommend`.
+            greater_is_better: as in `recommend`.
+
+        Returns:
+            rank -> gain, above 0 where the rank is better. Ranks whose value is not finite are left out, and all are
+            where the base model was not measured, or has no finite value.
+
+        Raises:
+            ValueError: the metric's direction is not known.
+        """
+        name = (self.metrics or [""])[0] if metric is None else metric
+        base = next((row.metrics.get(name, math.nan) for row in self.rows if row.rank is None), math.nan)
+        sign = 1 if (direction(name) if greater_is_better is None else greater_is_better) else -1
+        gains = {row.rank: sign * (row.metrics.get(name, math.nan) - base) for row in self.rows if row.rank is not None}
+        return {rank: gain for rank, gain in gains.items() if math.isfinite(gain)}
 
 
 def rank_curve(
@@ -102,6 +138,7 @@ def rank_curve(
     adapter_name: str | None = None,
     base: bool = True,
     progress: bool = True,
+    on_row: Callable[[RankCurve], object] | None = None,
 ) -> RankCurve:
     """Evaluate a DyLoRA adapter at each of its ranks.
 
@@ -116,6 +153,7 @@ def rank_curve(
         base: also measure the base model, with all adapters disabled. Left out, with a warning, for an adapter that
             trained the base model's own biases, which cannot be switched off.
         progress: show a progress bar.
+        on_row: called after each row with the curve so far, e.g. to write it down.
 
     Returns:
         The `RankCurve`, the base model first and the ranks increasing.
@@ -147,18 +185,23 @@ def rank_curve(
             "the curve has no row for the base model.",
             stacklevel=2,
         )
-    rows = []
+    rows: list[RankRow] = []
+
+    def add(rank: int | None) -> None:
+        bar.set_postfix_str("base model" if rank is None else f"rank {rank}")
+        row = RankRow(rank, measured(evaluate, model))
+        rows.insert(0 if rank is None else len(rows), row)
+        bar.update()
+        if on_row is not None:
+            on_row(RankCurve(list(rows)))
+
     with evaluating(model), tqdm(total=len(wanted) + base, desc="rank curve", disable=not progress) as bar:
         for rank in wanted:
-            bar.set_postfix_str(f"rank {rank}")
             with at_rank(model, rank, name):
-                rows.append(RankRow(rank, measured(evaluate, model)))
-            bar.update()
+                add(rank)
         if base:
-            bar.set_postfix_str("base model")
             with adapters_disabled(model):
-                rows.insert(0, RankRow(None, measured(evaluate, model)))
-            bar.update()
+                add(None)
     return RankCurve(rows)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,15 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def run(name: str, *arguments: object) -> str:
     command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    # whatever the terminal, the locale and the folder of whoever runs the tests
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "PYTHONUTF8": "1", "COLUMNS": "400"}
+    for variable in ("FORCE_COLOR", "NO_COLOR", "TERM", "LINES", "PYTHONIOENCODING"):
+        environment.pop(variable, None)
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment, cwd=folder)
+        left = [path.name for path in Path(folder).iterdir()]
     assert done.returncode == 0, done.stderr
+    assert not left  # all is written where it was asked for
     return done.stdout
 
 

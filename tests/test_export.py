@@ -290,3 +290,52 @@ def test_a_pretrained_model_computes_the_same_bits(tmp_path: Path, model_path: P
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
     assert torch.equal(ours, load_file(result)["output"])
+
+
+NAMES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("target", [".", "..", "../here", "new/", "new/..", "./new/../new", "link", "link/", "../out"])
+def test_an_export_writes_its_three_files_and_moves_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    here, there = tmp_path / "up" / "here", tmp_path / "there"
+    for folder in (here, there, here / "kept"):
+        folder.mkdir(parents=True)
+        (folder / "mine.txt").write_text("mine")
+    (here / "link").symlink_to(there)
+    monkeypatch.chdir(here)
+    before = files(tmp_path)
+    where = Path(os.path.realpath(target))
+    assert export_lora(adapted("linear")[0], target, rank=2) == Path(target)
+    added = {(where / name).relative_to(tmp_path).as_posix() for name in NAMES}
+    assert files(tmp_path) == before | added
+    assert not [path for path in tmp_path.rglob(".*")]  # nothing of the making is left
+    assert export_lora(adapted("linear")[0], target, rank=4) == Path(target)  # a stock adapter may be replaced
+    assert json.loads((where / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_a_place_that_cannot_be_written_is_named_and_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted("linear")[0]
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    (tmp_path / "odd" / "adapter_config.json").mkdir(parents=True)
+    for target, error, words in [
+        ("file", FileExistsError, "is a file; pass a folder"),
+        ("file/", FileExistsError, "is a file; pass a folder"),
+        ("file/below", NotADirectoryError, "file is a file, so there can be no folder in it"),
+        ("round", FileExistsError, "is a link to itself"),
+        ("odd", FileExistsError, "has a folder named adapter_config.json"),
+    ]:
+        before = files(tmp_path)
+        with pytest.raises(error, match=words):
+            export_lora(model, f"{tmp_path}/{target}", rank=2)
+        assert files(tmp_path) == before
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root
+    with pytest.raises(PermissionError, match="nothing can be written in"):
+        export_lora(model, tmp_path / "locked", rank=2)
+    assert not (tmp_path / "locked").exists()

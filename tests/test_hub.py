@@ -6,9 +6,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
-from peft import PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
+from peft.utils.peft_types import PeftType
 
-from peft_dynamic import DyLoRAConfig, LorettaAdpConfig, LorettaRepConfig, MoSLoRAConfig
+from peft_dynamic import (
+    DensityLoRAConfig,
+    DyLoRAConfig,
+    LorettaAdpConfig,
+    LorettaRepConfig,
+    MoSLoRAConfig,
+    QDyLoRAConfig,
+)
+from peft_dynamic._registry import is_ours
 from peft_dynamic.export import export_lora
 from peft_dynamic.hub import push_adapter, write_model_card
 from tests.stock_cases import build
@@ -65,7 +74,52 @@ def test_push_of_a_named_adapter_and_of_an_added_one(pushed: dict) -> None:
     added.add_adapter(DyLoRAConfig(r=2, ranks=[1, 2], target_modules=["q_proj"]), "mine")
     push_adapter(added, "me/poet")
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= set(pushed["files"])
-    assert b"import peft_dynamic" in pushed["files"]["README.md"]
+    card = pushed["files"]["README.md"].decode()
+    assert "import peft_dynamic" in card
+    assert "from transformers import LlamaForCausalLM" in card  # the config has no task_type
+
+
+def test_the_tags_say_what_an_adapter_is(tmp_path: Path) -> None:
+    kinds = [
+        (DyLoRAConfig(r=2), ["lora", "dylora"]),
+        (QDyLoRAConfig(r=2), ["lora", "qdylora"]),
+        (MoSLoRAConfig(r=2), ["lora", "moslora"]),
+        (DensityLoRAConfig(r=2), ["lora", "density_lora"]),
+        (LorettaRepConfig(), ["lora", "loretta_rep"]),
+        (LorettaAdpConfig(), ["loretta_adp"]),  # small networks between the layers: no LoRA
+        (LoraConfig(r=2), ["lora"]),
+    ]
+    assert {config.peft_type for config, _ in kinds} >= {
+        kind for kind in PeftType if is_ours(SimpleNamespace(peft_type=kind))
+    }
+    for config, tags in kinds:
+        config.task_type = "CAUSAL_LM"
+        config.save_pretrained(str(tmp_path / config.peft_type))
+        assert ModelCard.load(write_model_card(tmp_path / config.peft_type)).data.tags == tags
+
+
+def test_the_card_takes_the_class_from_what_peft_noted(tmp_path: Path) -> None:
+    model = get_peft_model(build("llama")[0], DyLoRAConfig(r=2))
+    model.save_pretrained(tmp_path / "noted")
+    code = code_of(write_model_card(tmp_path / "noted").read_text())
+    assert "from transformers import LlamaForCausalLM" in code
+    assert "base = LlamaForCausalLM.from_pretrained(" in code
+    model = get_peft_model(build("linear")[0], DyLoRAConfig(r=2, target_modules=["a"]))
+    model.save_pretrained(tmp_path / "own")
+    code = code_of(write_model_card(tmp_path / "own").read_text())
+    assert "from_pretrained(base" in code
+    assert "AutoModel" not in code
+    compile(code, "card", "exec")
+    DyLoRAConfig(r=2).save_pretrained(str(tmp_path / "silent"))
+    with pytest.warns(UserWarning, match="says neither its task_type nor its model's class"):
+        write_model_card(tmp_path / "silent")
+
+
+def test_a_card_in_the_folder_where_we_are_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    DyLoRAConfig(r=2, task_type="CAUSAL_LM").save_pretrained(str(tmp_path / "poet"))
+    monkeypatch.chdir(tmp_path / "poet")
+    assert write_model_card(".") == Path("README.md")
+    assert 'PeftModel.from_pretrained(base, "poet")' in Path("README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -144,8 +144,40 @@ def test_the_progress_bar_counts_the_evaluations(capsys: pytest.CaptureFixture[s
     [(0, 4), (0.004, 4), (0.006, 2), (0.0999, 2), (0.11, 1)],  # 2.01 is 0.5 % and 2.2 is 10 % above the best, 2.0
 )
 def test_recommend_takes_the_smallest_rank_within_tolerance(tolerance: float, rank: int) -> None:
-    losses = curve(base=9.0, loss={1: 2.2, 2: 2.01, 4: 2.0, 8: 2.005})
+    losses = curve(loss={1: 2.2, 2: 2.01, 4: 2.0, 8: 2.005})
     assert losses.recommend(tolerance) == rank
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "rank"),
+    [(0, 4), (0.04, 4), (0.06, 4), (0.11, 2), (0.99, 2), (1, 1)],  # of a gain of .1 rank 2 lost .01 and rank 8 .005
+)
+def test_recommend_goes_by_the_gain_over_the_base_model(tolerance: float, rank: int) -> None:
+    losses = curve(base=9.1, loss={1: 9.1, 2: 9.01, 4: 9.0, 8: 9.005})
+    assert losses.recommend(tolerance) == rank
+    assert losses.gains() == pytest.approx({1: 0.0, 2: 0.09, 4: 0.1, 8: 0.095})
+    upwards = curve(base=-9.1, accuracy={1: -9.1, 2: -9.01, 4: -9.0, 8: -9.005})
+    assert upwards.recommend(tolerance) == rank
+
+
+def test_recommend_says_when_nothing_was_learnt() -> None:
+    losses = curve(base=1.0, loss={1: 1.0, 2: 1.5})
+    with pytest.warns(UserWarning, match="no rank is better than the base model: nothing was learnt"):
+        assert losses.recommend() == 1
+    assert curve(base=math.nan, loss={1: 1.0, 2: 0.5}).recommend() == 2  # no base model to compare with
+    assert curve(base=math.nan, loss={1: 1.0, 2: 0.5}).gains() == {}
+    assert curve(base=2.0, loss={1: 1.0, 2: math.nan}).gains() == {1: 1.0}
+
+
+def test_the_curve_so_far_is_handed_out_after_each_row() -> None:
+    seen: list[list[int | None]] = []
+    rank_curve(
+        adapted()[0],
+        lambda m: {"loss": 1.0},
+        progress=False,
+        on_row=lambda so_far: seen.append([row.rank for row in so_far.rows]),
+    )
+    assert seen == [[1], [1, 2], [1, 2, 4], [None, 1, 2, 4]]
 
 
 def test_recommend_knows_directions_and_asks_for_others() -> None:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence, Set
 from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -229,9 +228,9 @@ def _number(reward: Any, completion: Any, name: str) -> float:
     """A reward as a number, NaN for None."""
     if reward is None:
         return math.nan
-    if isinstance(reward, torch.Tensor) and reward.numel() == 1:
+    if getattr(reward, "shape", None) in ((), (1,)):  # of torch or numpy
         reward = reward.item()
-    if not isinstance(reward, Real | np.bool_):
+    if not isinstance(reward, Real):
         raise TypeError(
             f"The reward function {name!r} returned {reward!r}, a {type(reward).__name__}, for the completion "
             f"{completion!r}; it must be a finite number, or None where the function does not apply."
