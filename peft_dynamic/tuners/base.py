@@ -113,7 +113,7 @@ class ViewedLoraModel(LoraModel):
     ) -> dict[str, torch.Tensor]:
         """PEFT's, and refuse an incomplete or misshapen checkpoint before any of it is loaded."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_fits(model, adapter_name, remapped)
+        check_fits(model, config, adapter_name, remapped)
         return remapped
 
     def _weighted(self, config: Any, adapter_name: str) -> Any:

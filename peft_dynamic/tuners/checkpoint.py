@@ -33,11 +33,12 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[int,
     return found
 
 
-def check_fits(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+def check_fits(model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
     """Refuse a checkpoint that is incomplete, misshapen, holds NaN, or would change what is none of the adapter's.
 
     Args:
         model: with the adapter, untouched so far.
+        config: the adapter's; with its `bias` the model's own biases belong to it.
         adapter_name: the adapter.
         state_dict: the checkpoint, with the names that it has in the model.
 
@@ -67,7 +68,9 @@ def check_fits(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.
                 f"the checkpoint for the adapter {adapter_name!r} has NaN or infinite values in {name}: the run that "
                 "made it had diverged, or the file is damaged. Load an earlier checkpoint. Nothing was loaded."
             )
-    strange = _strange(model, adapter_name, expected, list(found))
+    biases = getattr(config, "bias", "none") != "none"
+    names = [name for name in found if not (biases and name.endswith(".bias"))]
+    strange = _strange(model, adapter_name, expected, names)
     if strange:
         raise ValueError(
             f"the checkpoint for the adapter {adapter_name!r} has {strange[0]}, which is none of the adapter's tensors "

@@ -23,6 +23,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from .mixer import Mixer
+from .offload import real
 
 
 def is_sharded(factor: torch.Tensor) -> bool:
@@ -71,12 +72,12 @@ class FactorView:
         """Changes whenever `compute` would give something else."""
         if self.mixer is None:
             return (id(full), full._version)
-        m = self.mixer.weight
+        m = self.mixer.value
         return (id(full), full._version, id(m), m._version)
 
     def sources(self, full: torch.Tensor) -> list[torch.Tensor]:
         """All tensors that `compute` reads."""
-        return [full] if self.mixer is None else [full, self.mixer.weight]
+        return [full] if self.mixer is None else [full, self.mixer.value]
 
     def of(self, full: torch.Tensor) -> torch.Tensor:
         """What is shown for the stored tensor `full`: computed once per training forward pass, kept in inference."""
@@ -113,7 +114,7 @@ class FactorView:
         """M A, in A's layout."""
         if self.mixer is None:
             return full
-        m = self.mixer.weight.to(full)
+        m = self.mixer.value.to(full)
         if len(m) == 1:
             return (m[0] @ full.flatten(1)).view(full.shape)
         return (m @ self.matrices(full)).reshape(full.shape)
@@ -136,7 +137,8 @@ class FactorView:
         return self.__dict__ | {"kept": None, "pending": None, "in_forward": False}
 
 
-FSDP1 = "torch.distributed.fsdp."
+# Hosts that ask for a parameter by name to put it away, or back: FSDP1, and accelerate's offloading.
+STORE = ("torch.distributed.fsdp.", "accelerate.")
 
 
 class _ViewedModule(nn.Module):
@@ -149,9 +151,9 @@ class _ViewedModule(nn.Module):
         full = self._parameters.get("weight")
         if full is None and (full := self.__dict__.get("weight")) is None:
             raise AttributeError("weight")
-        if not torch.compiler.is_compiling() and sys._getframe(1).f_globals.get("__name__", "").startswith(FSDP1):
+        if not torch.compiler.is_compiling() and sys._getframe(1).f_globals.get("__name__", "").startswith(STORE):
             return full
-        return self.view.of(full)
+        return self.view.of(real(self, "weight", full))
 
     # FSDP1 takes the parameter out and puts plain tensors in its place. It asks for them by name, and trains what it
     # is given.
@@ -177,7 +179,7 @@ class _ViewedModule(nn.Module):
 def whole_factor(holder: nn.Module, name: str) -> torch.Tensor:
     """The stored factor: the parameter, or the tensor that FSDP1 put in its place."""
     parameter = holder._parameters.get(name)
-    return holder.__dict__[name] if parameter is None else parameter
+    return holder.__dict__[name] if parameter is None else real(holder, name, parameter)
 
 
 class ViewedLinear(_ViewedModule, nn.Linear):

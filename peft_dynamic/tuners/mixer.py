@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .offload import real
+
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import LoraLayer
 
@@ -78,6 +80,11 @@ class Mixer(nn.Module):
             self.weight = nn.Parameter(weight)
         else:
             self.register_buffer("weight", weight)
+
+    @property
+    def value(self) -> torch.Tensor:
+        """`weight`, from where accelerate has put it if it is offloaded: no forward pass of this module fetches it."""
+        return real(self, "weight", self.weight)
 
 
 def _initialize(matrix: torch.Tensor, how: str) -> None:

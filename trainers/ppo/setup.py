@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import random
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def seed_of(*parts: int) -> int:
 
     Not `hash`, for which -1 and -2 are the same.
     """
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+    return random.Random("/".join(map(str, parts))).getrandbits(63)
 
 
 def hidden_width(policy: Any) -> int:

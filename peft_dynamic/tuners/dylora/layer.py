@@ -86,7 +86,7 @@ class AdapterRanks(LayerViews):
             a, b = self.factors()
         key = (self.schedule.updates, id(a), a._version, id(b), b._version)
         mixer = view_a.mixer
-        return key if mixer is None else (*key, id(mixer.weight), mixer.weight._version)
+        return key if mixer is None else (*key, id(mixer.value), mixer.value._version)
 
     @torch.compiler.disable
     def _current_basis(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,7 +108,7 @@ class AdapterRanks(LayerViews):
         a, b = self.factors()
         (_, _, view_a), (_, _, view_b) = self.parts
         return gram_matrices(
-            view_a.matrices(a), view_b.matrices(b), None if view_a.mixer is None else view_a.mixer.weight
+            view_a.matrices(a), view_b.matrices(b), None if view_a.mixer is None else view_a.mixer.value
         )
 
     def keep_basis(self, e: torch.Tensor, f: torch.Tensor) -> None:

@@ -43,7 +43,7 @@ class RankView(FactorView):
             return self._leading(full)
         if self.mixer is None:  # B of a prefix whose A is mixed
             return slice_rank(full, self.dim, self.rank, self.max_rank, self.groups)
-        m = self.mixer.weight[:, : self.rank, : self.rank].to(full)
+        m = self.mixer.value[:, : self.rank, : self.rank].to(full)
         return (m @ self.matrices(full)[:, : self.rank]).reshape(-1, *full.shape[1:])
 
     def _leading(self, full: torch.Tensor) -> torch.Tensor:
@@ -51,7 +51,7 @@ class RankView(FactorView):
         e, f = (constant.to(full.device) for constant in self.owner.basis())  # the model may have moved since
         matrices = self.matrices(full).to(e.dtype)
         if self.dim == 0:
-            leading = f[:, : self.rank] if self.mixer is None else f[:, : self.rank] @ self.mixer.weight.to(f)
+            leading = f[:, : self.rank] if self.mixer is None else f[:, : self.rank] @ self.mixer.value.to(f)
             return (leading @ matrices).reshape(-1, *full.shape[1:]).to(full.dtype)
         cut = matrices @ e[:, :, : self.rank]
         if self.groups[1] > 1:

@@ -167,7 +167,7 @@ class LorettaAdpModel(AlsoTrained, BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """PEFT's, and refuse a checkpoint that does not fit before any of it is loaded."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_fits(model, adapter_name, remapped)
+        check_fits(model, config, adapter_name, remapped)
         return remapped
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from peft_dynamic.functional.tensor_train import check_shape, contract, core_shapes, factorize, init_cores
 from peft_dynamic.tuners.factors import FactorView
+from peft_dynamic.tuners.offload import real
 
 
 class TrainView(FactorView):
@@ -64,8 +65,8 @@ class TrainFactor(nn.Linear):
     @property
     def weight(self) -> torch.Tensor:
         if "start" in self._buffers:
-            self.view.start = self.start
-        return self.view.of(self.cores)
+            self.view.start = real(self, "start", self.start)
+        return self.view.of(real(self, "cores", self.cores))
 
     @weight.setter
     def weight(self, value: torch.Tensor) -> None:
