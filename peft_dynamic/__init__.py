@@ -1,26 +1,36 @@
-"""peft_dynamic: adapters and trainers for Hugging Face PEFT and TRL. Importing it registers the tuners with PEFT."""
+"""peft_dynamic: adapters and trainers for Hugging Face PEFT and TRL. Importing it registers the tuners with PEFT.
 
-from peft_dynamic.density import (
-    ActivationDensityLoss,
-    DensityReport,
-    calibrate_cut,
-    cut_activations,
-    measure_density,
-    sparse_inference,
-)
-from peft_dynamic.export import export_lora
-from peft_dynamic.hub import push_adapter
-from peft_dynamic.ranks import RankCurve, rank_curve
-from peft_dynamic.tuners.density_lora import DensityLoRAConfig, DensityLoRAModel
-from peft_dynamic.tuners.dylora import DyLoRAConfig, DyLoRAModel, at_rank, get_rank, hotswap_adapter, set_rank
-from peft_dynamic.tuners.loretta_adp import LorettaAdpConfig, LorettaAdpModel
-from peft_dynamic.tuners.loretta_rep import LorettaRepConfig, LorettaRepModel
-from peft_dynamic.tuners.moslora import MoSLoRAConfig, MoSLoRAModel
-from peft_dynamic.tuners.qdylora import QDyLoRAConfig, QDyLoRAModel
+Notable: in the process of the `peft-dynamic` command the import waits until a name is used, or a verb asks for it:
+`peft-dynamic --help` would wait seconds for torch otherwise. Everywhere else it happens here and now.
+"""
+
+import importlib
+import sys
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
 
-__all__ = [
+
+def _is_the_command() -> bool:
+    """Whether this process was started as `peft-dynamic`, or as `python -m peft_dynamic.cli`."""
+    program = (getattr(sys, "argv", None) or [""])[0]
+    if program == "-m":  # what Python puts there while it looks for the module
+        return any(word.removeprefix("-m") == "peft_dynamic.cli" for word in sys.orig_argv)
+    return PurePath(program).stem == "peft-dynamic"
+
+
+if TYPE_CHECKING or not _is_the_command():
+    from peft_dynamic._public import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("peft_dynamic._public"), name)
+
+
+__all__ = [  # noqa: F405
     "ActivationDensityLoss",
     "DensityLoRAConfig",
     "DensityLoRAModel",

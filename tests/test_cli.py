@@ -3,34 +3,17 @@
 import json
 import shutil
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from peft_dynamic.cli import app
 from peft_dynamic.cli import models as models_module
+from tests.cli import common
+from tests.cli.common import ROWS, command, invoke, message, run_train, write
 
-ROWS = [{"prompt": f"Say {word}.", "completion": f"{word}!"} for word in ("one", "two", "three", "four", "five", "six")]
-HERE = Path(__file__).parents[1]
-
-
-def write(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def invoke(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "400"})
-
-
-def message(result: Any) -> str:
-    """The error's text, without the box around it."""
-    return " ".join(result.output.replace("│", " ").split())
+elsewhere, tiny = common.elsewhere, common.tiny  # fixtures
 
 
 @pytest.fixture
@@ -113,9 +96,7 @@ def test_other_bad_arguments(tmp_path: Path, no_model: None) -> None:
 
 
 def test_help_lists_the_options() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "peft_dynamic.cli", "train", "--help"], capture_output=True, text=True, cwd=HERE
-    )
+    done = command("train", "--help")
     assert done.returncode == 0
     assert "--target-modules" in done.stdout
 
@@ -129,35 +110,6 @@ def test_the_papers_rules_are_an_option_and_the_packages_the_default(four_bit: b
         assert (config.truncation, config.scaling, config.rank_sampling) == rules
         assert (config.r, config.ranks, config.lora_alpha, config.rank_seed) == (4, [1, 2, 4], 16, 3)
         assert config.peft_type == ("QDYLORA" if four_bit else "DYLORA")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A causal language model of a few thousand weights, with a tokenizer of letters."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    from tests.stock_cases import build
-
-    folder = tmp_path_factory.mktemp("tiny")
-    letters = {letter: i for i, letter in enumerate(["</s>", "?", *"abcdefghijklmnopqrstuvwxyz !.,ONSAY\n:"])}
-    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="?")
-    fast.save_pretrained(folder)
-    model = build("llama")[0]
-    model.config.eos_token_id = model.generation_config.eos_token_id = 0
-    model.save_pretrained(folder)
-    return folder
-
-
-def run_train(*options: object) -> str:
-    """The output of `peft-dynamic train` in a process of its own."""
-    command = [sys.executable, "-m", "peft_dynamic.cli", "train", *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +146,7 @@ def test_a_run_goes_on_from_its_checkpoint(trained: Path, tiny: Path, tmp_path: 
     from safetensors.torch import load_file
 
     shutil.copytree(trained / "out" / "checkpoints" / "checkpoint-3", tmp_path / "out" / "checkpoints" / "checkpoint-3")
+    shutil.copy(trained / "out" / "run.yaml", tmp_path / "out")
     options = ["--model", tiny, "--data", trained / "data.jsonl", "--ranks", "1,2,4", "--batch-size", 4, "--steps", 6]
     run_train(*options, "--resume", "--output", tmp_path / "out")
     whole, resumed = (
@@ -235,7 +188,8 @@ def test_export_writes_a_rank_of_a_saved_adapter(trained: Path, tmp_path: Path) 
 def test_what_is_learnt_is_the_answer_and_its_end(tiny: Path) -> None:
     from transformers import AutoTokenizer
 
-    from peft_dynamic.cli._data import Columns, encode, to_examples
+    from peft_dynamic.cli._data import Columns, to_examples
+    from peft_dynamic.cli._encode import encode
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     (one,) = encode(to_examples([{"prompt": "ab", "completion": "cd"}], Columns(), "x", "--data"), tokenizer, 64)

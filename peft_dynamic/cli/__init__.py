@@ -1,11 +1,16 @@
 """The `peft-dynamic` command. One file per verb; heavy imports wait inside the verbs."""
 
+import io
+import sys
+
 import typer
 
 from . import export, models, train
+from ._edge import Edge
 
 app = typer.Typer(
     name="peft-dynamic",
+    cls=Edge,
     help="Adapters of dynamic rank for Hugging Face PEFT: train once, pick a rank.",
     no_args_is_help=True,
     add_completion=False,
@@ -18,4 +23,7 @@ app.command()(models.models)
 
 def main() -> None:
     """Run the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows few letters costs letters, not the run
+            stream.reconfigure(errors="backslashreplace")
     app()

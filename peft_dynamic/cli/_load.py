@@ -1,26 +1,116 @@
-"""Loading a model for a task."""
+"""Loading a model for a task, and where and how it computes."""
 
+from __future__ import annotations
+
+import importlib
+import json
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-
-@contextmanager
-def without_hosts_warnings() -> Iterator[None]:
-    """Hide what transformers says about a property of its own that PEFT still reads: no user can mend it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        yield
+from ._edge import UserError, blame
 
 
-def auto_class(task_type: str | None) -> Any:
-    """The transformers class for PEFT's name of a task."""
+def model_class(config: Any, base: str) -> Any:
+    """The transformers class of an adapter's base model: by its task, by PEFT's note of it, or by the base's config.
+
+    Args:
+        config: the adapter's configuration.
+        base: the base model.
+
+    Raises:
+        UserError: nothing says which, or it is none of transformers'.
+    """
     import transformers
 
-    from peft_dynamic.hub import AUTO_CLASSES
+    from peft_dynamic.hub import model_class_name
 
-    return getattr(transformers, AUTO_CLASSES.get(str(getattr(task_type, "value", task_type)), "AutoModel"))
+    library, name = model_class_name(vars(config))
+    if name is None:
+        with blame(f"--model: {base!r}", "Pass a model that transformers loads."):
+            name = (transformers.AutoConfig.from_pretrained(base).architectures or [None])[0]
+        library = "transformers"
+        if name is None:
+            raise UserError(f"neither the adapter nor {base!r} says its model's class. Save it with a task_type.")
+        warnings.warn(
+            f"the adapter says neither its task_type nor its model's class; it is taken for {name}, as {base} says. "
+            "Pass task_type to the adapter's config where it is trained.",
+            stacklevel=2,
+        )
+    if library.partition(".")[0] != "transformers":
+        raise UserError(
+            f"the adapter is of a {name} of {library}, and the command loads models of transformers alone. Load it in "
+            "Python and use peft_dynamic.export_lora."
+        )
+    try:
+        return getattr(importlib.import_module(library), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"transformers has no {library}.{name}, the class of the adapter's base model.") from error
+
+
+def load_decoder(name: str, dtype: Any, settings: dict[str, Any]) -> Any:
+    """A causal language model, all of whose weights are in its checkpoint.
+
+    Raises:
+        UserError: it could not be loaded, has weights missing, or is no decoder.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with blame(f"--model: {name!r} could not be loaded as a causal language model", "Pass one that is."):
+        model, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **settings)
+    for what in ("missing_keys", "mismatched_keys"):
+        if keys := sorted(map(str, found.get(what) or ())):
+            raise UserError(
+                f"--model: {name!r} has no weights for {len(keys)} tensors of {type(model).__name__}, such as "
+                f"{keys[0]} ({what.replace('_', ' ')}): they would be random. Pass a causal language model whole."
+            )
+    if not settings:
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if not is_causal(model):
+        raise UserError(
+            f"--model: {name!r}, a {type(model).__name__}, sees what comes after a token: it is an encoder, and cannot "
+            "be trained to go on with a text. Pass a decoder, such as a Llama or a GPT."
+        )
+    return model
+
+
+def is_causal(model: Any) -> bool:
+    """Whether a token's output stays as it is under another token after it.
+
+    What another token before it changes is the measure: rounding may differ by a little between two inputs.
+    """
+    import torch
+
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    was_training = model.training
+    model.eval()
+
+    def outputs(*tokens: int) -> torch.Tensor:
+        ids = torch.tensor([tokens], device=device(model)) % vocabulary
+        # with gradients: bitsandbytes' 4-bit layers take a forward without them for the start of inference
+        logits: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        return logits.detach().float()[0]
+
+    try:
+        plain = outputs(5, 6)
+        by_the_next = (plain - outputs(5, 7))[0].abs().max()
+        by_the_last = (plain - outputs(8, 6))[1].abs().max()
+    finally:
+        model.train(was_training)
+    return bool(by_the_next <= 0.1 * by_the_last)
+
+
+def device(model: Any) -> Any:
+    """Where the model is."""
+    return next(model.parameters()).device
+
+
+def autocast(model: Any, dtype: Any) -> Any:
+    """Mixed precision where the dtype is bfloat16."""
+    import torch
+
+    return torch.autocast(device(model).type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def fast_dtype() -> Any:
@@ -45,3 +135,16 @@ def fast_dtype() -> Any:
             times.append(time.perf_counter() - start)
         seconds[dtype] = min(times)
     return min(seconds, key=lambda dtype: seconds[dtype])
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file that has to hold an object.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    with blame(str(path), "The file is damaged: save the adapter again, or take another copy."):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
+        return content

@@ -1,361 +1,387 @@
-"""What `peft-dynamic train` does once its arguments are right, stage by stage."""
+"""What `peft-dynamic train` does once its arguments are right, stage by stage, within one budget of time."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import platform
-import subprocess
-import sys
-import tempfile
+import shutil
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import get_peft_model
 from rich.console import Console
-from safetensors.torch import save_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers.utils import logging as transformers_logging
 
 from peft_dynamic.export import export_lora
+from peft_dynamic.hub import write_model_card
 from peft_dynamic.ranks import RankCurve, adapters_disabled, rank_curve
 from peft_dynamic.tuners.qdylora import QDyLoRAConfig
 
-from ._data import Example, encode, prompt_text
-from ._load import fast_dtype, without_hosts_warnings
-from .train import Job, UserError
+from . import _identity
+from ._budget import Budget, Pace, Plan, Schedule, plan
+from ._check import check_in_stock_peft
+from ._data import Example
+from ._edge import UserError, blame, debugging, has_package, how_to_install
+from ._encode import Encoded, encode_all, prompt_text
+from ._load import autocast, device, fast_dtype, load_decoder
+from ._measure import HeldOut, batches, choose, row_losses
+from ._report import Findings, agreement, write_report
+from .train import Job
 
 SAMPLE_TOKENS = 60
-console = Console()
-
-# Runs in a process of its own, which never imports peft_dynamic: what a user without this package sees.
-STOCK = """
-import json, sys, torch
-from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-job = json.loads(sys.argv[1])
-settings = {"dtype": getattr(torch, job["dtype"])}
-if job["quantization"]:
-    settings["quantization_config"] = BitsAndBytesConfig.from_dict(job["quantization"])
-base = AutoModelForCausalLM.from_pretrained(job["model"], **settings).to(job["device"])
-model = PeftModel.from_pretrained(base, job["adapter"]).eval()
-saved = load_file(job["batch"], device=job["device"])
-expected = saved.pop("logits")
-with torch.no_grad():
-    output = model(**saved)
-difference = (output.logits.float() - expected.float()).abs().max().item()
-assert not [name for name in sys.modules if name.startswith("peft_dynamic")]
-print("RESULT " + json.dumps({
-    "equal": torch.equal(output.logits, expected),
-    "difference": difference,
-    "scale": expected.float().abs().max().item(),
-    "loss": output.loss.item(),
-    "rank": model.peft_config["default"].r,
-}))
-"""
+# Of what loading took, until now: starting a second process that loads the same model again
+AGAIN = 1.5
+# The check may take this much longer than planned before it is given up, in seconds
+GRACE = 60
 
 
-def run(job: Job, started: float) -> None:
+def run(job: Job) -> None:
     """Train, measure each rank, export the recommended one, check it, and leave a report."""
-    seconds: dict[str, float] = {"getting ready": time.perf_counter() - started}
+    if not debugging():
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+    _Run(job).all()
+
+
+class _Trainer(Trainer):
+    """Trainer with our learning rate schedule. Overrides `create_scheduler`, which knows fixed ends only."""
+
+    schedule: Schedule
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.schedule)
+        return self.lr_scheduler
+
+
+class _Run:
+    """One run: its job, what it found, and what the stages hand on."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.console = Console()
+        self.budget = Budget(job.max_minutes, job.started)
+        self.seconds = {"getting ready": self.budget.used()}
+        self.quantization: Any = None
+        self.identity = _identity.identity(job)  # now: PEFT writes into the config what its settings come to
 
     @contextlib.contextmanager
-    def stage(name: str) -> Any:
-        console.rule(f"[bold]{name}", align="left")
-        begin = time.perf_counter()
+    def stage(self, name: str) -> Iterator[None]:
+        self.console.rule(f"[bold]{name}", align="left")
+        begin = time.monotonic()
         yield
-        seconds[name] = time.perf_counter() - begin
+        self.seconds[name] = time.monotonic() - begin
 
-    job.output.mkdir(parents=True, exist_ok=True)
-    set_seed(job.seed)
-    with stage("load"):
-        dtype = fast_dtype()
-        quantization = QDyLoRAConfig.quantization_config(compute_dtype=dtype) if job.four_bit else None
-        model, tokenizer = _load(job, dtype, quantization)
-        examples = encode(job.examples, tokenizer, job.max_length)
-        held_out = encode(job.held_out, tokenizer, job.max_length)
-        for option, given, kept in (("--data", job.examples, examples), ("--eval-data", job.held_out, held_out)):
-            if not kept:
-                raise UserError(
-                    f"{option}: of {len(given)} examples none has a part to learn within --max-length {job.max_length} "
-                    "tokens. Raise it, or shorten the prompts."
-                )
-            if len(kept) < len(given):
-                console.print(
-                    f"{option}: {len(given) - len(kept)} of {len(given)} examples left out: what is learnt lies beyond "
-                    f"--max-length {job.max_length}."
-                )
-        model.print_trainable_parameters()
-        console.print(
-            f"{len(examples)} examples to train on, {len(held_out)} held out; ranks {job.config.ranks}; "
-            f"{str(dtype).removeprefix('torch.')} on {_device(model)}"
-        )
-    with stage("train"):
-        trainer = _trainer(job, model, tokenizer, examples, dtype)
-        trained = trainer.train(resume_from_checkpoint=True if job.resume else None)
-        # Trainer leaves the forward pass under its own autocast; from here on precision is chosen where it matters
-        model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        model.save_pretrained(str(job.output / "adapter"))
-        tokenizer.save_pretrained(str(job.output / "adapter"))
-    batches = _batches(held_out, tokenizer, job.batch_size)
-    with stage("measure each rank"):
-        curve = rank_curve(model, lambda m: held_out_loss(m, batches, dtype))
-        best = curve.recommend(job.tolerance)
-        console.print(curve.table(), end="", highlight=False)
-        console.print(
-            f"Recommended: rank {best}, the smallest within {job.tolerance:.3g} (relative) of the best rank's loss."
-        )
-        curve.to_json(job.output / "curve.json")
-        for suffix in ("png", "svg"):
-            curve.plot(job.output / f"curve.{suffix}", title=f"{Path(job.model).name}: one training run, each rank")
-    with stage("export and check"):
-        model.set_rank(best)
-        export_lora(model, job.output / "lora", rank=best)
-        check = _check_in_stock_peft(job, model, batches[0], dtype, quantization)
-        how = "bit for bit" if check["equal"] else f"up to {check['difference']:.2g} (of {check['scale']:.3g})"
-        console.print(f"PEFT alone, in a second process, computes the same logits {how}; loss {check['loss']:.4f}.")
-    with stage("samples"):
-        samples = _samples(model, tokenizer, job.held_out[:2], dtype, best)
-        for prompt, answers in samples:
-            console.print(prompt, style="bold", highlight=False, markup=False)
-            for who, answer in answers.items():
-                console.print(f"  {who}: {answer}", highlight=False, markup=False)
-    seconds["in all"] = time.perf_counter() - started
-    _report(job, curve, best, check, samples, seconds, trained.global_step, dtype)
-    console.rule("[bold]done", align="left")
-    console.print(f"In {seconds['in all']:.0f} s. Look at:", highlight=False)
-    for name, what in (
-        ("report.md", "all of this, to read"),
-        ("curve.png", "the plot; also curve.svg, curve.json"),
-        ("adapter", "the adapter at every rank; needs `import peft_dynamic`"),
-        ("lora", f"rank {best} as a stock LoRA adapter; needs PEFT alone"),
-    ):
-        console.print(f"  {job.output / name}  {what}", highlight=False, markup=False, soft_wrap=True)
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
 
+    def all(self) -> None:
+        """Every stage."""
+        job = self.job
+        set_seed(job.seed)
+        with self.stage("load"):
+            self.load()
+        with self.stage("train"):
+            self.train()
+        with self.stage("measure each rank"):
+            self.measure()
+        if self.found.choice is not None and self.found.choice.rank is not None:
+            with self.stage("export and check"):
+                self.export(self.found.choice.rank)
+            with self.stage("samples"):
+                self.samples(self.found.choice.rank)
+        self.finish()
 
-def _load(job: Job, dtype: torch.dtype, quantization: Any) -> tuple[Any, Any]:
-    settings = {"quantization_config": quantization} if quantization else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(job.model)
-        base = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype, **settings)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model: {job.model!r} could not be loaded as a causal language model. {error}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    if not quantization:
-        base.to("cuda" if torch.cuda.is_available() else "cpu")
-    with without_hosts_warnings():
+    def load(self) -> None:
+        """The tokenizer, the data as tokens, then the model; and run.yaml, before anything else is written."""
+        job = self.job
+        then = _identity.read(job.output) if job.resume else None
+        dtype = getattr(torch, then["dtype"]) if then else fast_dtype()
+        self.found = Findings(dtype)
+        with blame(f"--model: {job.model!r} has no tokenizer that loads", "Pass a causal language model with one."):
+            self.tokenizer = AutoTokenizer.from_pretrained(job.model)
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.tokenizer.padding_side = "right"
+        self.examples = self.encoded("--data", job.examples).rows
+        self.held_out = self.encoded("--eval-data", job.held_out).rows
+        if job.unused:
+            self.found.notes.append(f"Columns that are not read: {', '.join(job.unused)}.")
+        if job.four_bit:
+            self.quantization = QDyLoRAConfig.quantization_config(compute_dtype=dtype)
+        settings = {"quantization_config": self.quantization} if self.quantization else {}
+        base = load_decoder(job.model, dtype, settings)
         try:
-            return get_peft_model(base, job.config), tokenizer
+            self.model = get_peft_model(base, job.config)
         except ValueError as error:
             raise UserError(f"--target-modules or --4bit do not fit {job.model}: {error}") from error
-
-
-def _trainer(job: Job, model: Any, tokenizer: Any, examples: list[dict[str, list[int]]], dtype: torch.dtype) -> Trainer:
-    steps = job.steps if job.steps > 0 else math.ceil(len(examples) / job.batch_size * job.epochs)
-    arguments = TrainingArguments(
-        output_dir=str(job.output / "checkpoints"),
-        max_steps=steps,
-        per_device_train_batch_size=job.batch_size,
-        learning_rate=job.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, steps // 20),
-        logging_steps=max(1, steps // 10),
-        save_strategy="steps" if job.save_steps else "no",
-        save_steps=job.save_steps or 500,
-        bf16=dtype == torch.bfloat16,
-        use_cpu=not torch.cuda.is_available(),
-        seed=job.seed,
-        report_to="none",
-        dataloader_pin_memory=torch.cuda.is_available(),
-        label_names=["labels"],
-    )
-    collator = DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100)
-    limits = [_TimeLimit(60 * job.max_minutes)] if job.max_minutes else []
-    return Trainer(model=model, args=arguments, train_dataset=examples, data_collator=collator, callbacks=limits)
-
-
-class _TimeLimit(TrainerCallback):
-    """Ends the training at the first step after a time."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.end = time.monotonic() + self.seconds
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if time.monotonic() > self.end and state.global_step < state.max_steps:
-            console.print(f"Ended after step {state.global_step} of {state.max_steps}: --max-minutes is over.")
-            control.should_training_stop = True
-
-
-def _batches(encoded: list[dict[str, list[int]]], tokenizer: Any, size: int) -> list[dict[str, torch.Tensor]]:
-    """Padded batches, examples of a length together."""
-    collator = DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100)
-    ordered = sorted(encoded, key=lambda example: len(example["input_ids"]))
-    return [dict(collator(ordered[i : i + size])) for i in range(0, len(ordered), size)]
-
-
-def _device(model: Any) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _autocast(model: Any, dtype: torch.dtype) -> Any:
-    return torch.autocast(_device(model).type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-
-def held_out_loss(model: Any, batches: list[dict[str, torch.Tensor]], dtype: torch.dtype) -> dict[str, float]:
-    """Mean loss per learnt token over all batches, and its exponential, the perplexity."""
-    total, count = 0.0, 0
-    for batch in batches:
-        with _autocast(model, dtype):
-            loss = model(**{key: value.to(_device(model)) for key, value in batch.items()}).loss
-        tokens = int((batch["labels"][:, 1:] != -100).sum())  # the first token of a row is predicted from nothing
-        total, count = total + loss.item() * tokens, count + tokens
-    mean = total / count
-    return {"loss": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf}
-
-
-def _check_in_stock_peft(
-    job: Job, model: Any, batch: dict[str, torch.Tensor], dtype: torch.dtype, quantization: Any
-) -> dict[str, Any]:
-    """Logits of the exported adapter in a process without peft_dynamic, against ours."""
-    inputs = {key: value[:2].to(_device(model)) for key, value in batch.items()}
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        logits = model(**inputs).logits
-    model.train(was_training)
-    with tempfile.TemporaryDirectory() as work:
-        saved = {key: value.contiguous().cpu() for key, value in {**inputs, "logits": logits}.items()}
-        save_file(saved, Path(work, "batch.safetensors"))
-        task = {
-            "model": job.model,
-            "adapter": str(job.output / "lora"),
-            "batch": str(Path(work, "batch.safetensors")),
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": str(_device(model)),
-            "quantization": quantization.to_dict() if quantization else None,
-        }
-        done = subprocess.run([sys.executable, "-c", STOCK, json.dumps(task)], capture_output=True, text=True)
-    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
-    if done.returncode or line is None:
-        raise UserError(
-            f"stock PEFT could not load {job.output / 'lora'}. This is a bug, please report it:\n{done.stderr}"
+        trained, every = self.model.get_nb_trainable_parameters()
+        self.say(f"{trained:,} of {every:,} parameters are trained ({100 * trained / every:.3g} %)")
+        self.say(
+            f"{len(self.examples)} examples to train on, {len(self.held_out)} held out; ranks {job.config.ranks}; "
+            f"{str(dtype).removeprefix('torch.')} on {device(self.model)}"
         )
-    result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
-    if not result["difference"] <= 0.05 * result["scale"]:
-        raise UserError(
-            f"stock PEFT computes other logits from {job.output / 'lora'}: the greatest difference is "
-            f"{result['difference']:.3g}. This is a bug, please report it. The adapter is in {job.output / 'adapter'}."
-        )
-    return result
+        for note in self.found.notes:
+            self.say(note)
+        self.identify(then)
 
-
-def _samples(
-    model: Any, tokenizer: Any, examples: list[Example], dtype: torch.dtype, rank: int
-) -> list[tuple[str, dict[str, str]]]:
-    """For each example: what is given, and the answers of the base model and of the adapter."""
-    model.eval()
-
-    def answer(prompt: str) -> str:
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(_device(model))
-        with torch.no_grad(), _autocast(model, dtype):
-            ids = model.generate(
-                **inputs, max_new_tokens=SAMPLE_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
+    def encoded(self, option: str, examples: Sequence[Example]) -> Encoded:
+        """The examples as tokens, with a note of what is left out."""
+        job = self.job
+        encoded = encode_all(examples, self.tokenizer, job.max_length)
+        if not encoded.rows:
+            raise UserError(
+                f"{option}: of {len(examples)} examples none has a part to learn within --max-length {job.max_length} "
+                "tokens. Raise it, or shorten the prompts."
             )
-        return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        what = f"{option}: "
+        if skipped := sum(example.skipped for example in examples):
+            self.found.notes.append(f"{what}{skipped} answers are not learnt, since nothing stands before them.")
+        if encoded.without:
+            self.found.notes.append(
+                f"{what}{encoded.without} of {len(examples)} examples left out: what is learnt lies beyond "
+                f"--max-length {job.max_length}."
+            )
+        if encoded.lost:
+            self.found.notes.append(
+                f"{what}{encoded.lost} of {encoded.turns} answers left out, which lie beyond --max-length."
+            )
+        if encoded.cut:
+            self.found.notes.append(f"{what}{encoded.cut} of {encoded.turns} answers end at --max-length.")
+        if encoded.apart:
+            self.found.notes.append(
+                f"{what}{encoded.apart} of {encoded.turns} answers have rows of their own, since the chat template "
+                "writes an answer otherwise once others follow."
+            )
+        return encoded
 
-    samples = []
-    for example in examples:
-        # of plain text, the first words
-        prompt = prompt_text(example, tokenizer) or " ".join(example.learnt.split()[:8])
-        with adapters_disabled(model):
-            before = answer(prompt)
-        shown = example.given[-1]["content"] if example.given else prompt
-        samples.append((shown, {"base model": before, f"rank {rank}": answer(prompt), "reference": example.learnt}))
-    return samples
+    def identify(self, then: dict[str, Any] | None) -> None:
+        """Write run.yaml, or, in a run that goes on, say which versions are others now."""
+        job = self.job
+        now = _identity.versions()
+        if then is not None:
+            if changed := _identity.differences(then["versions"], now):
+                self.found.notes.append(f"Gone on with other versions: {'; '.join(changed)}.")
+                self.say(self.found.notes[-1])
+            return
+        _identity.clear(job.output)
+        other = {
+            "tolerance": job.tolerance,
+            "max_minutes": job.max_minutes if job.max_minutes != math.inf else None,
+            "save_steps": job.save_steps,
+        }
+        content = {"run": self.identity, "dtype": str(self.found.dtype).removeprefix("torch.")}
+        _identity.write(job.output, {**content, "other": other, "versions": now})
 
+    def train(self) -> None:
+        """As many steps as are wanted, or as there is time for; the adapter of the last one is kept."""
+        job = self.job
+        checkpoint = self.checkpoint()
+        done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        wanted = job.steps if job.steps > 0 else math.ceil(len(self.examples) / job.batch_size * job.epochs)
+        self.found.wanted_steps = wanted
+        self.held_batches = batches(self.held_out, self.tokenizer, job.batch_size, job.seed)
+        self.reserve = AGAIN * self.budget.used() if self.budget.limited else 0.0
+        fits = self.fitting(wanted, done)
+        if fits.steps < wanted or fits.rows < len(self.held_out):
+            self.say(
+                f"--max-minutes leaves time for {fits.steps} of {wanted} steps and {fits.rows} of "
+                f"{len(self.held_out)} held-out examples."
+            )
+        self.held_batches = self.held_batches[: math.ceil(fits.rows / job.batch_size)]
+        schedule = Schedule(fits.steps)
+        trainer = _Trainer(
+            model=self.model,
+            args=self.arguments(fits.steps),
+            train_dataset=self.examples,
+            data_collator=DataCollatorForSeq2Seq(self.tokenizer, padding=True, label_pad_token_id=-100),
+            callbacks=[Pace(schedule, fits.train_by, self.budget.clock, lambda: bool(job.interruption), self.say)],
+        )
+        trainer.schedule = schedule
+        trainer.remove_callback(PrinterCallback)  # Pace says how it goes
+        with job.interruption.gently():
+            trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        self.found.steps = trained.global_step
+        if trained.global_step < wanted:
+            self.say(f"Ended after step {trained.global_step} of {wanted}: --max-minutes.")
+        # Trainer leaves the forward pass under its own autocast; from here on precision is chosen where it matters
+        self.model = trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        adapter = job.output / "adapter"
+        self.model.save_pretrained(str(adapter))
+        self.tokenizer.save_pretrained(str(adapter))
+        (adapter / "README.md").unlink(missing_ok=True)  # PEFT's form with nothing filled in
+        write_model_card(adapter)
 
-def _report(
-    job: Job,
-    curve: RankCurve,
-    best: int,
-    check: dict[str, Any],
-    samples: list[tuple[str, dict[str, str]]],
-    seconds: dict[str, float],
-    steps: int,
-    dtype: torch.dtype,
-) -> None:
-    names = curve.metrics
-    rows = [f"| rank | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
-    for row in curve.rows:
-        label = "base model" if row.rank is None else f"**{row.rank}**" if row.rank == best else str(row.rank)
-        rows.append(f"| {label} | {' | '.join(f'{row.metrics[name]:.4f}' for name in names)} |")
-    how = (
-        "bit for bit"
-        if check["equal"]
-        else f"to within {check['difference']:.2g}, their greatest being {check['scale']:.3g}"
-    )
-    quoted = []
-    for prompt, answers in samples:
-        quoted += ["```text", prompt, "", *(f"[{who}] {answer}" for who, answer in answers.items()), "```", ""]
-    text = f"""# One training run, every rank
+    def checkpoint(self) -> Path | None:
+        """The last checkpoint that is whole, if the run goes on from one."""
+        if not self.job.resume:
+            return None
+        problems = []
+        for path in _identity.checkpoints(self.job.output):
+            problem = _identity.fault(path)
+            if problem is None:
+                self.say(f"Going on from {path.name}.")
+                return path
+            problems.append(f"{path.name} is not whole ({problem}).")
+            self.say(problems[-1])
+        raise UserError(f"--resume: no checkpoint can be gone on from. {' '.join(problems)} Start with --overwrite.")
 
-{job.model} on {job.data}: {len(job.examples)} examples, {steps} steps of {job.batch_size},
-learning rate {job.learning_rate:g}, r = {job.config.r}, ranks {job.config.ranks}, lora_alpha {job.config.lora_alpha:g},
-truncation {job.config.truncation}, rank sampling {job.config.rank_sampling}, scaling {job.config.scaling},
-seed {job.seed},
-{"4-bit base, " if job.four_bit else ""}{str(dtype).removeprefix("torch.")}, {platform.machine()}.
+    def arguments(self, steps: int) -> TrainingArguments:
+        """Trainer's settings."""
+        job = self.job
+        return TrainingArguments(
+            output_dir=str(job.output / "checkpoints"),
+            max_steps=steps,
+            per_device_train_batch_size=job.batch_size,
+            learning_rate=job.learning_rate,
+            logging_steps=max(1, steps // 10),
+            save_strategy="steps" if job.save_steps else "no",
+            save_steps=job.save_steps or 500,
+            bf16=self.found.dtype == torch.bfloat16,
+            use_cpu=not torch.cuda.is_available(),
+            seed=job.seed,
+            report_to="none",
+            disable_tqdm=True,
+            log_level="error",
+            dataloader_pin_memory=torch.cuda.is_available(),
+            label_names=["labels"],
+        )
 
-## The rank curve
+    def fitting(self, steps: int, done: int) -> Plan:
+        """What fits into the time that is left, by the time of a step and of a held-out row."""
+        if not self.budget.limited:
+            return Plan(steps, len(self.held_out))
+        step, row = self.time_a_step(), self.time_a_row()
+        levels = len(self.job.config.ranks) + 1
+        return plan(self.budget, step, row, levels, steps, len(self.held_out), self.reserve, done)
 
-Over {len(job.held_out)} held-out examples: the loss per learnt token, and its exponential.
+    def time_a_step(self) -> float:
+        """Seconds of the forward and backward pass of a batch; nothing of it stays."""
+        size = self.job.batch_size
+        some = batches(self.examples[: 8 * size], self.tokenizer, size, self.job.seed)[:3]
+        self.model.train()
+        times = []
+        with torch.random.fork_rng():
+            for batch in [some[0], *some]:  # the first one sets things up
+                begin = self.budget.clock()
+                with autocast(self.model, self.found.dtype):
+                    loss = self.model(**{key: value.to(device(self.model)) for key, value in batch.items()}).loss
+                loss.backward()
+                self.model.zero_grad(set_to_none=True)
+                times.append(self.budget.clock() - begin)
+        return max(1e-9, sum(times[1:]) / len(some))
 
-{chr(10).join(rows)}
+    def time_a_row(self) -> float:
+        """Seconds of a held-out row at the largest rank."""
+        batch = self.held_batches[0]
+        self.model.eval()
+        begin = self.budget.clock()
+        row_losses(self.model, batch, self.found.dtype)
+        self.model.train()
+        return max(1e-9, (self.budget.clock() - begin) / len(batch["labels"]))
 
-![rank curve](curve.png)
+    def measure(self) -> None:
+        """The loss at each rank; curve.json and the picture are written anew after each of them."""
+        job = self.job
+        held_out = HeldOut(self.held_batches, list(job.config.ranks), self.budget, self.reserve, self.found.dtype)
+        if not (pictures := has_package("matplotlib")):
+            note = f"There is no picture: it needs matplotlib. {how_to_install('matplotlib', 'plot')}"
+            self.found.notes.append(note)
+            self.say(note)
 
-Recommended: rank {best}, the smallest whose loss is within {job.tolerance:.3g} (relative) of the best rank's.
-It is in `lora/` as a stock LoRA adapter. PEFT alone, in a process that never imports peft_dynamic, computes the same
-logits {how}.
+        def write(_: RankCurve) -> None:
+            curve = held_out.curve()
+            curve.to_json(job.output / "curve.json")
+            if pictures and curve.ranks:
+                for suffix in ("png", "svg"):
+                    curve.plot(job.output / f"curve.{suffix}", title=f"{Path(job.model).name}: one run, each rank")
+            row = curve.rows[0] if None in held_out.seen else curve.rows[-1]
+            name = "base model" if row.rank is None else f"rank {row.rank}"
+            self.say(f"{name}: loss {row.metrics['loss']:.4f} over {held_out.rows} examples")
 
-## Samples
+        rank_curve(self.model, held_out, progress=False, on_row=write)
+        if held_out.rows < len(self.held_out):
+            self.found.notes.append(
+                f"--eval-data: {held_out.rows} of {len(self.held_out)} rows measured, for want of time."
+            )
+        self.found.held_out, self.found.pictures = held_out, pictures
+        self.found.choice = choose(held_out, job.tolerance)
+        self.console.print(held_out.curve().table(), end="", highlight=False)
+        self.say(self.found.choice.sentence)
 
-{chr(10).join(quoted)}
-## Use it
+    def export(self, rank: int) -> None:
+        """The recommended rank as a stock LoRA adapter, and what stock PEFT makes of it."""
+        job = self.job
+        self.model.set_rank(rank)
+        lora = export_lora(self.model, job.output / "lora", rank=rank)
+        seconds = max(self.reserve, self.budget.left()) + GRACE if self.budget.limited else None
+        self.found.check = check_in_stock_peft(
+            job.model,
+            lora,
+            job.output / "adapter",
+            self.model,
+            self.held_batches[0],
+            self.found.dtype,
+            self.quantization,
+            seconds,
+        )
+        self.say(agreement(self.found.check))
 
-At any rank:
+    def samples(self, rank: int) -> None:
+        """For two examples: what is given, and the answers of the base model and of the adapter."""
+        self.model.eval()
+        for example in self.job.held_out[:2]:
+            if self.budget.left() <= 0:
+                self.found.notes.append("Fewer samples than two, for want of time.")
+                return
+            # of plain text, the first words
+            prompt = prompt_text(example, self.tokenizer) or " ".join(example.learnt.split()[:8])
+            with adapters_disabled(self.model):
+                before = self.answer(prompt)
+            shown = example.given[-1]["content"] if example.given else prompt
+            answers = {"base model": before, f"rank {rank}": self.answer(prompt), "reference": example.learnt}
+            self.found.samples.append((shown, answers))
+            self.console.print(shown, style="bold", highlight=False, markup=False)
+            for who, answer in answers.items():
+                self.say(f"  {who}: {answer}")
 
-```python
-import peft_dynamic
-from peft import AutoPeftModelForCausalLM
+    def answer(self, prompt: str) -> str:
+        """What the model says to a prompt, greedily."""
+        limit = {"max_time": max(1.0, self.budget.left())} if self.budget.limited else {}
+        inputs = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(device(self.model))
+        with torch.no_grad(), autocast(self.model, self.found.dtype):
+            ids = self.model.generate(
+                **inputs,
+                max_new_tokens=SAMPLE_TOKENS,
+                do_sample=False,
+                pad_token_id=self.tokenizer.pad_token_id,
+                **limit,
+            )
+        text: str = self.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return text.strip()
 
-model = AutoPeftModelForCausalLM.from_pretrained("{job.output / "adapter"}")
-model.set_rank({best})
-```
-
-The recommended rank, without peft_dynamic:
-
-```python
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("{job.output / "lora"}")
-```
-
-Seconds: {", ".join(f"{name} {value:.0f}" for name, value in seconds.items())}.
-"""
-    (job.output / "report.md").write_text(text, encoding="utf-8")
+    def finish(self) -> None:
+        """The report, and where everything is."""
+        job, choice = self.job, self.found.choice
+        assert choice is not None
+        unseen = len(self.examples) - self.found.steps * job.batch_size
+        if unseen > 0:
+            self.found.notes.insert(0, f"--data: {unseen} of {len(self.examples)} rows: fewer steps than one pass has.")
+        self.seconds["in all"] = self.budget.used()
+        self.found.seconds = self.seconds
+        write_report(job, self.found)
+        if not job.save_steps:  # kept for a run that is stopped
+            shutil.rmtree(job.output / "checkpoints", ignore_errors=True)
+        self.console.rule("[bold]done", align="left")
+        self.say(f"In {self.seconds['in all']:.0f} s. Look at:")
+        files = {"report.md": "all of this, to read"}
+        files["curve.png" if self.found.pictures else "curve.json"] = "the curve; also curve.svg, curve.json"
+        files["adapter"] = "the adapter at every rank; needs `import peft_dynamic`"
+        if choice.rank is not None:
+            files["lora"] = f"rank {choice.rank} as a stock LoRA adapter; needs PEFT alone"
+        for name, what in files.items():
+            self.console.print(f"  {job.output / name}  {what}", highlight=False, markup=False, soft_wrap=True)

