@@ -35,7 +35,7 @@ CONFIGS = {
 
 def rows(path: Path, tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8") as lines:
-        read = [json.loads(line) for line in lines]
+        read = [json.loads(line) for line in lines if line.strip()]
     texts = [[row["sentence"]] if "sentence" in row else [row["sentence1"], row["sentence2"]] for row in read]
     return [
         {**tokenizer(*text, truncation=True, max_length=max_length), "labels": row["label"]}

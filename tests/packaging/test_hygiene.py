@@ -69,3 +69,39 @@ def test_the_commands_in_the_readme_are_commands(root: Path) -> None:
         done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
         assert done.returncode == 0, f"{script}\n{done.stderr}"
         assert set(re.findall(r"^make ([a-z]+)", script, flags=re.M)) <= targets, script
+
+
+CONFIGS = {
+    "DyLoRAConfig",
+    "QDyLoRAConfig",
+    "MoSLoRAConfig",
+    "LorettaRepConfig",
+    "LorettaAdpConfig",
+    "DensityLoRAConfig",
+}
+NO_TASK = {"plain_loop.py"}  # its model is none of transformers'
+
+
+def adapters_without_a_task(code: str) -> list[str]:
+    """The adapter configs in some code that do not say the task, so that nobody can tell the model's class later."""
+    return [
+        f"line {node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in CONFIGS | {"LoraConfig"}
+        and not {keyword.arg for keyword in node.keywords} & {"task_type", None}
+    ]
+
+
+def test_every_adapter_that_is_shown_says_its_task(root: Path) -> None:
+    assert adapters_without_a_task('DyLoRAConfig(r=1); LoraConfig(task_type="CAUSAL_LM"); Other()')
+    found = {}
+    for path in [root / "README.md", *(root / "docs").glob("*.md")]:
+        for block in FENCE.finditer(path.read_text(encoding="utf-8")):
+            if block["language"] == "python":
+                body = re.sub(rf"^{block['indent']}", "", block["body"], flags=re.M)
+                found[f"{path.name}, {block.start()}"] = adapters_without_a_task(body)
+    for path in (root / "examples").glob("*.py"):
+        found[path.name] = [] if path.name in NO_TASK else adapters_without_a_task(path.read_text(encoding="utf-8"))
+    assert not {place: lines for place, lines in found.items() if lines}
