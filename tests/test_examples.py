@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,15 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def run(name: str, *arguments: object) -> str:
     command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    # whatever the terminal, the locale and the folder of whoever runs the tests
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "PYTHONUTF8": "1", "COLUMNS": "400"}
+    for variable in ("FORCE_COLOR", "NO_COLOR", "TERM", "LINES", "PYTHONIOENCODING"):
+        environment.pop(variable, None)
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment, cwd=folder)
+        left = [path.name for path in Path(folder).iterdir()]
     assert done.returncode == 0, done.stderr
+    assert not left  # all is written where it was asked for
     return done.stdout
 
 
@@ -101,7 +108,7 @@ def test_classify(tmp_path: Path, method: str) -> None:
     BertForSequenceClassification(BertConfig(vocab_size=6, **sizes)).save_pretrained(tmp_path / "tiny")
     data = [{"sentence": f"{word} {thing}", "label": word == "good"} for word in ("good", "bad") for thing in words]
     for name in ("train", "eval"):
-        lines = [json.dumps(row | {"label": int(row["label"])}) + "\n" for row in data * 4]
+        lines = [json.dumps(row | {"label": int(row["label"])}) + "\n\n" for row in data * 4]  # blank lines, too
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     files = ("--train", tmp_path / "train.jsonl", "--eval", tmp_path / "eval.jsonl")
     out = ("--output", tmp_path / "out", "--method", method, "--steps", 60, "--batch-size", 8, "--lr", 0.02)

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
     """The standard output of a command, which must succeed."""
-    done = subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+    settings = os.environ | {"PYTHONUTF8": "1"} | env  # whatever the locale
+    done = subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"
     return done.stdout.strip()
 
