@@ -73,7 +73,7 @@ def plan(
         measuring = min(for_all_rows, max(MEASURE * usable, usable - for_all_steps))
         rows = max(min(rows, FEWEST_ROWS), min(rows, int(measuring / (row * levels))))
         training = max(0.0, usable - row * levels * rows)
-        steps = done + max(1, min(steps - done, int(training / step)))
+        steps = done + min(steps - done, max(1, int(training / step)))
     # what the margin leaves goes to both alike
     return Plan(steps, rows, budget.clock() + max(0.0, budget.left() - reserve - row * levels * rows / FILL))
 

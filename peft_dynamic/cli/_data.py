@@ -79,6 +79,16 @@ def to_examples(rows: list[dict[str, Any]], columns: Columns, source: str, optio
             "'instruction', 'input' and 'output' (Alpaca).",
             param_hint=option,
         )
+    if columns.instruction and _columns_used(rows[0], columns)[0] in (
+        "messages",
+        "conversations",
+        "text",
+        columns.text,
+    ):
+        raise typer.BadParameter(
+            f"{source} has conversations or plain text, and no prompts to put it before. Leave it out.",
+            param_hint="--instruction",
+        )
     return [
         _Reader(row, f"{source}, row {number}", option).example(columns, rows[0])
         for number, row in enumerate(rows, start=1)
@@ -92,6 +102,8 @@ def _columns_used(first: dict[str, Any], columns: Columns) -> tuple[str, ...]:
     if columns.prompt in first and columns.completion in first:
         context = ("input",) if columns.prompt == "instruction" else ()
         return (columns.prompt, columns.completion, *context, *BESIDE)
+    if columns[:2] != Columns()[:2]:  # named by the user: no others will do
+        return ()
     for name in ("messages", "conversations"):
         if name in first:
             return (name, *BESIDE)

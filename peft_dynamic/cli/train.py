@@ -18,7 +18,7 @@ import typer
 
 from ._data import Columns, Example, read_rows, to_examples, unused_columns
 from ._edge import require_package
-from ._identity import NAME, checkpoints, differences, identity, read
+from ._identity import FILES, FOLDERS, NAME, checkpoints, differences, identity, read
 from ._interrupt import Interrupted, Interruption
 
 DEMO_INSTRUCTION = "Describe this place in a sentence or two."
@@ -216,6 +216,12 @@ def _check_output(output: Path, resume: bool, overwrite: bool, demo: bool) -> No
         raise typer.BadParameter(
             f"{output} holds the checkpoints of a run. Pass --resume to go on with it, --overwrite to remove it, or "
             "another folder.",
+            param_hint="--output",
+        )
+    there_already = [name for name in (*FILES, *FOLDERS) if (output / name).exists()]
+    if there_already and NAME not in there_already:  # with it they are what a run of ours left that did not train
+        raise typer.BadParameter(
+            f"{output} holds {', '.join(there_already)}, which would be replaced. Pass another folder, or --overwrite.",
             param_hint="--output",
         )
 

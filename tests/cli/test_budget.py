@@ -55,6 +55,7 @@ def test_the_plan_fits_into_the_time() -> None:
     # a resumed run has 40 steps behind it: the 10 that are left fit in, or one of them does
     assert made(1, done=40) == (50, 24)
     assert made(0.3, done=40) == (41, 16)
+    assert made(0.3, done=50) == (50, 16)  # nothing is left to train
     # what the margin leaves goes to training and measuring alike
     assert plan(budget(1), 1.0, 0.125, 8, 50, 100, 20.0).train_by == pytest.approx(100 + 60 - 20 - 16 / FILL)
     assert plan(budget(None), 1.0, 0.125, 8, 50, 100, 20.0).train_by == math.inf

@@ -208,6 +208,20 @@ def test_columns_of_other_names() -> None:
     assert unused_columns([{"messages": [], "tools": [], "system": ""}], Columns()) == []
 
 
+def test_options_that_would_be_passed_over_are_refused() -> None:
+    chat = {"messages": [USER, ANSWER], "text": "x"}
+    for columns in (Columns("question"), Columns(completion="answer")):
+        with pytest.raises(typer.BadParameter, match="has no columns"):
+            to_examples([chat], columns, "rows", "--data")
+    for row, columns in [
+        (chat, Columns(instruction="Please.")),
+        ({"text": "x"}, Columns(instruction="Please.")),
+        ({"body": "x"}, Columns(text="body", instruction="Please.")),
+    ]:
+        with pytest.raises(typer.BadParameter, match="no prompts to put it before"):
+            to_examples([row], columns, "rows", "--data")
+
+
 def test_tools_and_their_calls_go_to_the_template() -> None:
     as_text = {**CALL, "function": {"name": "f", "arguments": '{"x": 1}'}}
     asks = {"role": "assistant", "content": None, "tool_calls": [as_text]}

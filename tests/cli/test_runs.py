@@ -166,6 +166,18 @@ def test_overwriting_removes_the_old_run_and_nothing_else(copied: tuple[Path, li
     assert invoke(*shorter, "--resume", "--seed", 0).exit_code == 2
 
 
+def test_files_of_others_are_not_replaced_unasked(tiny: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", ROWS)
+    (tmp_path / "report.md").write_text("mine")
+    options = ["train", "--model", tiny, "--data", data, "--ranks", "1", "--steps", 1, "--output", tmp_path]
+    result = invoke(*options)
+    assert result.exit_code == 2
+    assert f"{tmp_path} holds report.md, which would be replaced" in message(result)
+    assert (tmp_path / "report.md").read_text() == "mine"
+    (tmp_path / "run.yaml").write_text("{}")  # left by a run that was stopped before its first checkpoint
+    assert invoke(*options).exit_code == 0
+
+
 def test_the_identity_is_of_the_data_and_its_order(tmp_path: Path) -> None:
     from peft_dynamic.cli._data import Columns, to_examples
 
