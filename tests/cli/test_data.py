@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import random
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,35 @@ def test_damaged_files_are_named_with_the_place(tmp_path: Path, name: str, conte
         read_rows(str(tmp_path / name), "--data")
     assert words in caught.value.message
     assert name in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.jsonl.gz", "a.xz"])
+def test_no_damage_gives_a_traceback(tmp_path: Path, name: str) -> None:
+    rows = [{**PAIR, "tools": [TOOL], "system": "x"}, {"messages": [USER, {**ANSWER, "tool_calls": [CALL]}], **PAIR}]
+    whole = {
+        ".jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(),
+        ".json": json.dumps(rows).encode(),
+        ".csv": b'prompt,completion\n"a, b",c\nd,"e\nf"\n',
+        ".gz": gzip.compress(json.dumps(PAIR).encode()),
+        ".xz": lzma.compress(json.dumps(PAIR).encode()),
+    }[Path(name).suffix]
+    read, refusals = 0, []
+    for seed in range(200):
+        chance, content = random.Random(seed), bytearray(whole)
+        for _ in range(chance.randrange(1, 4)):
+            start = chance.randrange(len(content))
+            content[start : start + chance.randrange(3)] = chance.choice(
+                [b"", b"\0", b"[", b"}", b'"', b"\n", b"\xff", b"9"]
+            )
+        (tmp_path / name).write_bytes(content)
+        try:
+            to_examples(read_rows(str(tmp_path / name), "--data"), Columns(), name, "--data")
+            read += 1
+        except typer.BadParameter as error:
+            refusals.append(error.message)
+    assert all(name in refusal for refusal in refusals)
+    assert len(refusals) > 50
+    assert read + len(refusals) == 200
 
 
 def test_a_folder_that_is_no_dataset_is_refused(tmp_path: Path) -> None:
