@@ -299,9 +299,9 @@ class _Run:
             if pictures and curve.ranks:
                 for suffix in ("png", "svg"):
                     curve.plot(job.output / f"curve.{suffix}", title=f"{Path(job.model).name}: one run, each rank")
-            row = curve.rows[0] if None in held_out.seen else curve.rows[-1]
-            name = "base model" if row.rank is None else f"rank {row.rank}"
-            self.say(f"{name}: loss {row.metrics['loss']:.4f} over {held_out.rows} examples")
+            # no loss yet: where time runs short, those of earlier ranks are over more examples
+            name = "base model" if None in held_out.seen else f"rank {curve.ranks[-1]}"
+            self.say(f"{name}: measured; {held_out.rows} examples seen at all so far")
 
         rank_curve(self.model, held_out, progress=False, on_row=write)
         if held_out.rows < len(self.held_out):

@@ -23,7 +23,7 @@ from ._interrupt import Interrupted, Interruption
 
 DEMO_INSTRUCTION = "Describe this place in a sentence or two."
 # Sized for a few minutes on two cores; where others use them too, the minutes bound it instead.
-DEMO_STEPS, DEMO_RATE, DEMO_MINUTES = 50, 3e-3, 9.0
+DEMO_STEPS, DEMO_RATE, DEMO_MINUTES = 50, 3e-3, 8.0
 
 
 @dataclass
@@ -99,7 +99,7 @@ def train(
     max_minutes: Annotated[
         float | None,
         typer.Option(
-            help="Time for the whole command: load, train, measure, export, check. Default: no limit; 9 in the demo."
+            help="Time for the whole command: load, train, measure, export, check. Default: no limit; 8 in the demo."
         ),
     ] = None,
     save_steps: Annotated[

@@ -239,7 +239,7 @@ def test_signals_stop_at_once_or_after_the_step() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-@pytest.mark.parametrize(("stop", "until"), [(signal.SIGINT, "step "), (signal.SIGTERM, "rank 1: loss")])
+@pytest.mark.parametrize(("stop", "until"), [(signal.SIGINT, "step "), (signal.SIGTERM, "rank 1: measured")])
 def test_an_interruption_leaves_what_there_is_and_says_how_to_go_on(
     tiny: Path, tmp_path: Path, stop: signal.Signals, until: str
 ) -> None:
