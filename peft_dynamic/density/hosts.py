@@ -10,15 +10,21 @@ once a process, when the first loss is attached; without a loss in the model nei
 from __future__ import annotations
 
 import functools
+import logging
 from contextvars import ContextVar
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
+logger = logging.getLogger(__name__)
+
 METRIC = "density_loss"
+# Losses that transformers 5.23 neither divides by the parts of an accumulated step nor by its number of labels.
+MULTIPLIED = {"ForSequenceClassification", "ForTokenClassification", "ForMaskedLM"}
 
 _CURRENT: ContextVar[TrainingStep | None] = ContextVar("peft_dynamic_training_step", default=None)
+_WARNED: WeakSet[Any] = WeakSet()
 _SEEN: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()  # trainer -> [sum of D, how many]
 
 
@@ -38,6 +44,7 @@ class TrainingStep:
         parts = getattr(self.trainer, "current_gradient_accumulation_steps", None)
         if parts is None:
             parts = self.trainer.args.gradient_accumulation_steps
+        self._warn_if_multiplied(parts)
         seen = _SEEN.setdefault(self.trainer, [0.0, 0])
         for terms in self.terms.values():
             rows = sum(count for _, _, count in terms)
@@ -49,6 +56,22 @@ class TrainingStep:
                     loss = loss + (value * (weight * count / rows / parts)).to(loss.device)
         self.terms = {}
         return loss
+
+    def _warn_if_multiplied(self, parts: int) -> None:
+        """Say once that the host gives the task another weight beside the density than this run asks for."""
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        multiplied = getattr(base, "loss_type", None) in MULTIPLIED and getattr(
+            self.trainer, "model_accepts_loss_kwargs", False
+        )
+        if parts > 1 and multiplied and self.trainer not in _WARNED and self.trainer.compute_loss_func is None:
+            _WARNED.add(self.trainer)
+            # Logged, not warned of: it is the host's doing, and a run with warnings as errors is to go on
+            logger.warning(
+                f"transformers multiplies the gradient of {type(base).__name__}'s own loss by the {parts} accumulation "
+                f"steps, so the density counts 1/{parts} beside it. Train without accumulation, or with {parts} times "
+                "the weight."
+            )
 
 
 def current_step() -> TrainingStep | None:

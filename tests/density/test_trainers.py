@@ -227,3 +227,47 @@ def test_a_step_of_sft_trainer(tmp_path: Path, settings: dict) -> None:
     assert log["density_loss"] == pytest.approx(value, rel=1e-4)
     assert "entropy" in log
     density.detach()
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_task_that_the_host_multiplies_is_told_of(
+    tmp_path: Path, parts: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers 5.23: four parts of a batch give a classifier four times the gradient of the whole batch."""
+    from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    data = [{"input_ids": torch.arange(i, i + 5), "labels": torch.tensor(i % 2)} for i in range(4)]
+    norms: dict[int, torch.Tensor] = {}
+
+    def gradient(parts: int, attach: bool) -> list[Any]:
+        torch.manual_seed(0)
+        model = BertForSequenceClassification(BertConfig(vocab_size=9, **sizes, **still))
+        density = ActivationDensityLoss(weight=0.0).attach(model) if attach else None
+
+        class Look(TrainerCallback):
+            def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+                norms[parts] = model.classifier.weight.grad.norm()
+
+        arguments = TrainingArguments(
+            str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=4 // parts,
+            gradient_accumulation_steps=parts,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+            max_grad_norm=0,
+            dataloader_pin_memory=False,
+        )
+        caplog.clear()
+        Trainer(model, arguments, train_dataset=data, callbacks=[Look()]).train()
+        if density is not None:
+            density.detach()
+        return [message for message in caplog.messages if "accumulation steps, so the density" in message]
+
+    assert len(gradient(parts, attach=True)) == (parts > 1)
+    gradient(1, attach=False)
+    torch.testing.assert_close(norms[parts], parts * norms[1], rtol=1e-4, atol=1e-6)
