@@ -43,7 +43,7 @@ def turns(row: dict[str, Any], **columns: Any) -> list[tuple[str, str]]:
         ("no_suffix", b'{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "b"}\n'),
         ("a.csv", b"\xef\xbb\xbfprompt,completion\r\na,b\r\na,b\r\n"),
         ("a.TSV", b"prompt\tcompletion\na\tb\na\tb\n"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a", "completion": "b"}\n' * 2)),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a", "completion": "b"}\n' * 2, mtime=0)),
         ("a.csv.bz2", bz2.compress(b"prompt,completion\na,b\na,b\n")),
         ("a.json.xz", lzma.compress(json.dumps([PAIR, PAIR]).encode())),
     ],
@@ -105,7 +105,7 @@ def test_without_datasets_the_way_to_get_it_is_named(tmp_path: Path, monkeypatch
         ("a.jsonl", "ä".encode("latin1"), "not UTF-8 text"),
         ("a.jsonl", '{"prompt": "ä"}'.encode("utf-16"), "not UTF-8 text"),
         ("a.jsonl.gz", b"no gzip", "cannot be read"),
-        ("a.jsonl.gz", gzip.compress(b"{}" * 1000)[:-9], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b"{}" * 1000, mtime=0)[:-9], "cannot be read"),
         ("a.jsonl.xz", b"no xz", "cannot be read"),
         ("a.csv", b'a,b\n1,"2\n', "unexpected end of data"),
         ("a.csv", b"a,b\n1\n", "row 1: it has more or fewer fields"),
@@ -131,7 +131,7 @@ def test_no_damage_gives_a_traceback(tmp_path: Path, name: str) -> None:
         ".jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(),
         ".json": json.dumps(rows).encode(),
         ".csv": b'prompt,completion\n"a, b",c\nd,"e\nf"\n',
-        ".gz": gzip.compress(json.dumps(PAIR).encode()),
+        ".gz": gzip.compress(json.dumps(PAIR).encode(), mtime=0),
         ".xz": lzma.compress(json.dumps(PAIR).encode()),
     }[Path(name).suffix]
     read, refusals = 0, []
