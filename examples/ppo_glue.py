@@ -8,7 +8,7 @@
 Or `accelerate launch examples/ppo_glue.py --config my.yaml`, with the same names in the YAML file. Your own rows:
 `--train_file my.jsonl --eval_file other.jsonl`, with the columns of the task and `label`. The scores before, between
 and after are printed and written to OUTPUT_DIR/scores.json, and the adapter is saved in OUTPUT_DIR. Needs
-`pip install 'peft-dynamic[trl,nlu]'`.
+`pip install '.[trl,nlu]'` in a checkout.
 """
 
 import json

@@ -106,42 +106,27 @@ def test_the_hosts_special_cases_are_those_that_we_know() -> None:
     assert found == set(PLACES)
 
 
+def qwen3(layers: int, **more: Any) -> Any:
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        **more,
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+GATED = ["gate_proj", "up_proj", "down_proj"]
 MOE: dict[str, tuple[Callable[[], Any], list[str]]] = {
-    "qwen3": (
-        lambda: Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(
-                vocab_size=64,
-                hidden_size=32,
-                intermediate_size=48,
-                moe_intermediate_size=16,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=8,
-                num_experts=4,
-                num_experts_per_tok=2,
-            )
-        ),
-        ["gate_proj", "up_proj", "down_proj"],
-    ),
-    "qwen3-with-dense-layers": (
-        lambda: Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(
-                vocab_size=64,
-                hidden_size=32,
-                intermediate_size=48,
-                moe_intermediate_size=16,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=8,
-                num_experts=4,
-                num_experts_per_tok=2,
-                mlp_only_layers=[1],
-            )
-        ),
-        ["gate_proj", "up_proj", "down_proj"],
-    ),
+    "qwen3": (lambda: qwen3(2), GATED),
+    "qwen3-with-dense-layers": (lambda: qwen3(3, mlp_only_layers=[1]), GATED),
     "mixtral": (
         lambda: MixtralForCausalLM(
             MixtralConfig(

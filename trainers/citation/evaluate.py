@@ -325,7 +325,7 @@ def _has_rouge(notes: list[str]) -> bool:
     try:
         metrics.rouge_lsum("a", ["a"], lambda text: [text])
     except ImportError:
-        notes.append("ROUGE-Lsum was left out: it needs rouge-score (pip install 'peft-dynamic[citation]').")
+        notes.append("ROUGE-Lsum was left out: it needs rouge-score (pip install rouge-score).")
         return False
     return True
 

@@ -113,7 +113,7 @@ def mauve(references: list[str], outputs: list[str], model: str = "gpt2-large", 
     try:
         from mauve import compute_mauve
     except ImportError as error:
-        raise ImportError("mauve=True needs MAUVE: pip install 'peft-dynamic[mauve]' (or mauve-text)") from error
+        raise ImportError("mauve=True needs MAUVE, the extra peft-dynamic[mauve]: pip install mauve-text") from error
     made = compute_mauve(
         p_text=references,
         q_text=outputs,
@@ -155,7 +155,9 @@ def _rouge_scorer() -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise ImportError("rouge=True needs rouge-score: pip install 'peft-dynamic[citation]'") from error
+        raise ImportError(
+            "rouge=True needs rouge-score, of the extra peft-dynamic[citation]: pip install rouge-score"
+        ) from error
     return RougeScorer(["rougeLsum"], use_stemmer=True)
 
 

@@ -156,7 +156,8 @@ def _need_libraries() -> None:
             import_module(library)
     except ImportError as error:
         raise ImportError(
-            "The metrics of GLUE and SuperGLUE need scikit-learn and scipy: pip install 'peft-dynamic[nlu]'"
+            "The metrics of GLUE and SuperGLUE need scikit-learn and scipy: pip install scikit-learn scipy, or in a "
+            "checkout pip install '.[nlu]' (once it is published: pip install 'peft-dynamic[nlu]')"
         ) from error
 
 

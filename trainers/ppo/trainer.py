@@ -384,7 +384,8 @@ class PPOTrainer(Trainer):
         if self.accelerator.scaler is not None:  # which skips such steps by itself
             return
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if loss.isfinite() and all(bool(g.isfinite().all()) for g in gradients):
+        finite = [loss.isfinite().all(), *(gradient.isfinite().all() for gradient in gradients)]
+        if torch.stack([each.to(loss.device) for each in finite]).all():  # the device is waited for once
             return
         raise FloatingPointError(
             f"The loss of step {self.state.global_step + 1} is {loss.item():g}, or a gradient of it is not finite. "

@@ -14,7 +14,7 @@ from peft_dynamic.trainers.soft.structure import PAPER_EXITS, evenly_spaced
 try:
     from trl import SFTConfig
 except ImportError as error:
-    raise ImportError("SoFTConfig needs TRL: pip install 'peft-dynamic[trl]'") from error
+    raise ImportError("SoFTConfig needs TRL, the extra peft-dynamic[trl]: pip install 'trl>=1.15' datasets") from error
 
 
 # The annotations of fields are read by transformers' and TRL's parsers, which need them as objects: the parser of a

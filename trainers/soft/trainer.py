@@ -28,7 +28,7 @@ from peft_dynamic.tuners.quantization import keep_training_on_cpu
 try:
     from trl import SFTTrainer
 except ImportError as error:
-    raise ImportError("SoFTTrainer needs TRL: pip install 'peft-dynamic[trl]'") from error
+    raise ImportError("SoFTTrainer needs TRL, the extra peft-dynamic[trl]: pip install 'trl>=1.15' datasets") from error
 
 _CITATION = """\
 @inproceedings{kavehzadeh2024sorted,
