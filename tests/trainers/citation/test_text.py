@@ -93,7 +93,12 @@ def test_hidden_citations() -> None:
         ("Really? [1]. Next.", "Really [1]? Next."),
         ('He said "So." [1]. Next.', 'He said "So [1]." Next.'),
         ("So on. [1]... and", "So on. [1]... and"),
-        # a URL must not take a mark in
+        # a URL must not take a mark in, so one that would go into it is left as it is written
+        (".²www.![1],", ".²www.![1],"),
+        (";³www.(2)", ";[3]www [2]."),
+        (" !³www.[1] [ [3]. ", " ![3]www [1]. [ [3]. "),
+        ('?³www.…[3]. "\nA] )', '?[3]www [3].… "\nA] )'),
+        ("- A.³www.[4-5]--?", "- A.³www.[4][5]--?"),
         ('[1] https://x.org/a[2]." [1]', '[1] https://x.org/a[2] [1]."'),
     ],
 )
