@@ -34,7 +34,7 @@ ROWS = {
     "default-kernels": Row({"ATEN_CPU_CAPABILITY": "default"}),
     "avx2": Row({"ATEN_CPU_CAPABILITY": "avx2"}),
     "onednn-avx2": Row({"ONEDNN_MAX_CPU_ISA": "AVX2"}),
-    "default-kernels-one-thread": Row({"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}, ()),
+    "default-kernels-one-thread": Row({"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}),
     "two-threads": Row({"OMP_NUM_THREADS": "2"}, ()),
     "narrow": Row({"COLUMNS": "40"}),
     "lang-c": Row({"LANG": "C"}),

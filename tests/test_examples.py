@@ -3,31 +3,28 @@
 import gzip
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.processes import python
 from tests.stock_cases import tiny_llama
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def run(name: str, *arguments: object) -> str:
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
     # whatever the terminal, the locale and the folder of whoever runs the tests
     environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "PYTHONUTF8": "1", "COLUMNS": "400"}
     for variable in ("FORCE_COLOR", "NO_COLOR", "TERM", "LINES", "PYTHONIOENCODING"):
         environment.pop(variable, None)
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment, cwd=folder)
+        printed = python(EXAMPLES / name, *arguments, env=environment, cwd=Path(folder))
         left = [path.name for path in Path(folder).iterdir()]
-    assert done.returncode == 0, done.stderr
     assert not left  # all is written where it was asked for
-    return done.stdout
+    return printed
 
 
 def as_people_write(rows: list[Any]) -> str:

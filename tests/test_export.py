@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from torch import nn
 
 from peft_dynamic import DyLoRAConfig, MoSLoRAConfig
 from peft_dynamic.export import export_lora
+from tests.processes import python
 from tests.stock_cases import CASES, build, compute
 
 # PEFT says these for a stock LoRA of the same settings too.
@@ -69,8 +68,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[torch.Ten
             with model.at_rank(rank):
                 ours[f"{name}-{i}"] = compute(model, inputs)
     script = Path(__file__).with_name("stock_cases.py")
-    done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stderr
+    python(script, folder)
     return {name: (output, load_file(folder / f"{name}.safetensors")["output"]) for name, output in ours.items()}
 
 
@@ -287,8 +285,7 @@ def test_a_pretrained_model_computes_the_same_bits(tmp_path: Path, model_path: P
         ours = model(torch.arange(5, 45).view(2, 20))[0]
     result = tmp_path / "result.safetensors"
     code = CHILD.format(auto=auto, path=str(model_path), adapter=str(tmp_path / "out"), result=str(result))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stderr
+    python("-c", code)
     assert torch.equal(ours, load_file(result)["output"])
 
 

@@ -117,6 +117,7 @@ def fast_dtype() -> Any:
     """The dtype for training the adapter: bfloat16 where the machine computes it faster than float32.
 
     On a CPU that is measured, since it varies a lot: some processors have matrix units for bfloat16, others emulate it.
+    And tried: torch 2.13's attention in it raises where ATEN_CPU_CAPABILITY hides AVX-512 and matrix units are in use.
     """
     import time
 
@@ -124,6 +125,11 @@ def fast_dtype() -> Any:
 
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    tokens = torch.ones(1, 4, 512, 64, dtype=torch.bfloat16)  # fewer take another kernel
+    try:
+        torch.nn.functional.scaled_dot_product_attention(tokens, tokens, tokens, is_causal=True)
+    except RuntimeError:
+        return torch.float32
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.ones(512, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)

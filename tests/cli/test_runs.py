@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -273,8 +274,10 @@ def test_an_interruption_leaves_what_there_is_and_says_how_to_go_on(
         rows = json.loads((tmp_path / "out" / "curve.json").read_text())["rows"]
         assert rows[0]["rank"] == 1
         assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()
-        done = subprocess.run(again, shell=True, capture_output=True, text=True, env=environment(), cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        words = shlex.split(again)
+        assert words[:4] == [sys.executable, "-m", "peft_dynamic.cli", "train"]
+        done = invoke(*words[3:])
+        assert done.exit_code == 0, done.output
         assert (tmp_path / "out" / "report.md").is_file()
 
 

@@ -1,8 +1,5 @@
 """Two gloo processes have the gradients of one process with the whole batch."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,17 +7,11 @@ import torch
 
 from tests.density.models import assert_same, batch_for, reference, with_lora
 from tests.density.test_trainers import whole_batch
-from tests.tuners.test_distributed import free_port
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import together
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    command += [str(ROOT / "tests/density/distributed_script.py"), str(tmp_path / "out.pt")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    together(Path(__file__).with_name("distributed_script.py"), tmp_path / "out.pt")
     found = torch.load(tmp_path / "out.pt")
     assert found["processes"] == 2
     assert_same(found["bare"], reference(with_lora("Bert"), "Bert", batch_for("Bert")))

@@ -11,10 +11,10 @@ import torch
 from peft import get_peft_model, get_peft_model_state_dict
 
 from peft_dynamic import DyLoRAConfig, MoSLoRAConfig
+from tests.processes import ROOT, free_port, python, together
 from tests.stock_cases import build
 from tests.tuners.methods import METHODS
 
-ROOT = Path(__file__).parents[2]
 ACCELERATE_CONFIG = """
 compute_environment: LOCAL_MACHINE
 distributed_type: MULTI_GPU  # the name of accelerate's two-process launcher; use_cpu makes it gloo on CPUs
@@ -27,29 +27,20 @@ main_process_port: {port}
 """
 
 
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 def launch(kind: str, folder: Path) -> dict[str, Any]:
     out = folder / f"{kind}.pt"
-    script = [str(ROOT / "tests/tuners/distributed_script.py"), kind, str(out)]
+    script, environment = Path(__file__).with_name("distributed_script.py"), os.environ | {"OMP_NUM_THREADS": "1"}
     if kind == "single":
-        command = [sys.executable, *script]
-    elif kind == "ddp":
+        python(script, kind, out, env=environment)
+    elif kind == "fsdp2":
+        together(script, kind, out)
+    else:  # a real launcher, once
         config = out.with_suffix(".yaml")
         config.write_text(ACCELERATE_CONFIG.format(port=free_port()))
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *script]
-    else:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-        command += script
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 0, result.stderr[-3000:]
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, script, kind, out]
+        environment |= {"PYTHONPATH": str(ROOT)}
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+        assert result.returncode == 0, result.stderr[-3000:]
     return torch.load(out)
 
 

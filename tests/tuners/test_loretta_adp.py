@@ -3,8 +3,6 @@
 import copy
 import json
 import pickle
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from peft_dynamic.tuners.loretta_adp import LorettaAdpConfig, LorettaAdpLayer, TensorTrainLinear
 from peft_dynamic.tuners.loretta_adp.structure import find_norms, find_targets
 from tests.conformance.cases import perturb
+from tests.processes import python
 from tests.tuners.common import rows, tiny_llama
 
 pytestmark = [
@@ -774,8 +773,7 @@ def test_a_classifier_saved_here_loads_in_another_process(name: str, tmp_path: P
     model = adapted({"bert": tiny_bert, "roberta": tiny_roberta}[name](), task_type="SEQ_CLS")
     perturb(model)
     model.save_pretrained(tmp_path)
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", LOAD, name, str(tmp_path)], check=True, cwd=root, timeout=200)
+    python("-c", LOAD, name, tmp_path)
     assert torch.equal(torch.load(tmp_path / "output.pt"), logits(model))
 
 

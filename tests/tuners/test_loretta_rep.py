@@ -1,8 +1,6 @@
 """LoRETTA_rep: published parameter counts, its starts, export, every refusal; the rest is in the conformance table."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +23,7 @@ from transformers import (
 
 from peft_dynamic import LorettaRepConfig, export_lora
 from tests.conformance.cases import perturb
+from tests.processes import python
 from tests.stock_cases import build, compute
 from tests.tuners.common import losses
 
@@ -206,8 +205,7 @@ with torch.no_grad():
     save_file({{"logits": model(torch.tensor({ids.tolist()})).logits}}, {str(tmp_path / "out.safetensors")!r})
 assert not [name for name in sys.modules if name.startswith("peft_dynamic")]
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    python("-c", script)
     stock = load_file(tmp_path / "out.safetensors")["logits"]
     # the classifier's train is applied in two thin products here and as one matrix there: rounding
     assert torch.allclose(stock, expected, atol=1e-5 * expected.abs().max().item())

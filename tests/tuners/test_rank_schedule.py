@@ -1,8 +1,6 @@
 """One rank per optimizer step: in plain loops, under Trainer and SFTTrainer, with checkpointing, and after a resume."""
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from peft_dynamic import DyLoRAConfig
 from peft_dynamic.functional.ranks import draw_rank, rank_weights
 from peft_dynamic.tuners.dylora import drawn_rank, get_rank, set_rank
+from tests.processes import python
 from tests.tuners.common import (
     RankRecorder,
     a_layer,
@@ -286,8 +285,7 @@ optimizer.load_state_dict(torch.load(folder / "optimizer.pt"))
 train(model, 3, optimizer, first=3)
 torch.save(trainable_state(model), folder / "result.pt")
 """
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=root, capture_output=True)
+    python("-c", code, tmp_path)
     result = torch.load(tmp_path / "result.pt")
     assert all(torch.equal(value, result[name]) for name, value in trainable_state(whole).items())
 
@@ -431,12 +429,12 @@ def test_compiled_training_compiles_once_per_rank_and_equals_eager(truncation: s
 
     torch._dynamo.reset()
     counters.clear()
-    eager, compiled = adapted(truncation=truncation), adapted(truncation=truncation)
+    eager, compiled = (adapted(truncation=truncation, ranks=[2, 8]) for _ in range(2))
     function = torch.compile(compiled, backend="eager")
     losses: dict[str, list[float]] = {}
     for name, model, call in (("eager", eager, eager), ("compiled", compiled, function)):
         optimizer = optimizer_of(model)
-        for step in range(16):
+        for step in range(8):
             batch = rows()[2 * step : 2 * step + 2]
             loss = call.train()(input_ids=batch, labels=batch).loss
             loss.backward()
@@ -444,6 +442,6 @@ def test_compiled_training_compiles_once_per_rank_and_equals_eager(truncation: s
             optimizer.zero_grad()
             losses.setdefault(name, []).append(loss.item())
     assert losses["compiled"] == pytest.approx(losses["eager"], rel=1e-5)
-    assert set(expected_ranks(16)) == {1, 2, 4, 8}
-    assert counters["stats"]["unique_graphs"] == 4
+    assert set(expected_ranks(8, ranks=(2, 8))) == {2, 8}
+    assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]

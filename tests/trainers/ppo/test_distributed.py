@@ -1,25 +1,16 @@
 """Two gloo processes train as one process does with the same prompts."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.processes import together
 from tests.trainers.ppo.distributed_script import made
-from tests.tuners.test_distributed import free_port
-
-ROOT = Path(__file__).parents[3]
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    command += [str(ROOT / "tests/trainers/ppo/distributed_script.py"), str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr[-3000:]
+    together(Path(__file__).with_name("distributed_script.py"), tmp_path)
     found = torch.load(tmp_path / "out.pt", weights_only=False)
     assert found["processes"] == 2
     assert found["same"]  # resumed from the middle of a rollout

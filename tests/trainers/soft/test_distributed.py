@@ -1,8 +1,6 @@
 """Two processes on gloo train what one process trains, with the same drawn exits."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +8,16 @@ import pytest
 import torch
 
 pytest.importorskip("trl")
-from tests.tuners.test_distributed import free_port
-
-ROOT = Path(__file__).parents[3]
+from tests.processes import python, together
 
 
 def launch(folder: Path, processes: int) -> dict[str, Any]:
     out = folder / f"{processes}.pt"
-    command = [sys.executable]
+    script = Path(__file__).with_name("distributed_script.py")
     if processes > 1:
-        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
-    command += [str(ROOT / "tests/trainers/soft/distributed_script.py"), str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
-    assert result.returncode == 0, result.stderr[-3000:]
+        together(script, out, processes=processes)
+    else:
+        python(script, out, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return torch.load(out, weights_only=False)
 
 

@@ -1,8 +1,6 @@
 """`exit_at` and `truncate_to_exit` against models whose later layers were deleted."""
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import nn
 
 from peft_dynamic import DyLoRAConfig, LorettaAdpConfig
 from peft_dynamic.trainers.soft.exits import exit_at, truncate_to_exit
+from tests.processes import python
 from tests.trainers.soft.families import DEPTH, FAMILIES, build, cut, layers_of, tokens
 
 
@@ -82,7 +81,7 @@ assert torch.equal(model.generate(expected["ids"], max_new_tokens=6, do_sample=F
 assert model.config.layer_types == ["sliding_attention", "full_attention", "sliding_attention"]
 assert "peft_dynamic" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=120)
+    python("-c", code, tmp_path)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
