@@ -22,7 +22,7 @@ from peft_dynamic.tuners.quantization import keep_training_on_cpu
 
 from .collect import Collector, Pass, in_backward, in_reentrant_checkpoint
 from .hosts import current_step, watch_trainers
-from .structure import Activation
+from .structure import Activation, check_patterns
 
 # Their own backward keeps their output, so that is what ours keeps too. All others keep their input. Where nothing else
 # keeps their output, ours remakes it: one more elementwise operation instead of one more tensor of the block's width.
@@ -69,6 +69,8 @@ class ActivationDensityLoss:
     padding is left out by default, and the loss works with checkpointing. Not the method that PEFT calls DEFT.
     """
 
+    weights_name = "layer_weights"  # what messages call it: a configuration has another name for it
+
     def __init__(
         self,
         weight: float = 1.0,
@@ -113,7 +115,7 @@ class ActivationDensityLoss:
             raise ValueError("this ActivationDensityLoss is attached already: detach() it first, or make another one.")
         collector = Collector(model, self.activation_modules, self._begin, self._collect, self._finish)
         try:
-            self._factors = _layer_factors(collector.layers, self.layer_weights)
+            self._factors = _layer_factors(collector.layers, self.layer_weights, self.weights_name)
         except ValueError:
             collector.remove()
             raise
@@ -306,24 +308,23 @@ def _with_loss(output: Any, loss: torch.Tensor, new: torch.Tensor) -> Any:
     return output
 
 
-def _layer_factors(layers: list[Activation], given: Sequence[float] | Mapping[str, float] | None) -> dict[str, float]:
+def _layer_factors(
+    layers: list[Activation], given: Sequence[float] | Mapping[str, float] | None, name: str
+) -> dict[str, float]:
     names = [layer.name for layer in layers]
     if given is None:
         return dict.fromkeys(names, 1.0)
     if isinstance(given, Mapping):
         factors = dict.fromkeys(names, 1.0)
         for key, value in given.items():
-            matched = [name for name in names if name == key or name.endswith(f".{key}") or f".{key}." in f".{name}."]
+            matched = [each for each in names if each == key or each.endswith(f".{key}") or f".{key}." in f".{each}."]
             if not matched:
-                raise ValueError(
-                    f"layer_weights has {key!r}, which is the name of no counted layer; there are {names}."
-                )
+                raise ValueError(f"{name} has {key!r}, which is the name of no counted layer; there are {names}.")
             factors.update(dict.fromkeys(matched, float(value)))
         return factors
     if len(given) != len(names):
         raise ValueError(
-            f"layer_weights must have one number for each of the {len(names)} layers {names}, got {len(given)}: "
-            f"{given!r}."
+            f"{name} must have one number for each of the {len(names)} layers {names}, got {len(given)}: {given!r}."
         )
     return dict(zip(names, map(float, given), strict=True))
 
@@ -345,18 +346,11 @@ def check_settings(
         raise ValueError(f"{owner}: {prefix}eps must be a positive number, got {eps!r}. The authors' is 1e-7.")
     if surrogate not in SURROGATES:
         raise ValueError(f"{owner}: surrogate must be one of {SURROGATES}, got {surrogate!r}.")
-    if activation_modules is not None and not isinstance(activation_modules, str):
-        listed = isinstance(activation_modules, list | tuple | set)
-        if not listed or not all(isinstance(item, str) for item in activation_modules):
-            raise TypeError(
-                f"{owner}: activation_modules must be the end of a name, a regular expression or a list of names, "
-                f"got {activation_modules!r}."
-            )
-        if not activation_modules:
-            raise ValueError(f"{owner}: activation_modules is empty. Pass None to find them by structure.")
+    check_patterns(activation_modules, owner)
     if layer_weights is not None:
         values = list(layer_weights.values()) if isinstance(layer_weights, Mapping) else layer_weights
-        if isinstance(values, str) or not isinstance(values, Sequence):
+        named = not isinstance(layer_weights, Mapping) or all(isinstance(key, str) for key in layer_weights)
+        if isinstance(values, str | bytes) or not isinstance(values, Sequence) or not named:
             raise TypeError(
                 f"{owner}: {prefix}layer_weights must be a list of numbers or a dict from names to numbers, got "
                 f"{layer_weights!r}."

@@ -28,12 +28,38 @@ class Activation(NamedTuple):
     stack: str
 
 
+def check_patterns(patterns: Any, owner: str) -> None:
+    """Refuse what cannot name activations; `owner` begins the message.
+
+    Raises:
+        TypeError, ValueError: it is no name, list of names, regular expression or None, or an empty one.
+    """
+    if patterns is None:
+        return
+    if isinstance(patterns, str):
+        try:
+            re.compile(patterns)
+        except re.error as error:
+            raise ValueError(
+                f"{owner}: activation_modules={patterns!r} is no end of a name and no regular expression: {error}."
+            ) from error
+    elif not isinstance(patterns, list | tuple | set) or not all(isinstance(item, str) for item in patterns):
+        raise TypeError(
+            f"{owner}: activation_modules must be the end of a name, a regular expression or a list of names, "
+            f"got {patterns!r}."
+        )
+    if not patterns:
+        raise ValueError(f"{owner}: activation_modules is empty. Pass None to find them by structure.")
+
+
 def find_activations(model: nn.Module, patterns: str | Sequence[str] | None) -> list[Activation]:
     """The activations of a model, in the order of its modules; names are those of the model without adapters.
 
     Raises:
         ValueError: there are none, or they belong to a mixture of experts.
+        TypeError: `patterns` is no name, list of names, regular expression or None.
     """
+    check_patterns(patterns, type(model).__name__)
     base = base_model(model)
     modules = [(name, module) for name, module in original_modules(base) if name]
     if patterns is None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
+import peft
 import torch
+from peft import peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+
+from peft_dynamic._registry import is_ours
 
 PREFIX = "base_model.model."
 
@@ -33,6 +39,17 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[int,
     return found
 
 
+def _trained_whole(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
+    """The same of modules and tokens that are trained beside the layers."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, wrapper in model.named_modules():
+        if isinstance(wrapper, AuxiliaryTrainingWrapper):
+            places = set(wrapper.adapter_state_dict_load_map(adapter_name).values())
+            tensors = (*wrapper.named_parameters(), *wrapper.named_buffers())
+            found |= {f"{name}.{key}": tuple(tensor.shape) for key, tensor in tensors if key in places}
+    return found
+
+
 def check_fits(model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
     """Refuse a checkpoint that is incomplete, misshapen, holds NaN, or would change what is none of the adapter's.
 
@@ -45,7 +62,7 @@ def check_fits(model: nn.Module, config: Any, adapter_name: str, state_dict: dic
     Raises:
         ValueError: it does not fit. Nothing was loaded.
     """
-    expected = adapter_tensors(model, adapter_name)
+    expected = adapter_tensors(model, adapter_name) | _trained_whole(model, adapter_name)
     # on a model with injected adapters the checkpoint has a prefix that the model lacks
     found = {name.removeprefix(PREFIX): value for name, value in state_dict.items()}
     sharded = any(hasattr(parameter, "placements") for parameter in model.parameters())
@@ -55,12 +72,19 @@ def check_fits(model: nn.Module, config: Any, adapter_name: str, state_dict: dic
             f"the checkpoint for the adapter {adapter_name!r} lacks {len(missing)} of its {len(expected)} tensors, "
             f"{missing[0]} among them. It is incomplete, or was made with other target_modules. Nothing was loaded."
         )
+    held = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, shape in expected.items():
         value = found.get(name.removeprefix(PREFIX))
         if value is not None and tuple(value.shape) != shape:
             raise ValueError(
                 f"the checkpoint for the adapter {adapter_name!r} has {name} of shape {tuple(value.shape)}, the "
                 f"model needs {shape}: it was made with another r or for another base model. Nothing was loaded."
+            )
+        numbers = held.get(name)
+        if value is not None and numbers is not None and value.is_floating_point() != numbers.is_floating_point():
+            raise ValueError(
+                f"the checkpoint for the adapter {adapter_name!r} has {name} of {value.dtype}, the model needs "
+                f"{numbers.dtype}: the file is damaged, or was packed by another tool. Nothing was loaded."
             )
     for name, value in found.items():
         if value.is_floating_point() and not sharded and value.device.type != "meta" and not value.isfinite().all():
@@ -98,3 +122,31 @@ def _strange(model: nn.Module, adapter_name: str, expected: dict[str, Any], name
         for name in names
         if name not in own and name in weights and not any(name.startswith(prefix) for prefix in embeddings)
     ]
+
+
+def _naming_what_lacks(stock: Any) -> Any:
+    """PEFT's `set_peft_model_state_dict`, whose KeyError for a module that is trained whole becomes a sentence.
+
+    Notable: it looks for those before it asks the tuner, so `check_fits` comes too late. Other adapters see no change.
+    """
+
+    @wraps(stock)
+    def set_peft_model_state_dict(model: Any, state: Any, adapter_name: str = "default", *args: Any, **kw: Any) -> Any:
+        try:
+            return stock(model, state, adapter_name, *args, **kw)
+        except KeyError as error:
+            if adapter_name not in model.peft_config or not is_ours(model.peft_config[adapter_name]):
+                raise
+            raise ValueError(
+                f"the checkpoint for the adapter {adapter_name!r} lacks 1 or more of its tensors, {error.args[0]} "
+                "among them, of a module that is trained whole. It is incomplete, or was made with other "
+                "modules_to_save. Nothing was loaded."
+            ) from error
+
+    set_peft_model_state_dict.of_peft_dynamic = True  # type: ignore[attr-defined]
+    return set_peft_model_state_dict
+
+
+for module in (peft, peft_model):
+    if not hasattr(module.set_peft_model_state_dict, "of_peft_dynamic"):
+        module.set_peft_model_state_dict = _naming_what_lacks(module.set_peft_model_state_dict)

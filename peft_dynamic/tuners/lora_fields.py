@@ -5,35 +5,30 @@ PEFT checks few of them when a configuration is made; the rest fails in the midd
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, fields
-from numbers import Integral, Real
+from dataclasses import fields
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, TaskType
+from peft.tuners.lora import config as lora_config
 
+from peft_dynamic.rules import FLAG, TEXT, Rule, check_rules, default_of, is_finite, is_int, or_none, plain
+
+MOST = 2**31 - 1  # of a size that torch takes
 # init_lora_weights values whose start leaves the base weights alone and does not count on the product B A.
 ALLOWED_INITS = (True, False, "gaussian")
 
 
-def is_int(value: Any) -> bool:
-    """Whether it is an integer, of numpy too, and no bool."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a real number, of numpy too, and no bool."""
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def is_finite(value: Any) -> bool:
-    """Whether it is a finite number, of numpy too, and no bool."""
-    return is_number(value) and math.isfinite(value)
-
-
 def _is_names(value: Any) -> bool:
     return isinstance(value, list | tuple | set | frozenset) and all(isinstance(item, str) for item in value)
+
+
+def _is_expression(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(re.compile(value))
+    except re.error:
+        return False
 
 
 def _is_ints(value: Any) -> bool:
@@ -42,80 +37,86 @@ def _is_ints(value: Any) -> bool:
 
 def _is_pattern(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: (
-        isinstance(value, Mapping) and all(isinstance(key, str) and check(item) for key, item in value.items())
+        isinstance(value, Mapping) and all(_is_expression(key) and check(item) for key, item in value.items())
     )
 
 
 def _is_tokens(value: Any) -> bool:
-    return _is_ints(value) or (isinstance(value, Mapping) and all(_is_ints(ids) for ids in value.values()))
+    if isinstance(value, Mapping):
+        return bool(value) and all(isinstance(name, str) and _is_tokens(ids) for name, ids in value.items())
+    return isinstance(value, list) and bool(value) and all(is_int(item) and item >= 0 for item in value)
 
 
 def _is_replication(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(_is_ints(pair) and len(pair) == 2 for pair in value)
 
 
-_FLAG = ("True or False", lambda value: isinstance(value, bool))
-_TEXT = ("a text or None", lambda value: value is None or isinstance(value, str))
-_NAMES = (
-    "a list of names, a regular expression or None",
-    lambda value: value is None or isinstance(value, str) or _is_names(value),
+def _part(name: str, holds: Callable[[Any], Any] = bool) -> Rule:
+    """Of a field that holds a configuration of its own, which PEFT takes as a dict too."""
+    kind = getattr(lora_config, name)
+    return or_none(
+        f"a {name}, a dict of its fields",
+        lambda value: isinstance(value, kind | Mapping) and holds(value if isinstance(value, kind) else kind(**value)),
+    )
+
+
+NAMES = or_none("a list of names, a regular expression", lambda value: _is_expression(value) or _is_names(value))
+LISTED = or_none("a list of names", _is_names)
+INDICES = or_none("an int, a list of ints", lambda value: is_int(value) or _is_ints(value))
+TASK = or_none(
+    f"one of {', '.join(task.value for task in TaskType)}", lambda value: value in [task.value for task in TaskType]
 )
-_LISTED = ("a list of names or None", lambda value: value is None or _is_names(value))
-# Field: (what it must be, whether it is). Those of `ANY` are PEFT's to read, or refused by each method that lacks them.
-RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+DICT = or_none("a dict", lambda value: isinstance(value, Mapping))
+# Those of every configuration of PEFT's. `peft_type` is each class's own, whatever is passed.
+COMMON: dict[str, Rule] = {
+    "task_type": TASK,
+    "auto_mapping": DICT,
+    "peft_version": TEXT,
+    "base_model_name_or_path": TEXT,
+    "revision": TEXT,
+    "inference_mode": FLAG,
+}
+# Of each field of `LoraConfig` but `r` and `peft_type`; test_bad_settings.py compares the list with PEFT's.
+RULES: dict[str, Rule] = COMMON | {
     "lora_alpha": ("a number above 0, and finite", lambda value: is_finite(value) and value > 0),
     "lora_dropout": ("a number from 0 to below 1", lambda value: is_finite(value) and 0 <= value < 1),
-    "rank_pattern": (
-        "a dict from names to ints of at least 1",
-        lambda value: value is None or _is_pattern(is_int)(value),
+    "rank_pattern": or_none(
+        "a dict from names to ints of at least 1", _is_pattern(lambda item: is_int(item) and item <= MOST)
     ),
-    "alpha_pattern": (
-        "a dict from names to finite numbers above 0",
-        lambda value: value is None or _is_pattern(lambda item: is_finite(item) and item > 0)(value),
+    "alpha_pattern": or_none(
+        "a dict from names to finite numbers above 0", _is_pattern(lambda item: is_finite(item) and item > 0)
     ),
-    "target_modules": _NAMES,
-    "exclude_modules": _NAMES,
-    "modules_to_save": _LISTED,
-    "target_parameters": _LISTED,
-    "layers_to_transform": (
-        "an int, a list of ints or None",
-        lambda value: value is None or is_int(value) or _is_ints(value),
-    ),
-    "layers_pattern": _NAMES,
-    "layer_replication": ("a list of pairs of ints or None", lambda value: value is None or _is_replication(value)),
-    "trainable_token_indices": (
-        "a list of ints, a dict from names to such lists, or None",
-        lambda value: value is None or _is_tokens(value),
-    ),
+    "target_modules": NAMES,
+    "exclude_modules": NAMES,
+    "modules_to_save": LISTED,
+    "target_parameters": LISTED,
+    "layers_to_transform": INDICES,
+    "layers_pattern": NAMES,
+    "layer_replication": or_none("a list of pairs of ints", _is_replication),
+    "trainable_token_indices": or_none("a list of token ids, a dict from names to such lists", _is_tokens),
     "bias": ("'none', 'all' or 'lora_only'", lambda value: value in ("none", "all", "lora_only")),
-    "fan_in_fan_out": _FLAG,
-    "use_rslora": _FLAG,
-    "use_dora": _FLAG,
-    "use_qalora": _FLAG,
-    "lora_bias": _FLAG,
-    "ensure_weight_tying": _FLAG,
-    "inference_mode": _FLAG,
-    "base_model_name_or_path": _TEXT,
-    "revision": _TEXT,
+    "fan_in_fan_out": FLAG,
+    "use_rslora": FLAG,
+    "use_dora": FLAG,
+    "use_qalora": FLAG,
+    "qalora_group_size": ("an int of at least 1", lambda value: is_int(value) and value > 0),
+    "lora_bias": FLAG,
+    "ensure_weight_tying": FLAG,
+    "init_lora_weights": ("True, False or a name that PEFT knows", lambda value: isinstance(value, bool | str)),
+    "megatron_config": DICT,
+    "megatron_core": TEXT,
+    "loftq_config": _part("LoftQConfig"),
+    "eva_config": _part("EvaConfig"),
+    "corda_config": _part("CordaConfig"),
+    "lora_ga_config": _part("LoraGAConfig"),
+    "velora_config": _part("VeloraConfig"),
+    "monteclora_config": _part("MontecloraConfig"),
+    "use_bdlora": _part("BdLoraConfig", lambda part: part.target_modules_bd_a or part.target_modules_bd_b),
+    "arrow_config": _part("ArrowConfig"),
+    "kasa_config": _part("KasaConfig"),
+    "alora_invocation_tokens": or_none("a list of token ids", lambda value: _is_tokens(value)),
+    "runtime_config": ("a LoraRuntimeConfig", lambda value: isinstance(value, lora_config.LoraRuntimeConfig)),
 }
-ANY = {
-    "r",
-    *(
-        "task_type",
-        "peft_type",
-        "auto_mapping",
-        "peft_version",
-        "init_lora_weights",
-        "megatron_config",
-        "megatron_core",
-    ),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "alora_invocation_tokens"),
-    *("qalora_group_size", "monteclora_config", "runtime_config", "use_bdlora", "arrow_config", "kasa_config"),
-}
-
-
-def _default(field: Field) -> Any:
-    return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
 def check_lora_fields(config: Any, skip: tuple[str, ...] = ()) -> None:
@@ -128,53 +129,44 @@ def check_lora_fields(config: Any, skip: tuple[str, ...] = ()) -> None:
     if "r" not in skip:
         if not is_int(config.r):
             raise TypeError(f"{name}: r must be an int, got {config.r!r} of type {type(config.r).__name__}.")
-        if config.r < 1:
-            raise ValueError(f"{name}: r must be at least 1, got {config.r}.")
+        check_size(name, "r", config.r)
     config.r = plain(config.r)
+    check_rules(config, {field: rule for field, rule in RULES.items() if field not in skip})
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        setattr(config, pattern, getattr(config, pattern) or {})  # None is a dict to read for PEFT
     for field in fields(LoraConfig):
         value = getattr(config, field.name)
-        if field.name in RULES and field.name not in skip:
-            rule, holds = RULES[field.name]
-            if not _holds(holds, value):
-                kind = ValueError if is_number(value) else TypeError
-                raise kind(
-                    f"{name}: {field.name} must be {rule}, got {value!r} of type {type(value).__name__}. "
-                    f"PEFT's default is {_default(field)!r}."
-                )
-            setattr(config, field.name, plain(value))
-        elif field.name not in RULES and field.name not in ANY and value != _default(field):
+        if field.name not in RULES and field.name not in ("r", "peft_type") and value != default_of(field):
             raise ValueError(
                 f"{name} does not support {field.name}={value!r}: this version of peft_dynamic does not know the field "
                 "and cannot say what it does at every rank. Leave it at its default."
             )
 
 
-def _holds(check: Callable[[Any], bool], value: Any) -> bool:
-    try:
-        return bool(check(value))
-    except (TypeError, ValueError):  # an array, say, has no one truth value
-        return False
+def check_ranks_of(config: Any) -> None:
+    """Raise ValueError for a rank below 1 in `rank_pattern`."""
+    for pattern, rank in config.rank_pattern.items():
+        if rank < 1:
+            raise ValueError(
+                f"{type(config).__name__}: rank_pattern must have ints of at least 1, got {rank} for "
+                f"{pattern!r}. To leave a module out name it in exclude_modules."
+            )
 
 
-def plain(value: Any) -> Any:
-    """The value with Python's numbers in place of numpy's, which no JSON can hold."""
-    if isinstance(value, bool | str) or value is None:
-        return value
-    if isinstance(value, Integral):
-        return int(value)
-    if isinstance(value, Real):
-        return value if isinstance(value, float) and type(value) is float else float(value)
-    if isinstance(value, Mapping):
-        return {plain(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return type(value)(map(plain, value))
-    return value
+def check_size(owner: str, name: str, value: int) -> None:
+    """Raise ValueError for an int that can be no size of a tensor."""
+    if value < 1:
+        raise ValueError(f"{owner}: {name} must be at least 1, got {value}.")
+    if value > MOST:
+        raise ValueError(f"{owner}: {name} must be at most {MOST}, got {value}.")
 
 
 def check_refused(config: Any, refused: dict[str, str]) -> None:
-    """Raise ValueError for a field in `refused` (name to reason) that is set."""
+    """Raise ValueError for a field in `refused` (name to reason) that is set; an empty dict sets PEFT's too."""
+    defaults = {field.name: default_of(field) for field in fields(config)}
     for name, reason in refused.items():
-        if getattr(config, name, None):
+        value, default = getattr(config, name, None), defaults[name]
+        if not any(value is unset for unset in (None, False, default)) and not (default == {} == value):
             raise ValueError(f"{type(config).__name__} does not support {name}={getattr(config, name)!r}: {reason}.")
 
 

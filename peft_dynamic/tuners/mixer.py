@@ -45,7 +45,7 @@ class MixerConfig:
             )
         if self.mixer_init not in MIXER_INITS:
             raise ValueError(f"{name}: mixer_init must be one of {list(MIXER_INITS)}, got {self.mixer_init!r}.")
-        if self.train_mixer not in (None, True, False):
+        if self.train_mixer is not None and not isinstance(self.train_mixer, bool):
             raise TypeError(f"{name}: train_mixer must be True, False or None, got {self.train_mixer!r}.")
         odd = [rank for rank in ranks if rank % 2]
         if self.mixer_init == "butterfly" and odd:

@@ -144,3 +144,31 @@ def test_transformers_own_adapter_methods(method: str, tmp_path: Path) -> None:
         assert torch.allclose(base(input_ids=rows(2)).logits, expected, atol=1e-6)
         base.disable_adapters()
         assert torch.allclose(base(input_ids=rows(2)).logits, tiny_llama().eval()(input_ids=rows(2)).logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "loretta-adp"])
+@pytest.mark.parametrize("layers", [[[0, 2], [0, 2]], [[1, 2]]])
+@pytest.mark.filterwarnings("ignore:.*layer_replication.*:UserWarning")
+def test_replicated_layers_are_trained_saved_and_exported(method: str, layers: list, tmp_path: Path) -> None:
+    config = METHODS[method]()
+    config.layer_replication = layers
+    model = get_peft_model(tiny_llama(), config)
+    number = sum(end - start for start, end in layers)
+    assert len(model.base_model.model.model.layers) == number
+    perturb(model)
+    grads = gradients(model, rows(2))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for layer in range(number):
+        assert {name for name in trained if f".layers.{layer}." in name} <= grads.keys()
+        assert any(f".layers.{layer}.self_attn.q_proj." in name for name in trained)
+        assert any(f".layers.{layer}.input_layernorm." in name for name in trained) == method.startswith("loretta")
+    if method == "density-lora":
+        assert len(model.base_model.density["default"].layers) == number
+    with torch.no_grad():
+        expected = model.eval()(input_ids=rows(2)).logits
+        model.save_pretrained(tmp_path / "adapter")
+        again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter").eval()
+        assert torch.equal(again(input_ids=rows(2)).logits, expected)
+        export_lora(model, tmp_path / "lora")
+        stock = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora").eval()
+        torch.testing.assert_close(stock(input_ids=rows(2)).logits, expected, rtol=1e-4, atol=1e-5)

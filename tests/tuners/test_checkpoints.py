@@ -1,6 +1,9 @@
 """Saved adapters that do not fit, adapters with odd names, numbers of numpy: nothing is half-loaded or half-saved."""
 
 import json
+import random
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from peft_dynamic import (
@@ -20,6 +24,7 @@ from peft_dynamic import (
     hotswap_adapter,
 )
 from peft_dynamic.tuners.checkpoint import adapter_tensors
+from tests.cli.test_export import damaged, mutated
 from tests.conformance.cases import perturb
 from tests.tuners.common import adapted, rows, tiny_llama
 from tests.tuners.methods import METHODS, with_method
@@ -209,3 +214,70 @@ def test_ranks_of_numpy_and_what_is_no_rank() -> None:
         with pytest.raises(TypeError, match="rank must be an int"):
             model.set_rank(wrong)
     assert model.get_rank() == 2
+
+
+# Any other is an error of the insides.
+OF_A_USER = (ValueError, TypeError, OSError, SafetensorError)
+
+
+def changed(tensors: dict[str, torch.Tensor], chance: random.Random) -> dict[str, torch.Tensor]:
+    """The same with one tensor missing, misshapen, of another kind, renamed, not a number, or one too many."""
+    name = chance.choice(sorted(tensors))
+    kind = chance.randrange(6)
+    if kind == 0:
+        return {key: value for key, value in tensors.items() if key != name}
+    if kind == 1:
+        return tensors | {name: torch.zeros(chance.choice([(0,), (1,), (3, 5), (2, 2, 2)]))}
+    if kind == 2:
+        return tensors | {name: tensors[name].to(chance.choice([torch.int8, torch.bool, torch.int64]))}
+    if kind == 3:
+        return {f"{key}x" if key == name else key: value for key, value in tensors.items()}
+    if kind == 4:
+        odd = chance.choice(["x", "lora_A", "model.layers.0", "model.layers.0.self_attn.q_proj.weight"])
+        return tensors | {f"base_model.model.{odd}": torch.zeros(2, 2)}
+    return tensors | {name: torch.full_like(tensors[name], float("nan"))}
+
+
+@pytest.mark.hypothesis  # for the row of fresh examples
+@pytest.mark.filterwarnings("ignore")  # what hosts say of such files
+@pytest.mark.parametrize("whole", [[], ["lm_head"]])
+@pytest.mark.parametrize("method", METHODS)
+def test_no_damage_is_loaded_in_part_or_gives_an_error_of_the_insides(
+    method: str, whole: list[str], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """A thousand under `make test-matrix`. What PEFT itself cannot read has PEFT's, json's or safetensors' error."""
+    settings = METHODS[method]()
+    settings.modules_to_save = whole or None
+    model = get_peft_model(tiny_llama(), settings)
+    perturb(model)
+    model.save_pretrained(tmp_path / "whole")
+    config = json.loads((tmp_path / "whole" / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    many = request.config.getoption("--hypothesis-profile") == "fresh"
+    chances = random.Random(f"{method}/{bool(whole)}" if not many else None)
+    target = get_peft_model(tiny_llama(), settings)
+    perturb(target, seed=5)
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    for number in range(80 if many else 16):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", folder)
+        seed = chances.randrange(2**32)
+        if number % 4 == 0:
+            damaged(folder / "adapter_model.safetensors", seed)
+        elif number % 4 == 1:
+            damaged(folder / "adapter_config.json", seed)
+        elif number % 4 == 2:
+            odd = mutated({key: value for key, value in config.items() if key != "peft_type"}, seed)
+            (folder / "adapter_config.json").write_text(json.dumps({**odd, "peft_type": config["peft_type"]}))
+        else:
+            file = folder / "adapter_model.safetensors"
+            save_file(changed(tensors, random.Random(seed)), file, metadata={"format": "pt"})
+        with suppress(*OF_A_USER):
+            PeftModel.from_pretrained(tiny_llama(), folder)
+        try:
+            target.load_adapter(folder, adapter_name="default")
+        except OF_A_USER:
+            after = target.state_dict()
+            assert all(torch.equal(after[name], value) for name, value in before.items()), seed
+        else:
+            target.load_state_dict(before)

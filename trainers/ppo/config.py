@@ -3,12 +3,39 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
 from peft_dynamic.functional.ppo import KL_ESTIMATORS
+from peft_dynamic.rules import FLAG, TEXT, Rule, check_rules, is_finite, is_int, is_number, or_none
+
+_INT: Rule = ("an int", is_int)
+_NUMBER: Rule = ("a finite number", lambda value: is_finite(value) or value != value)  # NaN is in no range
+_WHOLE = or_none("an int of at least 0", lambda value: is_int(value) and value >= 0)
+_DICT = or_none("a dict, or the JSON of one", lambda value: isinstance(value, Mapping))
+# What a value is; __post_init__ has the ranges of numbers.
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(
+        ("max_completion_length", "rollout_forward_batch_size", "num_ppo_epochs", "num_mini_batches"), _INT
+    ),
+    **dict.fromkeys(("temperature", "kl_coef", "vf_coef", "gamma", "lam", "kl_horizon"), _NUMBER),
+    # infinity leaves a clipping out
+    **dict.fromkeys(("cliprange", "cliprange_value"), ("a number", is_number)),
+    **dict.fromkeys(("kl_target", "missing_eos_penalty"), or_none("a finite number", is_finite)),
+    **dict.fromkeys(("stop_token_id", "num_completions_to_print"), _WHOLE),
+    **dict.fromkeys(("bootstrap_truncated", "shuffle_dataset", "whiten_rewards", "whiten_advantages"), FLAG),
+    **dict.fromkeys(("disable_dropout", "eval_do_sample", "log_completions"), FLAG),
+    **dict.fromkeys(("chat_template_kwargs", "model_init_kwargs"), _DICT),
+    "ref_adapter_name": TEXT,
+    "reward_weights": or_none("a list of finite numbers", lambda value: _is_list(value, is_finite)),
+}
+
+
+def _is_list(value: Any, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list | tuple) and all(map(holds, value))
 
 
 @dataclass
@@ -132,6 +159,7 @@ class PPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_rules(self, RULES)
         positive = ("max_completion_length", "temperature", "rollout_forward_batch_size", "num_ppo_epochs")
         for name in (*positive, "num_mini_batches", "kl_horizon", "cliprange", "cliprange_value"):
             if not getattr(self, name) > 0:
@@ -155,8 +183,9 @@ class PPOConfig(TrainingArguments):
                 f"stop_token={self.stop_token!r} must be 'eos' or None. Name another token by stop_token_id, and a "
                 "text by stop_strings."
             )
-        if isinstance(self.stop_strings, str) or any(not text for text in self.stop_strings or ()):
-            raise ValueError(f"stop_strings={self.stop_strings!r} must be a list of non-empty strings.")
+        words = self.stop_strings
+        if words is not None and not _is_list(words, lambda word: isinstance(word, str) and bool(word)):
+            raise ValueError(f"stop_strings={words!r} must be a list of non-empty strings.")
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size=True would change the size of a rollout on the way; set it to False."

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
+from peft_dynamic.rules import is_int
 from peft_dynamic.trainers.soft.structure import PAPER_EXITS, evenly_spaced
 
 try:
@@ -85,6 +86,8 @@ class SoFTConfig(SFTConfig):
         self._check_weights()
         if isinstance(self.exits_per_step, bool) or not isinstance(self.exits_per_step, int | None):
             raise TypeError(f"exits_per_step={self.exits_per_step!r}: must be an integer, or None for all exits.")
+        if self.exits_per_step is not None and self.exits_per_step < 1:
+            raise ValueError(f"exits_per_step={self.exits_per_step}: must be at least 1, or None for all exits.")
         if self.exits is not None:
             self._check_count(len(self.exits) if isinstance(self.exits, list) else int(self.exits))
         if self.loss_type == "dft":
@@ -99,8 +102,8 @@ class SoFTConfig(SFTConfig):
         weights = self.exit_weights
         if weights is None:
             return
-        numbers = isinstance(weights, Sequence) and not isinstance(weights, str)
-        if not numbers or any(isinstance(w, bool) or not isinstance(w, Real) for w in weights):
+        numbers = isinstance(weights, Sequence) and not isinstance(weights, str | bytes)
+        if not numbers or not weights or any(isinstance(w, bool) or not isinstance(w, Real) for w in weights):
             raise TypeError(f"exit_weights={weights!r}: must be a list of numbers, one per exit.")
         if any(not (math.isfinite(w) and w > 0) for w in weights):
             raise ValueError(
@@ -174,12 +177,12 @@ def _parsed(text: str) -> list[int] | int:
 
 
 def _depths(name: str, value: Any) -> list[int]:
-    listed = isinstance(value, Sequence) and not isinstance(value, str)
-    if not listed or any(isinstance(k, bool) or not isinstance(k, int) for k in value):
+    listed = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    if not listed or not all(map(is_int, value)):
         raise TypeError(f"{name}={value!r}: must be a list of depths in layers, such as [12, 16, 20].")
     if not value or len(set(value)) < len(value) or min(value) < 1:
         raise ValueError(f"{name}={list(value)}: must be different depths of at least 1 layer, such as [12, 16, 20].")
-    return sorted(value)
+    return sorted(map(int, value))
 
 
 def _check_depths(name: str, depths: list[int], depth: int) -> None:

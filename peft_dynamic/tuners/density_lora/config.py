@@ -6,7 +6,13 @@ from peft import LoraConfig
 from peft.utils.peft_types import PeftType
 
 from peft_dynamic.density.loss import check_settings
-from peft_dynamic.tuners.lora_fields import check_lora_fields
+from peft_dynamic.rules import FLAG, check_rules
+from peft_dynamic.tuners.lora_fields import check_lora_fields, check_ranks_of, check_refused
+
+REFUSED_FIELDS = {
+    "arrow_config": "it routes between the adapters of a model that create_arrow_model made",
+    "megatron_config": "Megatron's parallel layers were not tried with a density loss",
+}
 
 
 @dataclass
@@ -47,7 +53,10 @@ class DensityLoRAConfig(LoraConfig):
     include_padding: bool = field(default=False, metadata={"help": "Count padding tokens too."})
 
     def __post_init__(self) -> None:
+        check_refused(self, REFUSED_FIELDS)
         check_lora_fields(self)
+        check_ranks_of(self)
+        check_rules(self, {"include_padding": FLAG})
         super().__post_init__()
         self.peft_type = PeftType.DENSITY_LORA  # the member that _registry adds
         check_settings(

@@ -42,15 +42,22 @@ class DensityLoRAModel(ViewedLoraModel):
             layer_weights=config.density_layer_weights,
             include_padding=config.include_padding,
         )
+        loss.weights_name = "density_layer_weights"
         self._forget(adapter_name)
-        loss.attach(model)  # first: it may refuse the model
+        self.__dict__["_loss"] = loss
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             loss.detach()
             raise
+        finally:
+            del self.__dict__["_loss"]
         loss.when = partial(_is_active, model, adapter_name)
         losses[adapter_name] = loss
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)  # which may replicate layers
+        self.__dict__["_loss"].attach(model)  # before anything else is changed: it may refuse the model
 
     def _make_viewed(self, layer: LoraLayer, adapter_name: str, config: Any) -> None:
         groups_a, groups_b, divisor = layout(layer)

@@ -9,15 +9,8 @@ from peft import LoraConfig
 from peft.utils.peft_types import PeftType
 
 from peft_dynamic.functional.ranks import SCALING_RULES
-from peft_dynamic.tuners.lora_fields import (
-    check_init,
-    check_lora_fields,
-    check_refused,
-    is_finite,
-    is_int,
-    is_number,
-    plain,
-)
+from peft_dynamic.rules import FLAG, check_rules, is_finite, is_int, is_number, plain
+from peft_dynamic.tuners.lora_fields import check_init, check_lora_fields, check_refused
 from peft_dynamic.tuners.mixer import MixerConfig
 
 # Fields of LoraConfig that change what an adapter computes in a way that has no meaning at every rank, with the reason.
@@ -132,6 +125,7 @@ class DyLoRAConfig(MixerConfig, LoraConfig):
     def __post_init__(self) -> None:
         check_refused(self, REFUSED_FIELDS)
         check_lora_fields(self)
+        check_rules(self, {"use_mixer": FLAG})
         # The others subtract the full-rank product from the base weights or need it to vanish as a whole.
         check_init(self, "that start is the base model at the full rank only, and DyLoRA trains every rank")
         super().__post_init__()

@@ -12,8 +12,8 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from peft_dynamic.rules import is_int
 from peft_dynamic.tuners.base import ViewedLoraModel
-from peft_dynamic.tuners.lora_fields import is_int
 
 from .bases import prepare
 from .config import DyLoRAConfig

@@ -1,19 +1,26 @@
 """Configuration of LoRETTA_adp."""
 
-import math
 from dataclasses import dataclass, field
-from numbers import Real
-from typing import Any
 
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType
 from transformers.activations import ACT2FN
 
-from peft_dynamic.tuners.lora_fields import plain
+from peft_dynamic.rules import FLAG, check_rules, is_finite, plain
+from peft_dynamic.tuners.lora_fields import COMMON, INDICES, LISTED, NAMES
 
 from .fields import check_train_fields
 
 PLACEMENTS = ("paper", "reference")
+RULES = COMMON | {
+    "target_modules": NAMES,
+    "exclude_modules": NAMES,
+    "train_layer_norms": FLAG,
+    "tensorize_classifier": FLAG,
+    "modules_to_save": LISTED,
+    "layers_to_transform": INDICES,
+    "layers_pattern": NAMES,
+}
 
 
 # Activations of transformers with parameters of their own, which an adapter would have to train and save.
@@ -23,10 +30,6 @@ _TRAINED_ACTIVATIONS = {"prelu", "xielu"}
 def non_linearities() -> tuple[str, ...]:
     """Names of transformers' activation functions that hold no parameters of their own."""
     return tuple(sorted(set(ACT2FN) - _TRAINED_ACTIVATIONS))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass
@@ -126,6 +129,7 @@ class LorettaAdpConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
+        check_rules(self, RULES)
         super().__post_init__()
         self.peft_type = PeftType.LORETTA_ADP  # the member that _registry adds
         self._check_numbers()
@@ -134,12 +138,11 @@ class LorettaAdpConfig(PeftConfig):
 
     def _check_numbers(self) -> None:
         check_train_fields(self)
-        if not _is_number(self.scaling):
+        if not is_finite(self.scaling):
             raise ValueError(f"LorettaAdpConfig: scaling must be a finite number, got {self.scaling!r}.")
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+        if not is_finite(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"LorettaAdpConfig: dropout must be a number from 0 to below 1, got {self.dropout!r}.")
-        for name in ("scaling", "dropout", "layers_to_transform"):
-            setattr(self, name, plain(getattr(self, name)))
+        self.scaling, self.dropout = plain(self.scaling), plain(self.dropout)
 
     def _check_choices(self) -> None:
         if self.placement not in PLACEMENTS:
@@ -158,17 +161,13 @@ class LorettaAdpConfig(PeftConfig):
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                if not isinstance(value, list | tuple | set) or not all(isinstance(item, str) for item in value):
-                    raise TypeError(
-                        f"LorettaAdpConfig: {name} must be a list of names, a regular expression or None, "
-                        f"got {value!r}."
-                    )
-                if not value and name == "target_modules":
-                    raise ValueError(
-                        "LorettaAdpConfig: target_modules is empty. Pass None to find the layers by structure."
-                    )
-                setattr(self, name, set(value))
+            if value is None or isinstance(value, str):
+                continue
+            if not value and name == "target_modules":
+                raise ValueError(
+                    "LorettaAdpConfig: target_modules is empty. Pass None to find the layers by structure."
+                )
+            setattr(self, name, set(value))
         if self.target_modules is not None and self.placement != "paper":
             raise ValueError(
                 f"LorettaAdpConfig: placement={self.placement!r} finds the layers by structure, and target_modules="

@@ -2,13 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
-
-def is_int(value: Any) -> bool:
-    """Whether it is an integer, and no bool."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+from peft_dynamic.rules import is_int
+from peft_dynamic.tuners.lora_fields import check_size
 
 
 def check_train_fields(config: Any) -> None:
@@ -18,8 +15,7 @@ def check_train_fields(config: Any) -> None:
         value = getattr(config, field)
         if not is_int(value):
             raise TypeError(f"{name}: {field} must be an int, got {value!r} of {type(value).__name__}.")
-        if value < 1:
-            raise ValueError(f"{name}: {field} must be at least 1, got {value}.")
+        check_size(name, field, value)
         setattr(config, field, int(value))
     shape = config.tensor_shape
     if shape is None:

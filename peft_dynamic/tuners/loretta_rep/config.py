@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from peft import LoraConfig
 from peft.utils.peft_types import PeftType
 
-from peft_dynamic.tuners.lora_fields import check_lora_fields, check_refused, is_finite
+from peft_dynamic.rules import FLAG, check_rules, is_finite
+from peft_dynamic.tuners.lora_fields import check_lora_fields, check_ranks_of, check_refused
 from peft_dynamic.tuners.loretta_adp.fields import check_train_fields
 
 REFUSED_FIELDS = {
@@ -103,6 +104,8 @@ class LorettaRepConfig(LoraConfig):
                 f"{name}: lora_alpha must be a finite number, got {self.lora_alpha!r}; it must be above 0."
             )
         check_lora_fields(self, skip=("r",))
+        check_ranks_of(self)
+        check_rules(self, {"train_layer_norms": FLAG, "tensorize_classifier": FLAG})
         check_train_fields(self)
         if isinstance(self.r, bool) or self.r not in (0, self.bottleneck):
             raise ValueError(

@@ -29,10 +29,13 @@ class LorettaRepModel(AlsoTrained, ViewedLoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._target_experts(model, self.peft_config[adapter_name])
-        extras = Extras(model, self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._train_extras(model, adapter_name, extras)
+        self._train_extras(model, adapter_name, self.__dict__.pop("_extras"))
         keep_together(model, LoraLayer)
+
+    def _prepare_model(self, peft_config: LorettaRepConfig, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)  # which may replicate layers
+        self.__dict__["_extras"] = Extras(model, peft_config)
 
     def _target_experts(self, model: nn.Module, config: Any) -> None:
         refuse_experts(config, model, "LorettaRepConfig")

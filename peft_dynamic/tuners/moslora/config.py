@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from peft import LoraConfig
 from peft.utils.peft_types import PeftType
 
-from peft_dynamic.tuners.lora_fields import check_init, check_lora_fields, check_refused
+from peft_dynamic.tuners.lora_fields import check_init, check_lora_fields, check_ranks_of, check_refused
 from peft_dynamic.tuners.mixer import MixerConfig
 
 REFUSED_FIELDS = {
@@ -52,6 +52,7 @@ class MoSLoRAConfig(MixerConfig, LoraConfig):
     def __post_init__(self) -> None:
         check_refused(self, REFUSED_FIELDS)
         check_lora_fields(self)
+        check_ranks_of(self)
         check_init(self, "it sets B A, and the update is B M A")
         super().__post_init__()
         self.peft_type = PeftType.MOSLORA  # the member that _registry adds

@@ -1,0 +1,82 @@
+"""What the settings of a dataclass may hold, in one line each: a field, what it must be, and whether it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields
+from numbers import Integral, Real
+from typing import Any
+
+
+def is_int(value: Any) -> bool:
+    """Whether it is an integer, of numpy too, and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a real number, of numpy too, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a finite number, of numpy too, and no bool."""
+    return is_number(value) and math.isfinite(value)
+
+
+Rule = tuple[str, Callable[[Any], bool]]  # what it must be, whether it is
+
+
+def or_none(text: str, holds: Callable[[Any], bool]) -> Rule:
+    """The same rule, which None keeps too."""
+    return f"{text} or None", lambda value: value is None or holds(value)
+
+
+FLAG: Rule = ("True or False", lambda value: isinstance(value, bool))
+TEXT = or_none("a text", lambda value: isinstance(value, str))
+
+
+def default_of(field: Field) -> Any:
+    """The default of a dataclass's field."""
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+def check_rules(config: Any, rules: Mapping[str, Rule]) -> None:
+    """Check the fields that have a rule; numpy's numbers become Python's.
+
+    Raises:
+        TypeError, ValueError: one holds what has no meaning; the message has its name, value, rule and default.
+    """
+    defaults = {field.name: default_of(field) for field in fields(config)}
+    for name, (rule, holds) in rules.items():
+        value = getattr(config, name)
+        if not holds_for(holds, value):
+            kind = ValueError if is_number(value) and is_number(defaults[name]) else TypeError
+            raise kind(
+                f"{type(config).__name__}: {name} must be {rule}, got {value!r} of type {type(value).__name__}. "
+                f"The default is {defaults[name]!r}."
+            )
+        setattr(config, name, plain(value))
+
+
+def holds_for(check: Callable[[Any], bool], value: Any) -> bool:
+    """Whether a rule holds for a value; where it cannot be asked it does not."""
+    try:
+        return bool(check(value))
+    except (TypeError, ValueError):  # an array, say, has no one truth value
+        return False
+
+
+def plain(value: Any) -> Any:
+    """The value with Python's numbers in place of numpy's, which no JSON can hold."""
+    if isinstance(value, bool | str) or value is None:
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return value if isinstance(value, float) and type(value) is float else float(value)
+    if isinstance(value, Mapping):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return type(value)(map(plain, value))
+    return value
