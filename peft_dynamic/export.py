@@ -170,8 +170,8 @@ def _tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
                     f"{prefix}: prepare_model_for_compiled_hotswap replaced its factors. Export before that call."
                 )
     for key, module in model.named_modules():
-        if isinstance(module, TensorTrainLinear) and f".modules_to_save.{name}" in key:
-            _put_matrix(tensors, key.replace(f".modules_to_save.{name}", ""), module.matrix().mT)
+        if isinstance(module, TensorTrainLinear) and (own := f".modules_to_save.{name}.") in f"{key}.":
+            _put_matrix(tensors, f"{key}.".replace(own, ".").removesuffix("."), module.matrix().mT)
     prefix = "" if isinstance(model, PeftModel) else PEFT_PREFIX
     return {
         prefix + key: tensor.detach().cpu().contiguous().clone()  # a file holds no views and no tensor twice

@@ -94,7 +94,7 @@ def check_fits(model: nn.Module, config: Any, adapter_name: str, state_dict: dic
             )
     biases = getattr(config, "bias", "none") != "none"
     names = [name for name in found if not (biases and name.endswith(".bias"))]
-    strange = _strange(model, adapter_name, expected, names)
+    strange = _strange(model, expected, names)
     if strange:
         raise ValueError(
             f"the checkpoint for the adapter {adapter_name!r} has {strange[0]}, which is none of the adapter's tensors "
@@ -103,14 +103,10 @@ def check_fits(model: nn.Module, config: Any, adapter_name: str, state_dict: dic
         )
 
 
-def _strange(model: nn.Module, adapter_name: str, expected: dict[str, Any], names: list[str]) -> list[str]:
+def _strange(model: nn.Module, expected: dict[str, Any], names: list[str]) -> list[str]:
     """Those that are weights of the model, but for embeddings, which PEFT saves along when they were resized."""
     own = {name.removeprefix(PREFIX) for name in expected}
-    weights = {
-        name.removeprefix(PREFIX)
-        for name, _ in (*model.named_parameters(), *model.named_buffers())
-        if f".{adapter_name}." not in name and not name.endswith(f".{adapter_name}")
-    }
+    weights = {name.removeprefix(PREFIX) for name, _ in (*model.named_parameters(), *model.named_buffers())}
     embeddings: set[str] = set()
     for get in ("get_input_embeddings", "get_output_embeddings"):
         layer = getattr(model, get, lambda: None)()

@@ -47,6 +47,11 @@ class MixerConfig:
             raise ValueError(f"{name}: mixer_init must be one of {list(MIXER_INITS)}, got {self.mixer_init!r}.")
         if self.train_mixer is not None and not isinstance(self.train_mixer, bool):
             raise TypeError(f"{name}: train_mixer must be True, False or None, got {self.train_mixer!r}.")
+        if getattr(self, "ensure_weight_tying", False):
+            raise ValueError(
+                f"{name} does not support ensure_weight_tying=True with a mixer: tied layers share A and B, and each "
+                "has a mixer of its own, so that their updates would differ. Leave one of them out of target_modules."
+            )
         odd = [rank for rank in ranks if rank % 2]
         if self.mixer_init == "butterfly" and odd:
             raise ValueError(

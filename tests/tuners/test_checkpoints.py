@@ -160,6 +160,15 @@ def test_a_hot_swap_of_a_damaged_file_changes_nothing(method: str, damage: str, 
     torch.testing.assert_close(logits(model), expected)
 
 
+@pytest.mark.parametrize("name", ["model", "layers", "0", "self_attn"])
+def test_a_weight_of_the_base_model_is_seen_whatever_the_adapters_name(name: str, tmp_path: Path) -> None:
+    tensors = files_of("dylora", tmp_path)
+    tensors["base_model.model.model.layers.0.input_layernorm.weight"] = torch.zeros(32)
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="is none of the adapter's tensors"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path, adapter_name=name)
+
+
 def test_resized_embeddings_may_come_along(tmp_path: Path) -> None:
     model = adapted()
     model.save_pretrained(tmp_path, save_embedding_layers=True)

@@ -269,3 +269,26 @@ def test_smollm2_in_low_precision_with_noise_removal(model_path: Path) -> None:
         assert (model(ids).logits.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
     found = losses(model, 4, 3e-3, input_ids=ids, labels=ids)
     assert found[-1] < found[0]
+
+
+def test_an_export_holds_nothing_of_an_adapter_whose_name_begins_alike(tmp_path: Path) -> None:
+    config = RobertaConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    torch.manual_seed(0)
+    base = RobertaForSequenceClassification(config).eval()
+    base.save_pretrained(tmp_path / "base")
+    settings = {"target_modules": ["query"], "task_type": "SEQ_CLS", "bottleneck": 4, "tensor_rank": 2}
+    model = get_peft_model(base, LorettaRepConfig(**settings), adapter_name="x1")
+    perturb(model)
+    model.add_adapter("x12", LorettaRepConfig(**settings))
+    model.set_adapter("x12")
+    perturb(model, seed=2)
+    for name in ("x1", "x12"):
+        model.set_adapter(name)
+        with torch.no_grad():
+            expected = model.eval()(torch.arange(3, 10)[None]).logits
+            export_lora(model, tmp_path / name, adapter_name=name)
+            fresh = RobertaForSequenceClassification.from_pretrained(tmp_path / "base").eval()
+            stock = PeftModel.from_pretrained(fresh, tmp_path / name)(torch.arange(3, 10)[None]).logits
+        torch.testing.assert_close(stock, expected, rtol=1e-4, atol=1e-5)

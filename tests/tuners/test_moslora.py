@@ -33,6 +33,7 @@ def mixer(model: nn.Module) -> torch.Tensor:
         ({"mixer_init": "zeros"}, ValueError, "mixer_init='zeros' never trains"),
         ({"mixer_init": "xavier"}, ValueError, "mixer_init must be one of .* got 'xavier'"),
         ({"mixer_init": "butterfly", "r": 7}, ValueError, "each rank must be even; got \\[7\\]"),
+        ({"ensure_weight_tying": True}, ValueError, "has a mixer of its own"),
         ({"mixer_init": "butterfly", "rank_pattern": {"a": 3}}, ValueError, "each rank must be even; got \\[3\\]"),
         ({"train_mixer": "yes"}, TypeError, "train_mixer must be True, False or None, got 'yes'"),
         ({"r": 0}, ValueError, "r must be|positive integer"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from peft.tuners.lora.layer import LoraLayer
@@ -54,7 +55,8 @@ class LorettaRepModel(AlsoTrained, ViewedLoraModel):
         attach(layer, adapter_name, LayerViews(((modules[0], "cores", views[0]), (modules[1], "cores", views[1]))))
         if config.init_weights == "noise_removal":  # a LoRA of twice the rank and the same scale
             layer.r[adapter_name] = 2 * rank
-            layer.lora_alpha[adapter_name] = layer.scaling[adapter_name] * 2 * rank
+            divisor = math.sqrt(2 * rank) if config.use_rslora else 2 * rank
+            layer.lora_alpha[adapter_name] = layer.scaling[adapter_name] * divisor
             note_unit(layer, adapter_name)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
