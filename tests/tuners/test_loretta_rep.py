@@ -292,3 +292,5 @@ def test_an_export_holds_nothing_of_an_adapter_whose_name_begins_alike(tmp_path:
             fresh = RobertaForSequenceClassification.from_pretrained(tmp_path / "base").eval()
             stock = PeftModel.from_pretrained(fresh, tmp_path / name)(torch.arange(3, 10)[None]).logits
         torch.testing.assert_close(stock, expected, rtol=1e-4, atol=1e-5)
+    one, two = (set(load_file(tmp_path / name / "adapter_model.safetensors")) for name in ("x1", "x12"))
+    assert one == two

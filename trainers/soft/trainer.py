@@ -152,6 +152,8 @@ class SoFTTrainer(SFTTrainer):
     ) -> Any:
         mode = "train" if self.model.training else "eval"
         exits, weights = self._exits_of(mode)
+        if mode == "eval":
+            inputs = self._without_repeated_rows(inputs)
         output = model(**inputs, exits=exits, exit_weights=weights)
         # As in SFTTrainer: clamped for a batch without labels, and num_items_in_batch counts all processes' tokens.
         items = output.tokens if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
@@ -163,6 +165,17 @@ class SoFTTrainer(SFTTrainer):
             return loss
         with torch.no_grad():
             return loss, model(**{name: value for name, value in inputs.items() if name != "labels"})
+
+    def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch without labels in those rows with which accelerate fills up the last batch of several processes."""
+        labels, loader = inputs["labels"], self.accelerator.gradient_state
+        rows = self.args.per_device_eval_batch_size
+        filled = self.accelerator.num_processes > 1 and loader.end_of_dataloader and loader.remainder > 0
+        if not filled or len(labels) != rows:  # one row, without padding, holds several examples
+            return inputs
+        real = min(max(loader.remainder - self.accelerator.process_index * rows, 0), rows)
+        kept = torch.arange(rows, device=labels.device) < real
+        return {**inputs, "labels": labels.masked_fill(~kept[:, None], -100)}
 
     def _exits_of(self, mode: str) -> tuple[list[int], list[float]]:
         """The exits of this pass and their weights, which sum to 1."""
@@ -181,9 +194,8 @@ class SoFTTrainer(SFTTrainer):
         mask = inputs.get("attention_mask")
         seen = torch.tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
         counts = [output.tokens, output.correct[-1], seen.to(output.nll.device)]
-        # Not gather_for_metrics in training: it would take the last batch's sums for rows, and drop some
-        gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
-        sums = gather(torch.stack([*output.nll, *counts])[None]).sum(0).tolist()
+        # Not gather_for_metrics: it would take the last batch's sums for rows, and drop some
+        sums = self.accelerator.gather(torch.stack([*output.nll, *counts])[None]).sum(0).tolist()
         *nll, tokens, correct, seen = sums
         for depth, value in zip(exits, nll, strict=True):
             self._add(mode, f"exit_{depth}_loss", value, tokens)
