@@ -27,8 +27,13 @@ from .offload import real
 
 
 def is_sharded(factor: torch.Tensor) -> bool:
-    """Whether FSDP2 holds the factor in parts at the moment."""
-    return hasattr(factor, "placements")
+    """Whether FSDP2, or DeepSpeed's ZeRO-3, holds the factor in parts at the moment."""
+    return hasattr(factor, "placements") or is_parted(factor)
+
+
+def is_parted(factor: torch.Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 does."""
+    return not factor.numel() and hasattr(factor, "ds_id")
 
 
 class FactorView:
@@ -85,6 +90,12 @@ class FactorView:
             return full
         if torch.compiler.is_compiling():
             return self.anew(full)
+        if is_parted(full):
+            raise RuntimeError(
+                "DeepSpeed ZeRO-3 has parted the factors of an adapter, and gathers each for its own module's forward "
+                "pass only; this method computes from several. Use DDP, FSDP2 or, with a method that draws no ranks, "
+                "ZeRO-2."
+            )
         if torch.is_grad_enabled():
             if not self.in_forward:
                 return self.anew(full)
@@ -139,6 +150,26 @@ class FactorView:
 
 # Hosts that ask for a parameter by name to put it away, or back: FSDP1, and accelerate's offloading.
 STORE = ("torch.distributed.fsdp.", "accelerate.")
+# Those that put something of their own in the place of a parameter which they read first.
+REPLACE = tuple(f"torch.nn.utils.{name}" for name in ("prune", "weight_norm", "spectral_norm", "parametriz"))
+
+
+def asking_host(view: FactorView, depth: int = 2) -> str:
+    """The module whose code asks for a factor, called by the property that it asks; `depth` is that of its frame.
+
+    Raises:
+        RuntimeError: it would take what the factor shows for what it stores.
+    """
+    if torch.compiler.is_compiling():
+        return ""
+    host = str(sys._getframe(depth).f_globals.get("__name__", ""))
+    if host.startswith(REPLACE) and not (view.owner is not None and view.owner.is_stock):
+        raise RuntimeError(
+            f"{host} would replace the weight of an adapter's factor by what it makes of the weight, and this method "
+            "shows there what it computes from what is stored. Export the adapter with export_lora, and change the "
+            "export."
+        )
+    return host
 
 
 class _ViewedModule(nn.Module):
@@ -151,7 +182,7 @@ class _ViewedModule(nn.Module):
         full = self._parameters.get("weight")
         if full is None and (full := self.__dict__.get("weight")) is None:
             raise AttributeError("weight")
-        if not torch.compiler.is_compiling() and sys._getframe(1).f_globals.get("__name__", "").startswith(STORE):
+        if asking_host(self.view).startswith(STORE):
             return full
         return self.view.of(real(self, "weight", full))
 
@@ -159,6 +190,12 @@ class _ViewedModule(nn.Module):
     # is given.
     @weight.setter
     def weight(self, value: torch.Tensor) -> None:
+        try:
+            asking_host(self.view, depth=3)  # beyond nn.Module.__setattr__
+        except RuntimeError:
+            if (original := self._parameters.pop("weight_orig", None)) is not None:  # taken out before it asked
+                self.register_parameter("weight", original)
+            raise
         self.__dict__["weight"] = value
 
     @weight.deleter
@@ -290,6 +327,11 @@ class LayerViews:
         """The stored A and B."""
         (holder_a, name_a, _), (holder_b, name_b, _) = self.parts
         return [whole_factor(holder_a, name_a), whole_factor(holder_b, name_b)]
+
+    def stored(self) -> list[torch.Tensor]:
+        """The same as they lie there, without those that a host has put away."""
+        found = [holder._parameters.get(name, holder.__dict__.get(name)) for holder, name, _ in self.parts]
+        return [tensor for tensor in found if tensor is not None]
 
     def sources(self) -> list[torch.Tensor]:
         """The stored A and B, and what else is shown with them."""

@@ -15,7 +15,7 @@ _checked: WeakSet[torch.optim.Optimizer] = WeakSet()
 
 def _held(optimizer: torch.optim.Optimizer) -> list[LayerViews]:
     parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return [views for views in list(LIVE_VIEWS) if any(id(factor) in parameters for factor in views.factors())]
+    return [views for views in list(LIVE_VIEWS) if any(id(factor) in parameters for factor in views.stored())]
 
 
 def _is_loraplus(groups: list[dict[str, Any]]) -> bool:

@@ -1,5 +1,6 @@
 """The hosts' helpers around our adapters: PEFT's optimizers and scale contexts, GradScaler, transformers' switches."""
 
+from pathlib import Path
 from typing import Any
 
 import peft.optimizers
@@ -7,8 +8,11 @@ import pytest
 import torch
 from peft.helpers import rescale_adapter_scale
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
+from safetensors.torch import load_model, save_model
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from peft_dynamic import DyLoRAConfig, LorettaAdpConfig, LorettaRepConfig, MoSLoRAConfig, get_rank, set_rank
+from tests.conformance.cases import perturb
 from tests.tuners.common import RankRecorder, a_layer, adapted, rows, schedule_of, tiny_llama, train, trainable_state
 from tests.tuners.methods import METHODS, with_method
 
@@ -213,3 +217,77 @@ def test_ranks_on_a_model_of_transformers_follow_the_switches() -> None:
     base.disable_adapters()
     base.enable_adapters()
     assert get_rank(base) == 2
+
+
+@pytest.mark.parametrize("mark", ["_hp_mapping", "ds_id"])
+def test_deepspeed_is_refused_where_ranks_are_drawn(mark: str) -> None:
+    """By the marks that ZeRO-1 and 2, and ZeRO-3, of DeepSpeed 0.19 leave on the parameters that they hold."""
+    model = adapted()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            setattr(parameter, mark, None)
+    model.eval()(input_ids=rows(2))
+    with pytest.raises(RuntimeError, match=r"DeepSpeed ZeRO steps over flat copies .* every step would train rank"):
+        model.train()(input_ids=rows(2))
+
+
+@pytest.mark.parametrize("method", ["moslora", "loretta-rep", "dylora", "dylora-mixer"])
+def test_factors_that_deepspeed_has_parted_are_named(method: str) -> None:
+    model = with_method(method)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.ds_id = 0
+            parameter.data = torch.empty(0)
+    if hasattr(model, "set_rank"):
+        model.set_rank(2)
+    with pytest.raises(RuntimeError, match="DeepSpeed ZeRO-3 has parted"):
+        model.eval()(input_ids=rows(2))
+    other = with_method(method)  # no affair of another model's
+    step(other, torch.optim.AdamW(other.parameters()))
+
+
+REPLACING = {
+    "prune": lambda factor: prune.l1_unstructured(factor, "weight", amount=0.5),
+    "parametrize": lambda factor: parametrize.register_parametrization(factor, "weight", torch.nn.Tanh()),
+    "weight_norm": parametrizations.weight_norm,
+    "old weight_norm": torch.nn.utils.weight_norm,
+    "spectral_norm": torch.nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("how", REPLACING)
+@pytest.mark.parametrize("method", METHODS)
+def test_what_replaces_a_weight_acts_on_a_stored_one_or_is_refused(method: str, how: str) -> None:
+    if method == "loretta-adp":
+        return  # which has no factors
+    model = with_method(method)
+    perturb(model)
+    if hasattr(model, "set_rank"):
+        model.set_rank(2)
+    factor = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"]
+    before, names = model.eval()(input_ids=rows(2)).logits, [name for name, _ in model.named_parameters()]
+    if method == "density-lora":  # whose factors are what is stored
+        REPLACING[how](factor)
+        return
+    # torch's own words for a tensor train, which has no parameter of that name
+    kinds = (RuntimeError, ValueError, KeyError) if method.startswith("loretta") else RuntimeError
+    with pytest.raises(kinds, match=r"torch.nn.utils.* would replace the weight|does not have a parameter|^'weight'$"):
+        REPLACING[how](factor)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert torch.equal(model(input_ids=rows(2)).logits, before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_safetensors_saves_and_loads_what_is_stored(method: str, tmp_path: Path) -> None:
+    model, other = with_method(method), with_method(method)
+    perturb(model)
+    if hasattr(model, "set_rank"):
+        model.set_rank(2)
+        other.set_rank(2)
+    other.eval()(input_ids=rows(2))  # something is kept of the old weights
+    save_model(model, str(tmp_path / "all.safetensors"))
+    load_model(other, str(tmp_path / "all.safetensors"))
+    with torch.no_grad():
+        assert torch.equal(other(input_ids=rows(2)).logits, model.eval()(input_ids=rows(2)).logits)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())

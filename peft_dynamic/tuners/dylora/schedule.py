@@ -92,6 +92,18 @@ class RankSchedule(nn.Module):
                 stacklevel=3,
             )
 
+    def _refuse_deepspeed(self) -> None:
+        """Raise where DeepSpeed has the factors: it steps over flat buffers, and no hook of torch sees that."""
+        for ranks in _live():
+            if ranks.schedule is not self:
+                continue
+            if any(hasattr(factor, mark) for factor in ranks.factors() for mark in ("_hp_mapping", "ds_id")):
+                raise RuntimeError(
+                    "DeepSpeed ZeRO steps over flat copies of the factors of this DyLoRA adapter, so that its steps "
+                    f"cannot be counted: every step would train rank {self.drawn}. Use DDP or FSDP2."
+                )
+            return
+
     def below(self, rank: int) -> int:
         """The next smaller trained rank, 0 below the smallest."""
         below = 0
@@ -111,6 +123,8 @@ class RankSchedule(nn.Module):
         if torch.compiler.is_compiling():
             return
         trains = module.training and torch.is_grad_enabled()
+        if trains and not self.updates:
+            self._refuse_deepspeed()
         turns_of(self).enter_call(trains)
         if torch.is_grad_enabled():
             self.refresh()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peft_dynamic.functional.tensor_train import check_shape, contract, core_shapes, factorize, init_cores
-from peft_dynamic.tuners.factors import FactorView
+from peft_dynamic.tuners.factors import FactorView, asking_host
 from peft_dynamic.tuners.offload import real
 
 
@@ -64,6 +64,7 @@ class TrainFactor(nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:
+        asking_host(self.view)
         if "start" in self._buffers:
             self.view.start = real(self, "start", self.start)
         return self.view.of(real(self, "cores", self.cores))
