@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 
 from peft_dynamic import DensityLoRAConfig, DyLoRAConfig, LorettaRepConfig, MoSLoRAConfig, QDyLoRAConfig, export_lora
 from tests.conformance.cases import perturb
+from tests.examples import at_most
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 IDS = torch.tensor([[1, 5, 7, 9, 2], [3, 4, 6, 8, 2]])
@@ -110,7 +111,7 @@ def computed(model: Any, training: bool = False) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("base", BASES)
-@settings(max_examples=25, suppress_health_check=list(HealthCheck))
+@at_most(25)
 @given(data=st.data())
 def test_stock_peft_computes_the_same_or_the_export_is_refused(base: str, data: st.DataObject) -> None:
     make, task, targets = BASES[base]
@@ -133,8 +134,9 @@ def test_stock_peft_computes_the_same_or_the_export_is_refused(base: str, data: 
             model.set_rank(rank)
         try:
             expected = computed(model)
-        except ValueError as error:  # stock PEFT's too, for tokens of an embedding whose tied head is trained whole
-            if "TrainableTokensLayer wraps an unknown layer type" not in str(error):
+        except (ValueError, AttributeError) as error:
+            # stock PEFT's too, for tokens beside other changes of a tied head
+            if "TrainableTokens" not in str(error):
                 raise
             return
         try:

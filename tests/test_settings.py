@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import TrainingArguments
@@ -25,6 +25,7 @@ from peft_dynamic import (
 )
 from peft_dynamic.trainers import PPOConfig
 from peft_dynamic.tuners.lora_fields import RULES
+from tests.examples import at_most
 from tests.tuners.common import tiny_llama
 
 NAN, INF = float("nan"), float("inf")
@@ -111,7 +112,7 @@ def test_a_losss_setting_without_a_meaning_is_refused_by_its_name(name: str) -> 
 
 
 @pytest.mark.parametrize("method", [name for name in MADE if name != "qdylora"])
-@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@at_most(60)
 @given(data=st.data())
 def test_what_is_accepted_trains_or_names_the_setting(method: str, data: st.DataObject) -> None:
     """And no other error than one that names it comes later: a model is made and run."""

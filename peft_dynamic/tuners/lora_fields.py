@@ -21,7 +21,7 @@ ALLOWED_INITS = (True, False, "gaussian")
 
 
 def _is_names(value: Any) -> bool:
-    return isinstance(value, list | tuple | set | frozenset) and all(isinstance(item, str) for item in value)
+    return isinstance(value, list | tuple | set | frozenset) and all(isinstance(item, str) and item for item in value)
 
 
 def _is_expression(value: Any) -> bool:
