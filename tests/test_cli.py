@@ -136,7 +136,7 @@ def test_a_run_leaves_what_it_says(trained: Path) -> None:
     assert (stock["peft_type"], stock["r"]) == ("LORA", curve.recommend(0.01))
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "curve.svg").read_text().startswith("<?xml")
-    report = (out / "report.md").read_text()
+    report = (out / "report.md").read_text(encoding="utf-8")
     assert "| base model |" in report
     assert "import peft_dynamic" in report
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["checkpoint-3", "checkpoint-6"]

@@ -57,11 +57,11 @@ def test_the_run_says_what_it_is(begun: tuple[Path, list[object]]) -> None:
     assert content["run"]["data"]["rows"] == 17
     assert content["versions"]["torch"] == torch.__version__
     assert len(content["run"]["data"]["sha256"]) == 64
-    report = (begun[0] / "report.md").read_text()
+    report = (begun[0] / "report.md").read_text(encoding="utf-8")
     assert "Columns that are not read: id." in report
     assert "--data: 1 of 17 rows: fewer steps than one pass has." in report
     assert "4 steps of 4" in report
-    card = (begun[0] / "adapter" / "README.md").read_text()
+    card = (begun[0] / "adapter" / "README.md").read_text(encoding="utf-8")
     assert "import peft_dynamic  # registers DYLORA with PEFT" in card
     assert "More Information Needed" not in card
 
