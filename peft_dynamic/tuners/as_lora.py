@@ -120,5 +120,6 @@ def as_stock(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Te
             if of_embedding:
                 key = f"{prefix}.lora_embedding_{side}.{adapter_name}"
             shown = view.anew(holder._parameters[name]).detach()
-            made[key] = shown * layer.scaling[adapter_name] if side == "B" else shown.clone()
+            scaled = shown * layer.scaling[adapter_name] if side == "B" else shown
+            made[key] = scaled.clone(memory_format=torch.contiguous_format)  # safetensors takes no other
     return made
