@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from typing import Any
 
 import typer
 from typer.core import TyperGroup
+
+from ._interrupt import Interrupted, Interruption
 
 # typer brings its own copy of click in some releases: the class is found from what typer exports in all of them
 ClickException: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -110,9 +113,13 @@ class Edge(TyperGroup):
     """The command with its verbs: an error is one message and an exit code, never a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
+        interruption = Interruption()  # of verbs that do not watch for themselves: what they began goes away
         try:
-            with hosts_hushed():
+            with interruption.watched(), hosts_hushed():
                 return super().invoke(ctx)
+        except Interrupted as stop:
+            typer.echo("Stopped. Nothing is left half done.", err=True)
+            raise typer.Exit(128 + (interruption.number or signal.SIGINT)) from stop
         except (ClickException, typer.Exit, typer.Abort, BrokenPipeError):
             raise  # typer's own, which it prints
         except UserError as error:

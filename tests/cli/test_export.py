@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,18 @@ def test_an_export_says_one_line(tiny: Path, tmp_path: Path) -> None:
     done = command("export", "adapter", "lora", "--rank", 2, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "Rank 2 of adapter is in lora, as a stock LoRA adapter.\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_export_leaves_nothing(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    saved(tiny, tmp_path / "adapter", METHODS["dylora"](task_type="CAUSAL_LM"))
+    monkeypatch.setattr("peft_dynamic.export.save_file", lambda *a, **k: signal.raise_signal(number))
+    result = invoke("export", tmp_path / "adapter", tmp_path / "lora", "--rank", 2)
+    assert result.exit_code == 128 + number
+    assert "Stopped. Nothing is left half done." in message(result)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 ODD = [None, "", "x", -1, 0, 3, 1.5, 10**30, True, [], {}, [1], {"a": 1}, "\ud800", ["x"], {"q_proj": "x"}]
