@@ -302,8 +302,8 @@ def test_the_model_card_names_the_method(tmp_path: Path) -> None:
     made.train()
     for card in (tmp_path / "README.md", tmp_path / "checkpoint-1" / "README.md"):
         if card.exists():
-            assert "soft" in card.read_text()
-    assert "2309.08968" in (tmp_path / "README.md").read_text()
+            assert "soft" in card.read_text(encoding="utf-8")
+    assert "2309.08968" in (tmp_path / "README.md").read_text(encoding="utf-8")
     assert {"trl", "soft"} <= set(made.model.model_tags)
 
 
