@@ -21,7 +21,10 @@ def is_number(value: Any) -> bool:
 
 def is_finite(value: Any) -> bool:
     """Whether it is a finite number, of numpy too, and no bool."""
-    return is_number(value) and math.isfinite(value)
+    try:
+        return is_number(value) and math.isfinite(value)
+    except OverflowError:  # an int that no float can hold
+        return False
 
 
 Rule = tuple[str, Callable[[Any], bool]]  # what it must be, whether it is

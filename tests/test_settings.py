@@ -31,7 +31,7 @@ from tests.tuners.common import tiny_llama
 NAN, INF = float("nan"), float("inf")
 ODD: list[Any] = [
     *(None, "", "x", "16", "*[", "q_proj", b"x", True, False, object(), abs),
-    *(-1, 0, 3, 1.5, 10**30, NAN, INF, -INF, -0.0, np.int64(3), np.float32(2)),
+    *(-1, 0, 3, 1.5, 10**30, 10**400, NAN, INF, -INF, -0.0, np.int64(3), np.float32(2)),
     *([], [0], [1], [5], ["x"], [""], [None], [NAN], (1, 2), [[0, 1]]),
     *({}, {"a": 1}, {"q_proj": "x"}, {"q_proj": NAN}, {"q_proj": 0}, {"q_proj": 100}, {None: 1}),
 ]

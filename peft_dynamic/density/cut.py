@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from peft_dynamic.functional.density import SizeCounts
+from peft_dynamic.rules import is_finite
 from peft_dynamic.tuners.quantization import keep_training_on_cpu
 
-from .loss import is_number
 from .measure import watch
 from .structure import Activation, find_activations
 
@@ -32,7 +32,7 @@ class ActivationCut:
         threshold: float | Mapping[str, float],
         activation_modules: str | Sequence[str] | None = None,
     ) -> None:
-        if not isinstance(threshold, Mapping) and (not is_number(threshold) or threshold <= 0):
+        if not isinstance(threshold, Mapping) and (not is_finite(threshold) or threshold <= 0):
             raise ValueError(
                 f"threshold must be a positive number, got {threshold!r}. A GELU's negative values end at -0.17, so "
                 "0.2 keeps its larger positive ones; calibrate_cut(model, dataloader, density) finds one per layer."
@@ -136,7 +136,7 @@ def calibrate_cut(
     Source: the quantile of a block's activations as its threshold is that of CATS (Lee et al., COLM 2024,
         arXiv 2404.08763), there for the gate of a gated block.
     """
-    if not is_number(density) or not 0 < density < 1:
+    if not is_finite(density) or not 0 < density < 1:
         raise ValueError(
             f"density must be a number above 0 and below 1, got {density!r}. It is the share of activations to keep: "
             "0.4 sets 60 % of them to 0."
@@ -166,7 +166,7 @@ def thresholds_of(
             f"activation_modules={activation_modules!r} with a dict of thresholds: the dict names the activations. "
             "Leave activation_modules out."
         )
-    wrong = {name: value for name, value in threshold.items() if not is_number(value) or value < 0}
+    wrong = {name: value for name, value in threshold.items() if not is_finite(value) or value < 0}
     if wrong or not threshold:
         raise ValueError(
             f"threshold must map names of activations to numbers of at least 0, got {wrong or threshold!r}. "

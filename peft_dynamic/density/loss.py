@@ -8,9 +8,7 @@ in silence.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -18,6 +16,7 @@ import torch
 from torch import nn
 
 from peft_dynamic.functional.density import SURROGATES, combine, layer_density
+from peft_dynamic.rules import is_finite
 from peft_dynamic.tuners.quantization import keep_training_on_cpu
 
 from .collect import Collector, Pass, in_backward, in_reentrant_checkpoint
@@ -329,20 +328,15 @@ def _layer_factors(
     return dict(zip(names, map(float, given), strict=True))
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number and no bool."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def check_settings(
     owner: str, weight: Any, eps: Any, surrogate: Any, activation_modules: Any, layer_weights: Any, prefix: str = ""
 ) -> None:
     """Refuse settings without a meaning; `owner` and `prefix` make the names in the messages."""
-    if not is_number(weight) or weight < 0:
+    if not is_finite(weight) or weight < 0:
         raise ValueError(
             f"{owner}: {prefix}weight must be a number of at least 0, got {weight!r}. 0 switches the loss off."
         )
-    if not is_number(eps) or not eps > 0:
+    if not is_finite(eps) or not eps > 0:
         raise ValueError(f"{owner}: {prefix}eps must be a positive number, got {eps!r}. The authors' is 1e-7.")
     if surrogate not in SURROGATES:
         raise ValueError(f"{owner}: surrogate must be one of {SURROGATES}, got {surrogate!r}.")
@@ -356,7 +350,7 @@ def check_settings(
                 f"{layer_weights!r}."
             )
         off = not isinstance(layer_weights, Mapping) and not any(values)  # a dict leaves the others at 1
-        if not all(is_number(value) and value >= 0 for value in values) or off:
+        if not all(is_finite(value) and value >= 0 for value in values) or off:
             raise ValueError(
                 f"{owner}: {prefix}layer_weights must be numbers of at least 0, some of them above 0, got "
                 f"{layer_weights!r}. To switch the loss off pass {prefix}weight=0."

@@ -10,10 +10,10 @@ from torch import nn
 
 from peft_dynamic.curves import evaluating
 from peft_dynamic.functional.density import count_active
+from peft_dynamic.rules import is_finite
 from peft_dynamic.tuners.quantization import keep_training_on_cpu
 
 from .collect import Collector, Pass
-from .loss import is_number
 from .report import DensityReport, DensityRow
 from .structure import Activation
 
@@ -51,7 +51,7 @@ def measure_density(
 
     Source: Runwal et al., AAAI 2025, arXiv 2402.01911; the mean of the report is theirs (over layers, of exact counts).
     """
-    if not is_number(threshold) or threshold < 0:
+    if not is_finite(threshold) or threshold < 0:
         raise ValueError(f"threshold must be a number of at least 0, got {threshold!r}; 1e-3 is usual.")
     counts: dict[str, list[int]] = {}
     dtypes: dict[str, str] = {}

@@ -22,11 +22,11 @@ from torch.nn.functional import embedding_bag
 from transformers.pytorch_utils import Conv1D
 
 from peft_dynamic.functional.density import count_active
+from peft_dynamic.rules import is_finite
 from peft_dynamic.tuners.loretta_adp.layer import linear_features
 
 from .collect import roots
 from .cut import thresholds_of
-from .loss import is_number
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _GRID = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -104,9 +104,9 @@ class SparseInference:
         max_density: float | None = None,
         activation_modules: str | Sequence[str] | None = None,
     ) -> None:
-        if not isinstance(threshold, Mapping) and (not is_number(threshold) or threshold < 0):
+        if not isinstance(threshold, Mapping) and (not is_finite(threshold) or threshold < 0):
             raise ValueError(f"threshold must be a number of at least 0, got {threshold!r}. 0 skips exact zeros only.")
-        if max_density is not None and (not is_number(max_density) or not 0 <= max_density <= 1):
+        if max_density is not None and (not is_finite(max_density) or not 0 <= max_density <= 1):
             raise ValueError(f"max_density must be a number from 0 to 1 or None to measure it, got {max_density!r}.")
         if model.training:
             raise ValueError("sparse_inference needs a model in eval mode: call model.eval() first.")

@@ -139,10 +139,10 @@ def _naming_what_lacks(stock: Any) -> Any:
                 "modules_to_save. Nothing was loaded."
             ) from error
 
-    set_peft_model_state_dict.of_peft_dynamic = True  # type: ignore[attr-defined]
+    vars(set_peft_model_state_dict)["of_peft_dynamic"] = True  # a second import of this file wraps nothing twice
     return set_peft_model_state_dict
 
 
-for module in (peft, peft_model):
+for module in (peft, peft.utils, peft_model):  # by which names callers have it
     if not hasattr(module.set_peft_model_state_dict, "of_peft_dynamic"):
         module.set_peft_model_state_dict = _naming_what_lacks(module.set_peft_model_state_dict)

@@ -76,7 +76,7 @@ COMMON: dict[str, Rule] = {
     "revision": TEXT,
     "inference_mode": FLAG,
 }
-# Of each field of `LoraConfig` but `r` and `peft_type`; test_bad_settings.py compares the list with PEFT's.
+# Of each field of `LoraConfig` but `r` and `peft_type`; tests/test_settings.py compares it with PEFT's.
 RULES: dict[str, Rule] = COMMON | {
     "lora_alpha": ("a number above 0, and finite", lambda value: is_finite(value) and value > 0),
     "lora_dropout": ("a number from 0 to below 1", lambda value: is_finite(value) and 0 <= value < 1),

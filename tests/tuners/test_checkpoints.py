@@ -1,16 +1,18 @@
 """Saved adapters that do not fit, adapters with odd names, numbers of numpy: nothing is half-loaded or half-saved."""
 
+import importlib
 import json
 import random
 import shutil
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -290,3 +292,20 @@ def test_no_damage_is_loaded_in_part_or_gives_an_error_of_the_insides(
             assert all(torch.equal(after[name], value) for name, value in before.items()), seed
         else:
             target.load_state_dict(before)
+
+
+@pytest.mark.parametrize("load", ["from_pretrained", "peft", "peft.utils"])
+def test_a_missing_module_is_named_for_our_adapters_alone(load: str, tmp_path: Path) -> None:
+    for config, kind in ((METHODS["dylora"](), ValueError), (LoraConfig(r=2, target_modules=["q_proj"]), KeyError)):
+        config.modules_to_save = ["lm_head"]
+        folder = tmp_path / kind.__name__
+        model = get_peft_model(tiny_llama(), config)
+        model.save_pretrained(folder)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        tensors = {name: value for name, value in tensors.items() if "lm_head" not in name}
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        loading = partial(PeftModel.from_pretrained, tiny_llama(), folder)
+        if load != "from_pretrained":
+            loading = partial(importlib.import_module(load).set_peft_model_state_dict, model, tensors)
+        with pytest.raises(kind, match="lm_head"):
+            loading()

@@ -294,3 +294,21 @@ def test_an_export_holds_nothing_of_an_adapter_whose_name_begins_alike(tmp_path:
         torch.testing.assert_close(stock, expected, rtol=1e-4, atol=1e-5)
     one, two = (set(load_file(tmp_path / name / "adapter_model.safetensors")) for name in ("x1", "x12"))
     assert one == two
+
+
+@pytest.mark.parametrize("init", [True, "noise_removal"])
+def test_a_rank_stabilised_scale_is_exported(tmp_path: Path, init: bool | str) -> None:
+    def base() -> RobertaForSequenceClassification:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        return RobertaForSequenceClassification(RobertaConfig(vocab_size=50, **sizes)).eval()
+
+    settings = {"target_modules": ["query"], "task_type": "SEQ_CLS", "bottleneck": 4, "tensor_rank": 2}
+    model = get_peft_model(base(), LorettaRepConfig(use_rslora=True, init_weights=init, **settings))
+    perturb(model)
+    ids = torch.arange(3, 10)[None]
+    with torch.no_grad():
+        expected = model.eval()(ids).logits
+        export_lora(model, tmp_path)
+        stock = PeftModel.from_pretrained(base(), tmp_path)(ids).logits
+    torch.testing.assert_close(stock, expected, rtol=1e-4, atol=1e-5)

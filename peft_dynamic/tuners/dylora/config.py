@@ -202,7 +202,7 @@ class DyLoRAConfig(MixerConfig, LoraConfig):
                     f"{name}: rank_sampling as a list needs one number per rank, got {weights!r} "
                     f"for the {len(ranks)} ranks {list(ranks)}."
                 )
-            if not all(0 <= weight < float("inf") for weight in weights) or not sum(weights) > 0:
+            if not all(is_finite(weight) and weight >= 0 for weight in weights) or not sum(weights) > 0:
                 raise ValueError(
                     f"{name}: the weights of rank_sampling must be finite, at least 0 and not all 0, got {weights!r}."
                 )
