@@ -12,7 +12,7 @@ help:
 	@echo "make test    lint, type-check and test, in .venv-test"
 	@echo "make test-matrix  the tests on other kernels, threads, locales, folders and orders, and fresh examples: an hour"
 	@echo "make demo    train and look at a small adapter, in .venv-demo"
-	@echo "make lint    ruff and mypy alone"
+	@echo "make lint    ruff, mypy and the order of the rooms alone"
 	@echo "make pytest  the tests alone; ARGS='-k name' is passed on"
 	@echo "make format  let ruff mend and format the code"
 	@echo "make models  fetch the models that some tests need, into $(PEFT_DYNAMIC_CACHE)"
@@ -20,7 +20,7 @@ help:
 
 .venv-test/.stamp: EXTRA := dev
 .venv-demo/.stamp: EXTRA := demo
-.venv-%/.stamp: pyproject.toml constraints.txt
+.venv-%/.stamp: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRA)]"
 	@touch $@
@@ -31,6 +31,7 @@ lint: .venv-test/.stamp
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy
+	.venv-test/bin/lint-imports
 
 pytest: .venv-test/.stamp models
 	.venv-test/bin/python -m pytest -n 2 $(ARGS)

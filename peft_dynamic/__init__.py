@@ -1,15 +1,26 @@
 """peft_dynamic: adapters and trainers for Hugging Face PEFT and TRL. Importing it registers the tuners with PEFT.
 
+Its names stand in the stub `__init__.pyi`.
+
 Notable: in the process of the `peft-dynamic` command the import waits until a name is used, or a verb asks for it:
 `peft-dynamic --help` would wait seconds for torch otherwise. Everywhere else it happens here and now.
 """
 
 import importlib
 import sys
-from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from pathlib import Path, PurePath
+from typing import Any
+
+from peft_dynamic._names import places
 
 __version__ = "0.1.0.dev0"
+
+_PLACES = places(__file__)
+__all__ = ["__version__", *sorted(_PLACES)]  # made from the stub
+
+if not (Path(__file__).parent / "trainers").is_dir():
+    # A checkout on Windows, where git writes the link to ../trainers as a file: look for the folder beside us instead.
+    __path__.append(str(Path(__file__).parents[1]))
 
 
 def _is_the_command() -> bool:
@@ -20,43 +31,11 @@ def _is_the_command() -> bool:
     return PurePath(program).stem == "peft-dynamic"
 
 
-if TYPE_CHECKING or not _is_the_command():
-    from peft_dynamic._public import *  # noqa: F403
-
-
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("peft_dynamic._public"), name)
+    return getattr(importlib.import_module(_PLACES[name]), name)
 
 
-__all__ = [  # noqa: F405
-    "ActivationDensityLoss",
-    "DensityLoRAConfig",
-    "DensityLoRAModel",
-    "DensityReport",
-    "DyLoRAConfig",
-    "DyLoRAModel",
-    "LorettaAdpConfig",
-    "LorettaAdpModel",
-    "LorettaRepConfig",
-    "LorettaRepModel",
-    "MoSLoRAConfig",
-    "MoSLoRAModel",
-    "QDyLoRAConfig",
-    "QDyLoRAModel",
-    "RankCurve",
-    "__version__",
-    "at_rank",
-    "calibrate_cut",
-    "cut_activations",
-    "drawn_rank",
-    "export_lora",
-    "get_rank",
-    "hotswap_adapter",
-    "measure_density",
-    "push_adapter",
-    "rank_curve",
-    "set_rank",
-    "sparse_inference",
-]
+if not _is_the_command():
+    globals().update({name: __getattr__(name) for name in _PLACES})

@@ -26,8 +26,8 @@ from peft_dynamic.hub import write_model_card
 from peft_dynamic.tuners.dylora.layer import ranked_layers
 from peft_dynamic.tuners.dylora.model import at_rank
 from peft_dynamic.tuners.factors import active_adapter, viewed_layers
-from peft_dynamic.tuners.loretta_adp.layer import TensorTrainLinear
 from peft_dynamic.tuners.loretta_rep.factor import TrainFactor
+from peft_dynamic.tuners.tensor_train import TensorTrainLinear
 
 PEFT_PREFIX = "base_model.model."
 # In this order into the target: without a config a folder is no adapter, so a half-written one never loads.

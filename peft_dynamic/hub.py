@@ -21,7 +21,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_dynamic._registry import is_ours
+from peft_dynamic.hosts.registry import is_ours
 
 START, END = "<!-- peft_dynamic: usage -->", "<!-- peft_dynamic: end of usage -->"
 AUTO_CLASSES = {

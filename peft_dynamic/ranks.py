@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its types are a package of their own
 
-from peft_dynamic.curves import Curve, direction, evaluating, measured
+from peft_dynamic.hosts.modes import adapters_disabled, evaluating
+from peft_dynamic.reports.curve import Curve, direction, measured
 from peft_dynamic.tuners.dylora.layer import ranked_layers
 from peft_dynamic.tuners.dylora.model import active_adapter, at_rank
 
@@ -203,19 +201,3 @@ def rank_curve(
             with adapters_disabled(model):
                 add(None)
     return RankCurve(rows)
-
-
-@contextmanager
-def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """The base model inside the block, for PEFT models and transformers models alike; `requires_grad` is put back."""
-    switches = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for module in switches:
-        module.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for module in switches:
-            module.enable_adapters(True)
-        for parameter, required in gradients:  # PEFT makes the active adapter trainable when it enables it
-            parameter.requires_grad_(required)

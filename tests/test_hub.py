@@ -17,8 +17,8 @@ from peft_dynamic import (
     MoSLoRAConfig,
     QDyLoRAConfig,
 )
-from peft_dynamic._registry import is_ours
 from peft_dynamic.export import export_lora
+from peft_dynamic.hosts.registry import is_ours
 from peft_dynamic.hub import push_adapter, write_model_card
 from tests.stock_cases import build
 

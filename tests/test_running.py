@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_dynamic import ActivationDensityLoss, DensityLoRAConfig, DyLoRAConfig
-from peft_dynamic.running import call_frame, is_running
+from peft_dynamic.hosts.running import call_frame, is_running
 from tests.tuners.common import RankRecorder, adapted, rows, schedule_of, tiny_llama, train
 
 INTERRUPTIONS = [KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError, RuntimeError]

@@ -5,8 +5,8 @@ import sys
 
 import typer
 
-from . import export, models, train
-from ._edge import Edge
+from peft_dynamic.cli import export, models, train
+from peft_dynamic.cli._edge import Edge
 
 app = typer.Typer(
     name="peft-dynamic",

@@ -1,5 +1,5 @@
 """`python -m peft_dynamic.cli` is `peft-dynamic`."""
 
-from . import main
+from peft_dynamic.cli import main
 
 main()

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ._edge import UserError
-from ._load import device
+from peft_dynamic.cli._edge import UserError
+from peft_dynamic.cli._load import device
 
 STOCK = """
 import json, sys, torch

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import typer
 
-from ._read import read_rows as read_rows
+from peft_dynamic.cli._read import read_rows as read_rows
 
 ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},

@@ -18,7 +18,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from ._interrupt import Interrupted, Interruption
+from peft_dynamic.cli._interrupt import Interrupted, Interruption
 
 # typer brings its own copy of click in some releases: the class is found from what typer exports in all of them
 ClickException: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ._data import Example
-from ._edge import UserError, reason
+from peft_dynamic.cli._data import Example
+from peft_dynamic.cli._edge import UserError, reason
 
 Tokens = dict[str, list[int]]
 

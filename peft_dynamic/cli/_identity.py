@@ -14,14 +14,11 @@ import shutil
 import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft_dynamic import __version__
-
-from ._data import Example
-
-if TYPE_CHECKING:
-    from .train import Job
+from peft_dynamic.cli._data import Example
+from peft_dynamic.cli._job import Job
 
 NAME = "run.yaml"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "bitsandbytes")

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from ._edge import UserError, blame
+from peft_dynamic.cli._edge import UserError, blame
 
 
 def model_class(config: Any, base: str) -> Any:

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from transformers import DataCollatorForSeq2Seq
 
+from peft_dynamic.cli._budget import Budget
+from peft_dynamic.cli._encode import Tokens
+from peft_dynamic.cli._load import autocast, device
 from peft_dynamic.ranks import RankCurve, RankRow
-
-from ._budget import Budget
-from ._encode import Tokens
-from ._load import autocast, device
 
 Batch = dict[str, torch.Tensor]
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import typer
 
-from ._edge import blame, debugging, how_to_install, reason, require_package
+from peft_dynamic.cli._edge import blame, debugging, how_to_install, reason, require_package
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 PACKED = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}

@@ -5,14 +5,12 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ._measure import Choice, HeldOut
-
-if TYPE_CHECKING:
-    from .train import Job
+from peft_dynamic.cli._job import Job
+from peft_dynamic.cli._measure import Choice, HeldOut
 
 
 @dataclass

@@ -17,21 +17,21 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
+from peft_dynamic.cli import _identity
+from peft_dynamic.cli._budget import Budget, Pace, Plan, Schedule, plan
+from peft_dynamic.cli._check import check_in_stock_peft
+from peft_dynamic.cli._data import Example
+from peft_dynamic.cli._edge import UserError, blame, debugging, has_package, how_to_install
+from peft_dynamic.cli._encode import Encoded, encode_all, prompt_text
+from peft_dynamic.cli._job import Job
+from peft_dynamic.cli._load import autocast, device, fast_dtype, load_decoder
+from peft_dynamic.cli._measure import HeldOut, batches, choose, row_losses
+from peft_dynamic.cli._report import Findings, agreement, write_report
 from peft_dynamic.export import export_lora
+from peft_dynamic.hosts.modes import adapters_disabled
 from peft_dynamic.hub import write_model_card
-from peft_dynamic.ranks import RankCurve, adapters_disabled, rank_curve
+from peft_dynamic.ranks import RankCurve, rank_curve
 from peft_dynamic.tuners.qdylora import QDyLoRAConfig
-
-from . import _identity
-from ._budget import Budget, Pace, Plan, Schedule, plan
-from ._check import check_in_stock_peft
-from ._data import Example
-from ._edge import UserError, blame, debugging, has_package, how_to_install
-from ._encode import Encoded, encode_all, prompt_text
-from ._load import autocast, device, fast_dtype, load_decoder
-from ._measure import HeldOut, batches, choose, row_losses
-from ._report import Findings, agreement, write_report
-from .train import Job
 
 SAMPLE_TOKENS = 60
 # Of what loading took, until now: starting a second process that loads the same model again

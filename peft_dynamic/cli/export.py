@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ._edge import UserError, blame
+from peft_dynamic.cli._edge import UserError, blame
 
 
 def export(
@@ -21,13 +21,13 @@ def export(
     """Write an adapter, of DyLoRA one rank of it, as a stock LoRA checkpoint for PEFT, vLLM or a converter."""
     if not (adapter / "adapter_config.json").is_file():
         raise typer.BadParameter(f"{adapter} has no adapter_config.json: pass a saved adapter.", param_hint="ADAPTER")
-    from ._load import model_class, read_json
+    from peft_dynamic.cli._load import model_class, read_json
 
     written = read_json(adapter / "adapter_config.json")
     _check(adapter, written)
     from peft import PeftConfig, PeftModel
 
-    import peft_dynamic._public  # noqa: F401  # registers the adapter types
+    import peft_dynamic.tuners  # noqa: F401  # registers the adapter types
     from peft_dynamic.export import check_target, export_lora
 
     try:

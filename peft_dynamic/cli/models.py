@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from ._edge import how_to_install
+from peft_dynamic.cli._edge import how_to_install
 
 if TYPE_CHECKING:
     import torch

@@ -10,47 +10,20 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Annotated, Any
 
 import typer
 
-from ._data import Columns, Example, read_rows, to_examples, unused_columns
-from ._edge import require_package
-from ._identity import FILES, FOLDERS, NAME, checkpoints, differences, identity, read
-from ._interrupt import Interrupted, Interruption
+from peft_dynamic.cli._data import Columns, Example, read_rows, to_examples, unused_columns
+from peft_dynamic.cli._edge import require_package
+from peft_dynamic.cli._identity import FILES, FOLDERS, NAME, checkpoints, differences, identity, read
+from peft_dynamic.cli._interrupt import Interrupted, Interruption
+from peft_dynamic.cli._job import Job
 
 DEMO_INSTRUCTION = "Describe this place in a sentence or two."
 # Sized for a few minutes on two cores; where others use them too, the minutes bound it instead.
 DEMO_STEPS, DEMO_RATE, DEMO_MINUTES = 50, 3e-3, 8.0
-
-
-@dataclass
-class Job:
-    """One training run, checked."""
-
-    model: str
-    data: str
-    eval_data: str | None  # None: held out of `data`
-    examples: list[Example]
-    held_out: list[Example]
-    unused: list[str]  # columns
-    config: Any  # a DyLoRAConfig
-    four_bit: bool
-    steps: int  # -1: as many as the epochs have
-    epochs: float
-    batch_size: int
-    learning_rate: float
-    max_length: int
-    seed: int
-    tolerance: float
-    max_minutes: float | None
-    save_steps: int
-    output: Path
-    started: float  # by time.monotonic
-    resume: bool = False
-    interruption: Interruption = field(default_factory=Interruption)
 
 
 def train(
@@ -159,7 +132,7 @@ def train(
             )
             if resume:
                 job.resume = _resumable(job)
-            from ._run import run
+            from peft_dynamic.cli._run import run
 
             run(job)
         except Interrupted:
@@ -306,7 +279,7 @@ def _config(
 def _model(model: str | None) -> str:
     """The base model as `from_pretrained` takes it, fetched where it is the demo's."""
     if model is None:
-        from .models import FetchError, fetch
+        from peft_dynamic.cli.models import FetchError, fetch
 
         try:
             return str(fetch("smollm2"))

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_dynamic.density.structure import Activation, find_activations
 from peft_dynamic.functional.density import token_weights
-from peft_dynamic.running import call_frame, is_running
-
-from .structure import Activation, base_model, find_activations
+from peft_dynamic.hosts.blocks import base_model
+from peft_dynamic.hosts.running import call_frame, is_running
 
 _READ = ("attention_mask", "decoder_attention_mask", "labels", "decoder_input_ids", "past_key_values")
 

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_dynamic.density.measure import watch
+from peft_dynamic.density.structure import Activation, find_activations
 from peft_dynamic.functional.density import SizeCounts
+from peft_dynamic.hosts.quantization import keep_training_on_cpu
 from peft_dynamic.rules import is_finite
-from peft_dynamic.tuners.quantization import keep_training_on_cpu
-
-from .measure import watch
-from .structure import Activation, find_activations
 
 
 class ActivationCut:

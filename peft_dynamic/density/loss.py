@@ -15,13 +15,12 @@ from weakref import ReferenceType, ref
 import torch
 from torch import nn
 
+from peft_dynamic.density.collect import Collector, Pass, in_backward, in_reentrant_checkpoint
+from peft_dynamic.density.hosts import current_step, watch_trainers
+from peft_dynamic.density.structure import Activation, check_patterns
 from peft_dynamic.functional.density import SURROGATES, combine, layer_density
+from peft_dynamic.hosts.quantization import keep_training_on_cpu
 from peft_dynamic.rules import is_finite
-from peft_dynamic.tuners.quantization import keep_training_on_cpu
-
-from .collect import Collector, Pass, in_backward, in_reentrant_checkpoint
-from .hosts import current_step, watch_trainers
-from .structure import Activation, check_patterns
 
 # Their own backward keeps their output, so that is what ours keeps too. All others keep their input. Where nothing else
 # keeps their output, ours remakes it: one more elementwise operation instead of one more tensor of the block's width.

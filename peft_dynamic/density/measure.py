@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_dynamic.curves import evaluating
+from peft_dynamic.density.collect import Collector, Pass
+from peft_dynamic.density.report import DensityReport, DensityRow
+from peft_dynamic.density.structure import Activation
 from peft_dynamic.functional.density import count_active
+from peft_dynamic.hosts.modes import evaluating
+from peft_dynamic.hosts.quantization import keep_training_on_cpu
 from peft_dynamic.rules import is_finite
-from peft_dynamic.tuners.quantization import keep_training_on_cpu
-
-from .collect import Collector, Pass
-from .report import DensityReport, DensityRow
-from .structure import Activation
 
 
 def measure_density(

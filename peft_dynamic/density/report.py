@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from peft_dynamic.curves import as_text, new_figure, picture_path, read_json, write_json
+from peft_dynamic.reports.curve import as_text, new_figure, picture_path, read_json, write_json
 
 
 @dataclass(frozen=True)

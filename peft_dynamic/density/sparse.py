@@ -21,12 +21,11 @@ from torch import nn
 from torch.nn.functional import embedding_bag
 from transformers.pytorch_utils import Conv1D
 
+from peft_dynamic.density.collect import roots
+from peft_dynamic.density.cut import thresholds_of
 from peft_dynamic.functional.density import count_active
+from peft_dynamic.hosts.blocks import linear_features
 from peft_dynamic.rules import is_finite
-from peft_dynamic.tuners.loretta_adp.layer import linear_features
-
-from .collect import roots
-from .cut import thresholds_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _GRID = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from peft_dynamic.tuners.loretta_adp.structure import original_modules
+from peft_dynamic.hosts.blocks import base_model, is_below, named_attention, original_modules
 
-_ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 _CLASS = re.compile("gelu|relu|silu|swish|mish|activation", re.IGNORECASE)
 _HOMES = ("torch.nn.modules.activation", "transformers.activations")
 
@@ -76,25 +75,20 @@ def find_activations(model: nn.Module, patterns: str | Sequence[str] | None) -> 
     return [Activation(name, module, _stack(name) if pair else "model") for name, module in found]
 
 
-def base_model(model: Any) -> nn.Module:
-    """The model below PEFT's wrappers, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _by_structure(base: nn.Module, modules: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
     attentions = [name for name, module in modules if _is_attention(name, module)]
     blocks = []
     for name, module in modules:
         if isinstance(module, nn.ModuleList) and len(module):
             items = [f"{name}.{key}" for key, _ in module.named_children()]
-            if all(any(_below(key, item) for key in attentions) for item in items):
+            if all(any(is_below(key, item) for key in attentions) for item in items):
                 blocks += items
     found = [
         (name, module)
         for name, module in modules
         if _is_activation(module)
-        and any(_below(name, block) for block in blocks)
-        and not any(_below(name, key) and any(_below(key, block) for block in blocks) for key in attentions)
+        and any(is_below(name, block) for block in blocks)
+        and not any(is_below(name, key) and any(is_below(key, block) for block in blocks) for key in attentions)
     ]
     parents = dict(modules)
     for name, _ in found:
@@ -116,9 +110,8 @@ def _by_structure(base: nn.Module, modules: list[tuple[str, nn.Module]]) -> list
 
 
 def _is_attention(name: str, module: nn.Module) -> bool:
-    named = _ATTENTION.search(name.rpartition(".")[2]) or _ATTENTION.search(type(module).__name__)
     # The attention itself, not a norm or a dropout called after it, nor a block or model class called after attention
-    return bool(named) and bool(list(module.children())) and not isinstance(module, nn.ModuleList)
+    return named_attention(name, module) and bool(list(module.children())) and not isinstance(module, nn.ModuleList)
 
 
 def _is_activation(module: nn.Module) -> bool:
@@ -127,10 +120,6 @@ def _is_activation(module: nn.Module) -> bool:
     return type(module).__module__ in _HOMES or (
         not list(module.parameters()) and bool(_CLASS.search(type(module).__name__))
     )
-
-
-def _below(name: str, ancestor: str) -> bool:
-    return name.startswith(f"{ancestor}.")
 
 
 def _matches(name: str, patterns: str | Sequence[str]) -> bool:

@@ -13,7 +13,7 @@ import torch
 from peft.utils.peft_types import PeftType
 from torch import nn
 
-from .factors import viewed_layers
+from peft_dynamic.tuners.factors import viewed_layers
 
 
 def as_lora(config: Any) -> Any:

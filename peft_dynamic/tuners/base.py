@@ -10,11 +10,11 @@ from peft import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from . import optimizers as optimizers  # for its hook
-from .as_lora import as_stock, check_target, is_of_diffusers, target_experts, warn_of_parts
-from .checkpoint import check_fits
-from .factors import is_viewed, keep_together
-from .quantization import keep_training_on_cpu
+from peft_dynamic.hosts.quantization import keep_training_on_cpu
+from peft_dynamic.tuners import optimizers as optimizers  # for its hook
+from peft_dynamic.tuners.as_lora import as_stock, check_target, is_of_diffusers, target_experts, warn_of_parts
+from peft_dynamic.tuners.checkpoint import check_fits
+from peft_dynamic.tuners.factors import is_viewed, keep_together
 
 
 class ViewedLoraModel(LoraModel):

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from peft_dynamic._registry import is_ours
+from peft_dynamic.hosts.registry import is_ours
 
 PREFIX = "base_model.model."
 

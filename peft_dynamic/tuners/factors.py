@@ -22,8 +22,8 @@ from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from .mixer import Mixer
-from .offload import real
+from peft_dynamic.hosts.offload import real
+from peft_dynamic.tuners.mixer import Mixer
 
 
 def is_sharded(factor: torch.Tensor) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .offload import real
+from peft_dynamic.hosts.offload import real
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import LoraLayer

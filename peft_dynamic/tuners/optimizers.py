@@ -8,7 +8,7 @@ from weakref import WeakSet
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .factors import LIVE_VIEWS, LayerViews
+from peft_dynamic.tuners.factors import LIVE_VIEWS, LayerViews
 
 _checked: WeakSet[torch.optim.Optimizer] = WeakSet()
 

@@ -122,14 +122,6 @@ else:
     subprocess.run([sys.executable, "-c", code], check=True, env=environment(), capture_output=True)
 
 
-def test_every_public_name_is_there_and_no_other() -> None:
-    import peft_dynamic
-    from peft_dynamic import _public
-
-    assert {*_public.__all__, "__version__"} == set(peft_dynamic.__all__)
-    assert all(getattr(peft_dynamic, name) is getattr(_public, name) for name in _public.__all__)
-
-
 def test_an_unforeseen_error_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: Path) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise RecursionError("deep\ndown")

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
 from peft_dynamic import export_lora
-from peft_dynamic.tuners.quantization import keep_training_on_cpu
+from peft_dynamic.hosts.quantization import keep_training_on_cpu
 from tests.conformance.cases import perturb
 from tests.tuners.common import rows, tiny_llama
 from tests.tuners.methods import COMPILES_IN_PARTS, METHODS, REFUSES_REENTRANT, with_method

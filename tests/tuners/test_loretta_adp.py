@@ -15,8 +15,9 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from peft_dynamic.hosts.blocks import find_norms
 from peft_dynamic.tuners.loretta_adp import LorettaAdpConfig, LorettaAdpLayer, TensorTrainLinear
-from peft_dynamic.tuners.loretta_adp.structure import find_norms, find_targets
+from peft_dynamic.tuners.loretta_adp.structure import find_targets
 from tests.conformance.cases import perturb
 from tests.processes import python
 from tests.tuners.common import rows, tiny_llama

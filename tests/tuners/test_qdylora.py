@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
 from peft_dynamic import DyLoRAConfig, QDyLoRAConfig
-from peft_dynamic.tuners.quantization import is_quantized, quantized_layers
+from peft_dynamic.hosts.quantization import is_quantized, quantized_layers
 from tests.conformance.cases import perturb
 from tests.tuners.common import RankRecorder, rows, schedule_of, train, trainable_state
 

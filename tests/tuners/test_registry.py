@@ -20,7 +20,7 @@ def test_the_members_are_real_and_registering_again_changes_nothing() -> None:
     from peft.utils.peft_types import PeftType
 
     from peft_dynamic import DyLoRAConfig, DyLoRAModel
-    from peft_dynamic._registry import register
+    from peft_dynamic.hosts.registry import register
 
     before = list(PeftType)
     register("dylora", DyLoRAConfig, DyLoRAModel)
@@ -68,7 +68,7 @@ except ImportError as error:
 
 
 def test_another_plugin_with_the_name_is_a_clear_error() -> None:
-    from peft_dynamic._registry import register
+    from peft_dynamic.hosts.registry import register
 
     with pytest.raises(ImportError, match="DYLORA is already registered with PEFT by"):
         register("dylora", object, object)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .formats import CitationFormat, Fitter, check_row, fid_input
+from peft_dynamic.trainers.citation.formats import CitationFormat, Fitter, check_row, fid_input
 
 IGNORED = -100
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .passages import as_list, as_records, half_character, is_missing, read_indices
-from .text import cited_ids, find_citations, hidden_citations, map_citations, normalise_citations
+from peft_dynamic.citations.passages import as_list, as_records, half_character, is_missing, passage_texts, read_indices
+from peft_dynamic.citations.text import cited_ids, find_citations, hidden_citations, map_citations, normalise_citations
 
 _COLUMNS = {"question": "question", "passages": "passages", "answer": "answer"}
 
@@ -88,14 +88,10 @@ def read_passages(passages: Any, where: str) -> list[dict[str, str]]:
         raise TypeError(f"the passages of {where} are {passages!r}: pass a list of texts or of dicts with `text`.")
     out = []
     for passage in passages:
-        if isinstance(passage, str):
-            passage = {"text": passage}
-        if isinstance(passage, Mapping) and is_missing(passage.get("title")):
-            passage = {**passage, "title": ""}
-        texts = (passage.get("text"), passage["title"]) if isinstance(passage, Mapping) else (None,)
-        if not all(isinstance(text, str) for text in texts):
+        texts = passage_texts(passage)
+        if texts is None:
             raise TypeError(f"a passage of {where} is {passage!r}: a text, or a dict with texts in `text` and `title`.")
-        out.append({"title": passage["title"].strip(), "text": passage["text"].strip()})
+        out.append({"title": (texts[0] or "").strip(), "text": texts[1].strip()})
     return out
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .data import read_passages
-from .passages import as_list, read_indices
+from peft_dynamic.citations.passages import as_list, read_indices
+from peft_dynamic.trainers.citation.data import read_passages
 
 Passage = Mapping[str, str]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .collators import CitationDataCollator, FiDDataCollator
+from peft_dynamic.trainers.citation.collators import CitationDataCollator, FiDDataCollator
 
 
 @torch.no_grad()

@@ -15,8 +15,7 @@ from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
 from peft_dynamic.functional.token_logprobs import token_logprobs
-
-from .value_head import NAME, ValueFunction
+from peft_dynamic.trainers.ppo.value_head import NAME, ValueFunction
 
 
 class Sequences:

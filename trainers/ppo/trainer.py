@@ -20,16 +20,15 @@ from transformers import AutoTokenizer, Trainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from peft_dynamic.functional import ppo
-from peft_dynamic.tuners.quantization import keep_training_on_cpu
-
-from .config import PPOConfig
-from .metrics import CompletionTable, Metrics, length_metrics, reward_metrics, rollout_metrics
-from .reference import check_reference, frozen_copy, is_peft, reference_policy
-from .rewards import RewardFunction, Rewards
-from .rollout import Completions
-from .sampler import RolloutSampler
-from .scoring import Scorer, Sequences
-from .setup import (
+from peft_dynamic.hosts.quantization import keep_training_on_cpu
+from peft_dynamic.trainers.ppo.config import PPOConfig
+from peft_dynamic.trainers.ppo.metrics import CompletionTable, Metrics, length_metrics, reward_metrics, rollout_metrics
+from peft_dynamic.trainers.ppo.reference import check_reference, frozen_copy, is_peft, reference_policy
+from peft_dynamic.trainers.ppo.rewards import RewardFunction, Rewards
+from peft_dynamic.trainers.ppo.rollout import Completions
+from peft_dynamic.trainers.ppo.sampler import RolloutSampler
+from peft_dynamic.trainers.ppo.scoring import Scorer, Sequences
+from peft_dynamic.trainers.ppo.setup import (
     as_dict,
     check_arguments,
     check_dataset,
@@ -39,7 +38,7 @@ from .setup import (
     make_generator,
     seed_of,
 )
-from .value_head import FILE, NAME, ValueFunction
+from peft_dynamic.trainers.ppo.value_head import FILE, NAME, ValueFunction
 
 
 class PPOTrainer(Trainer):

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
+from peft_dynamic.exits.layers import PAPER_EXITS, evenly_spaced
 from peft_dynamic.rules import is_int
-from peft_dynamic.trainers.soft.structure import PAPER_EXITS, evenly_spaced
 
 try:
     from trl import SFTConfig

@@ -21,9 +21,9 @@ from transformers import TrainingArguments
 from transformers.utils import ModelOutput
 
 from peft_dynamic.functional.exit_loss import IGNORED, exit_losses
+from peft_dynamic.hosts.decoder import Decoder, check_decoder, find_decoder, layer_state
+from peft_dynamic.hosts.quantization import keep_training_on_cpu
 from peft_dynamic.trainers.soft.config import SoFTConfig, draw_exits
-from peft_dynamic.trainers.soft.structure import Decoder, check_decoder, find_decoder, layer_state
-from peft_dynamic.tuners.quantization import keep_training_on_cpu
 
 try:
     from trl import SFTTrainer

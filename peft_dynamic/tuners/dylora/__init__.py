@@ -1,10 +1,9 @@
 """DyLoRA: train one LoRA adapter, use it at any rank (Valipour et al., EACL 2023, arXiv 2210.07558)."""
 
-from peft_dynamic._registry import register
-
-from .config import DyLoRAConfig
-from .hotswap import hotswap_adapter
-from .model import DyLoRAModel, at_rank, drawn_rank, get_rank, set_rank
+from peft_dynamic.hosts.registry import register
+from peft_dynamic.tuners.dylora.config import DyLoRAConfig
+from peft_dynamic.tuners.dylora.hotswap import hotswap_adapter
+from peft_dynamic.tuners.dylora.model import DyLoRAModel, at_rank, drawn_rank, get_rank, set_rank
 
 register("dylora", DyLoRAConfig, DyLoRAModel)
 

@@ -10,7 +10,7 @@ import torch
 from peft_dynamic.functional.ranks import bases_of
 
 if TYPE_CHECKING:
-    from .layer import AdapterRanks
+    from peft_dynamic.tuners.dylora.layer import AdapterRanks
 
 
 def prepare(many: Iterable[tuple[AdapterRanks, int]]) -> None:

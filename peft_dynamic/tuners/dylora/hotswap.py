@@ -11,8 +11,8 @@ from peft.utils.other import get_pattern_key
 from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights
 from torch import nn
 
-from .layer import ranked_layers
-from .model import at_rank, get_rank, set_rank
+from peft_dynamic.tuners.dylora.layer import ranked_layers
+from peft_dynamic.tuners.dylora.model import at_rank, get_rank, set_rank
 
 # What may differ between the two adapters: what only training reads.
 _MAY_DIFFER = {"rank_sampling", "geometric_p", "update", "rank_seed", "lora_dropout", "lora_alpha", "inference_mode"}

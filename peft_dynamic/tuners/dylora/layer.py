@@ -15,13 +15,12 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from peft_dynamic.functional.ranks import alpha_at, gram_matrices
+from peft_dynamic.tuners.dylora.bases import find_bases, prepare
+from peft_dynamic.tuners.dylora.config import DyLoRAConfig
+from peft_dynamic.tuners.dylora.schedule import RankSchedule, enlist
+from peft_dynamic.tuners.dylora.view import RankView
 from peft_dynamic.tuners.factors import LayerViews, ViewedParameterDict, attach, install, is_sharded, layout, note_unit
 from peft_dynamic.tuners.mixer import add_mixer
-
-from .bases import find_bases, prepare
-from .config import DyLoRAConfig
-from .schedule import RankSchedule, enlist
-from .view import RankView
 
 _order = count()  # of making
 

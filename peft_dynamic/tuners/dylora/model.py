@@ -14,12 +14,11 @@ from torch import nn
 
 from peft_dynamic.rules import is_int
 from peft_dynamic.tuners.base import ViewedLoraModel
-
-from .bases import prepare
-from .config import DyLoRAConfig
-from .layer import AdapterRanks, make_ranked, ranked_adapters, ranked_layers, set_layer_rank
-from .schedule import RankSchedule
-from .turns import turn
+from peft_dynamic.tuners.dylora.bases import prepare
+from peft_dynamic.tuners.dylora.config import DyLoRAConfig
+from peft_dynamic.tuners.dylora.layer import AdapterRanks, make_ranked, ranked_adapters, ranked_layers, set_layer_rank
+from peft_dynamic.tuners.dylora.schedule import RankSchedule
+from peft_dynamic.tuners.dylora.turns import turn
 
 
 class DyLoRAModel(ViewedLoraModel):

@@ -17,13 +17,12 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from peft_dynamic.functional.ranks import draw_rank, rank_weights
-
-from .bases import prepare
-from .turns import turns_of
+from peft_dynamic.tuners.dylora.bases import prepare
+from peft_dynamic.tuners.dylora.turns import turns_of
 
 if TYPE_CHECKING:
-    from .config import DyLoRAConfig
-    from .layer import AdapterRanks
+    from peft_dynamic.tuners.dylora.config import DyLoRAConfig
+    from peft_dynamic.tuners.dylora.layer import AdapterRanks
 
 
 class RankSchedule(nn.Module):

@@ -17,10 +17,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from peft_dynamic.running import call_frame, is_running, runs_in_thread
+from peft_dynamic.hosts.running import call_frame, is_running, runs_in_thread
 
 if TYPE_CHECKING:
-    from .schedule import RankSchedule
+    from peft_dynamic.tuners.dylora.schedule import RankSchedule
 
 # The turns that this thread or task is inside of.
 _HELD: ContextVar[frozenset[object]] = ContextVar("turns", default=frozenset())

@@ -10,7 +10,7 @@ from peft_dynamic.functional.ranks import slice_rank
 from peft_dynamic.tuners.factors import FactorView
 
 if TYPE_CHECKING:
-    from .layer import AdapterRanks
+    from peft_dynamic.tuners.dylora.layer import AdapterRanks
 
 
 class RankView(FactorView):

@@ -8,8 +8,7 @@ from transformers.activations import ACT2FN
 
 from peft_dynamic.rules import FLAG, check_rules, is_finite, plain
 from peft_dynamic.tuners.lora_fields import COMMON, INDICES, LISTED, NAMES
-
-from .fields import check_train_fields
+from peft_dynamic.tuners.tensor_train_fields import check_train_fields
 
 PLACEMENTS = ("paper", "reference")
 RULES = COMMON | {

@@ -19,15 +19,15 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from peft_dynamic.functional.tensor_train import factorize
+from peft_dynamic.hosts.blocks import linear_features, original_modules
+from peft_dynamic.hosts.quantization import keep_training_on_cpu
+from peft_dynamic.tuners.also_trained import AlsoTrained, Extras, check_train
 from peft_dynamic.tuners.as_lora import check_target, refuse_experts
 from peft_dynamic.tuners.checkpoint import check_fits
 from peft_dynamic.tuners.factors import keep_together
-from peft_dynamic.tuners.quantization import keep_training_on_cpu
-
-from .also_trained import AlsoTrained, Extras, check_train
-from .config import LorettaAdpConfig
-from .layer import CANNOT_MERGE, LorettaAdpLayer, linear_features
-from .structure import find_targets, original_modules
+from peft_dynamic.tuners.loretta_adp.config import LorettaAdpConfig
+from peft_dynamic.tuners.loretta_adp.layer import CANNOT_MERGE, LorettaAdpLayer
+from peft_dynamic.tuners.loretta_adp.structure import find_targets
 
 # Modules of torch that read the weights of the linear layers inside them instead of calling these.
 _BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)

@@ -1,4 +1,4 @@
-"""Finds by structure, not by tables of names, where a model's adapters go, its layer norms and its classifier.
+"""Finds by structure, not by tables of names, where a model's adapters go.
 
 A block is an item of a list of repeated layers that holds an attention module and linear layers beside it. In a block,
 the feed-forward output projection is the last linear layer outside of the attention modules, and its width is the
@@ -8,17 +8,17 @@ Where this cannot tell, it says why, and the user names the layers.
 """
 
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from .layer import linear_features
+from peft_dynamic.hosts.blocks import (
+    find_classifier_dense as find_classifier_dense,  # were here before
+)
+from peft_dynamic.hosts.blocks import find_heads as find_heads
+from peft_dynamic.hosts.blocks import find_norms as find_norms
+from peft_dynamic.hosts.blocks import is_below, is_encoder, linear_features, named_attention, original_modules
 
-_ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 # Names of the projections that open an attention, in any order before or after the one that closes it (Phi-3).
 _OPENING = re.compile(r"^(q|k|v|qkv|kv|query|key|value)(_?(proj|lin|layer))?$|^(in_proj|c_attn|Wqkv|query_key_value)$")
 
@@ -30,21 +30,6 @@ class Target(NamedTuple):
     before: bool
 
 
-def original_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()` as it was before any adapter: names of the same modules, seen through PEFT's wrappers."""
-    if isinstance(model, BaseTunerLayer):
-        model = model.get_base_layer()
-    while isinstance(model, AuxiliaryTrainingWrapper):
-        model = model.original_module
-    yield prefix, model
-    for name, child in model.named_children():
-        yield from original_modules(child, f"{prefix}.{name}" if prefix else name)
-
-
-def _below(name: str, ancestors: list[str]) -> bool:
-    return any(name.startswith(f"{ancestor}.") for ancestor in ancestors)
-
-
 class _Block:
     """One block: names and sizes of its linear layers, parted into those of attentions and the others."""
 
@@ -54,12 +39,16 @@ class _Block:
         self.sizes = {key: size for key, part in modules if (size := linear_features(part)) is not None}
         self.attentions: list[str] = []
         for key, part in modules:
-            named = _ATTENTION.search(key.rpartition(".")[2]) or _ATTENTION.search(type(part).__name__)
-            if named and key not in self.sizes and not _below(key, self.attentions) and self.inside(key):
+            if (
+                named_attention(key, part)
+                and key not in self.sizes
+                and not is_below(key, *self.attentions)
+                and self.inside(key)
+            ):
                 self.attentions.append(key)
-        self.feed_forward = [key for key in self.sizes if not _below(key, self.attentions)]
+        self.feed_forward = [key for key in self.sizes if not is_below(key, *self.attentions)]
         self.experts = [
-            key for key, part in modules if not _below(key, self.attentions) and self._is_experts(key, part)
+            key for key, part in modules if not is_below(key, *self.attentions) and self._is_experts(key, part)
         ]
 
     def inside(self, key: str) -> list[str]:
@@ -125,7 +114,7 @@ def find_targets(model: nn.Module, placement: str) -> list[Target]:
             if all(block.attentions and (block.feed_forward or block.experts) for block in blocks):
                 lists.append((name, blocks))
     # A list of lists (ALBERT's groups): the innermost ones are the blocks.
-    lists = [entry for entry in lists if not any(_below(other, [entry[0]]) for other, _ in lists if other != entry[0])]
+    lists = [entry for entry in lists if not any(is_below(other, entry[0]) for other, _ in lists if other != entry[0])]
     if not lists:
         raise ValueError(
             f"target_modules=None needs a model with a list of blocks, each with an attention module and linear layers "
@@ -138,45 +127,3 @@ def find_targets(model: nn.Module, placement: str) -> list[Target]:
                 raise ValueError(f"target_modules=None cannot tell where adapters go: {problem}. {advice}")
     reference = placement == "reference" and not is_encoder(model)
     return [target for _, blocks in lists for block in blocks for target in block.targets(reference)]
-
-
-def is_encoder(model: nn.Module) -> bool:
-    """Whether the model is of a bidirectional-encoder family (BERT and its like), by its transformers type."""
-    config = getattr(model, "config", None)
-    if config is None or getattr(config, "is_encoder_decoder", False):
-        return False
-    return getattr(config, "model_type", None) in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-
-def find_norms(model: nn.Module) -> list[str]:
-    """Layer norms, RMS norms among them: modules named or typed so, with parameters of one dimension and no buffers."""
-    names = []
-    for name, module in original_modules(model):
-        called = "norm" in name.rpartition(".")[2].lower() or "norm" in type(module).__name__.lower()
-        parameters = list(module.parameters())
-        plain = bool(parameters) and all(parameter.dim() == 1 for parameter in parameters)
-        leaf = not list(module.children()) and not list(module.buffers())
-        if called and plain and leaf:
-            names.append(name)
-    return names
-
-
-def find_heads(model: nn.Module) -> list[str]:
-    """Classification heads that PEFT's own rule for SEQ_CLS ("classifier", "score") does not name."""
-    return [name for name, _ in original_modules(model) if name.rpartition(".")[2] == "classification_head"]
-
-
-def find_classifier_dense(model: nn.Module) -> str | None:
-    """The square linear layer in front of the last layer of a classification model; None where there is none.
-
-    In this order: `dense` inside the head (RoBERTa, ELECTRA, BART, T5), a linear layer called `pre_classifier`
-    (DistilBERT), `dense` inside the pooler (BERT, DeBERTa), the pooler itself (ALBERT).
-    """
-    sizes = {name: linear_features(module) for name, module in original_modules(model)}
-    square = [name for name, size in sizes.items() if size is not None and size[0] == size[1]]
-    patterns = (r"(.*\.)?(classifier|classification_head|score|head)\.dense", r"(.*\.)?pre_classifier")
-    for pattern in (*patterns, r"(.*\.)?pooler\.dense", r"(.*\.)?pooler"):
-        found = [name for name in square if re.fullmatch(pattern, name)]
-        if found:
-            return found[0]
-    return None

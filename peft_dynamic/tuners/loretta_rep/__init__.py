@@ -1,9 +1,8 @@
 """LoRETTA_rep: LoRA whose two factors are tensor trains (Yang et al., NAACL 2024, arXiv 2402.11417)."""
 
-from peft_dynamic._registry import register
-
-from .config import LorettaRepConfig
-from .model import LorettaRepModel
+from peft_dynamic.hosts.registry import register
+from peft_dynamic.tuners.loretta_rep.config import LorettaRepConfig
+from peft_dynamic.tuners.loretta_rep.model import LorettaRepModel
 
 register("loretta_rep", LorettaRepConfig, LorettaRepModel)
 

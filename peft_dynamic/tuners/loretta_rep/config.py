@@ -7,7 +7,7 @@ from peft.utils.peft_types import PeftType
 
 from peft_dynamic.rules import FLAG, check_rules, is_finite
 from peft_dynamic.tuners.lora_fields import check_lora_fields, check_ranks_of, check_refused
-from peft_dynamic.tuners.loretta_adp.fields import check_train_fields
+from peft_dynamic.tuners.tensor_train_fields import check_train_fields
 
 REFUSED_FIELDS = {
     "use_dora": "it was not tried with factors that are tensor trains",

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from peft_dynamic.functional.tensor_train import check_shape, contract, core_shapes, factorize, init_cores
+from peft_dynamic.hosts.offload import real
 from peft_dynamic.tuners.factors import FactorView, asking_host
-from peft_dynamic.tuners.offload import real
 
 
 class TrainView(FactorView):

@@ -8,13 +8,12 @@ from typing import Any
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from peft_dynamic.tuners.also_trained import AlsoTrained, Extras
 from peft_dynamic.tuners.as_lora import refuse_experts
 from peft_dynamic.tuners.base import ViewedLoraModel
 from peft_dynamic.tuners.factors import LayerViews, attach, keep_together, note_unit
-from peft_dynamic.tuners.loretta_adp.also_trained import AlsoTrained, Extras
-
-from .config import LorettaRepConfig
-from .factor import make_train
+from peft_dynamic.tuners.loretta_rep.config import LorettaRepConfig
+from peft_dynamic.tuners.loretta_rep.factor import make_train
 
 
 class LorettaRepModel(AlsoTrained, ViewedLoraModel):

@@ -1,9 +1,8 @@
 """QDyLoRA: DyLoRA on a quantised base (Rajabzadeh et al., EMNLP 2024 industry track, arXiv 2402.10462)."""
 
-from peft_dynamic._registry import register
-
-from .config import QDyLoRAConfig
-from .model import QDyLoRAModel
+from peft_dynamic.hosts.registry import register
+from peft_dynamic.tuners.qdylora.config import QDyLoRAConfig
+from peft_dynamic.tuners.qdylora.model import QDyLoRAModel
 
 register("qdylora", QDyLoRAConfig, QDyLoRAModel)
 

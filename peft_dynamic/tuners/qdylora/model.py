@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from peft_dynamic.hosts.quantization import quantized_layers
 from peft_dynamic.tuners.dylora.model import DyLoRAModel
-from peft_dynamic.tuners.quantization import quantized_layers
 
 
 class QDyLoRAModel(DyLoRAModel):

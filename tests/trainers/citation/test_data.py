@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peft_dynamic.citations.text import find_citations, strip_citations
 from peft_dynamic.trainers.citation.data import build_citation_dataset
-from peft_dynamic.trainers.citation.text import find_citations, strip_citations
 
 
 def row(answer: str, count: int = 3, question: str = "Why?", **more: Any) -> dict[str, Any]:

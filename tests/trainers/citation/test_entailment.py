@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from peft_dynamic.trainers.citation import entailment
-from peft_dynamic.trainers.citation.entailment import EntailmentCache, EntailmentModel, measure_entailment
-from peft_dynamic.trainers.citation.evaluate import evaluate_citations
+from peft_dynamic.citations import entailment
+from peft_dynamic.citations.entailment import EntailmentCache, EntailmentModel, measure_entailment
+from peft_dynamic.citations.evaluate import evaluate_citations
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>", "1", "0", "premise", "hypothesis", ":", *"abcdefgh"]
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_dynamic.trainers.citation import metrics
-from peft_dynamic.trainers.citation.evaluate import evaluate_citations
+from peft_dynamic.citations import metrics
+from peft_dynamic.citations.evaluate import evaluate_citations
 
 
 def letters(premises: Sequence[str], hypotheses: Sequence[str]) -> list[bool]:

@@ -9,10 +9,10 @@ import numpy as np
 import pandas
 import pytest
 
+from peft_dynamic.citations.evaluate import evaluate_citations
+from peft_dynamic.citations.passages import read_index
 from peft_dynamic.trainers.citation.data import build_citation_dataset
-from peft_dynamic.trainers.citation.evaluate import evaluate_citations
 from peft_dynamic.trainers.citation.formats import check_row
-from peft_dynamic.trainers.citation.passages import read_index
 
 TEXTS = ["the sea is blue", "the sky is blue", "grass is green"]
 NUMBERS = [7, "7", " 7 ", 7.0, np.int64(7), np.int8(7), np.float64(7.0), np.float32(7.0)]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_dynamic.trainers.citation.text import (
+from peft_dynamic.citations.text import (
     cited_ids,
     find_citations,
     hidden_citations,

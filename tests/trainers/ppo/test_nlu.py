@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from peft_dynamic.trainers import nlu_parse, nlu_prompt, nlu_reward, nlu_target, record_rows
-from peft_dynamic.trainers.ppo.nlu_tasks import TASKS
+from peft_dynamic.trainers.rewards.nlu_tasks import TASKS
 
 # A row of each task with the Hub's columns and label numbers, the text that the prompt has to show, and the answer.
 ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_dynamic.trainers import evaluate_nlu, nlu_metrics, nlu_parse, nlu_prompt
-from peft_dynamic.trainers.ppo import nlu_eval
+from peft_dynamic.trainers.rewards import nlu_eval
 
 LABELS = [1, 1, 1, 0, 0, 1]
 

@@ -8,9 +8,9 @@ from peft import PromptTuningConfig, get_peft_model
 from transformers import LogitsProcessorList, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 from transformers.generation import SuppressTokensLogitsProcessor, TemperatureLogitsWarper
 
-from peft_dynamic.trainers.soft.adaptive import generate_adaptive, paper_thresholds
-from peft_dynamic.trainers.soft.exits import exit_at
-from peft_dynamic.trainers.soft.sections import in_sections
+from peft_dynamic.exits.adaptive import generate_adaptive, paper_thresholds
+from peft_dynamic.exits.layers import exit_at
+from peft_dynamic.exits.sections import in_sections
 from tests.trainers.soft.families import DEPTH, FAMILIES, VOCABULARY, build, cut, layers_of, tokens
 from tests.trainers.soft.test_exits import adapted, state
 

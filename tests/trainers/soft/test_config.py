@@ -15,9 +15,9 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peft_dynamic.hosts.decoder import check_decoder, find_decoder
 from peft_dynamic.trainers import SoFTConfig, SoFTTrainer
 from peft_dynamic.trainers.soft.config import draw_exits, evenly_spaced
-from peft_dynamic.trainers.soft.structure import check_decoder, find_decoder
 from tests.trainers.soft.common import first_batch, trainer
 from tests.trainers.soft.families import build, layers_of
 

@@ -10,10 +10,10 @@ import torch
 from peft import get_peft_model
 
 from peft_dynamic import DyLoRAConfig
-from peft_dynamic.trainers.soft.adaptive import generate_adaptive
-from peft_dynamic.trainers.soft.calibrate import _at_level, _cheapest, _lowest, calibrate_thresholds
-from peft_dynamic.trainers.soft.curve import ExitCurve, ExitRow, exit_curve
-from peft_dynamic.trainers.soft.exits import exit_at
+from peft_dynamic.exits.adaptive import generate_adaptive
+from peft_dynamic.exits.calibrate import _at_level, _cheapest, _lowest, calibrate_thresholds
+from peft_dynamic.exits.curve import ExitCurve, ExitRow, exit_curve
+from peft_dynamic.exits.layers import exit_at
 from tests.trainers.soft.families import DEPTH, build, cut, layers_of, tokens
 from tests.trainers.soft.test_exits import state
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from torch import nn
 
 from peft_dynamic import DyLoRAConfig, LorettaAdpConfig
-from peft_dynamic.trainers.soft.exits import exit_at, truncate_to_exit
+from peft_dynamic.exits.layers import exit_at, truncate_to_exit
 from tests.processes import python
 from tests.trainers.soft.families import DEPTH, FAMILIES, build, cut, layers_of, tokens
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
+from peft_dynamic.exits.prompts import check_generation_config
 from peft_dynamic.trainers import generate_adaptive, generate_speculative
-from peft_dynamic.trainers.soft.prompts import check_generation_config
 from tests.trainers.soft.families import build
 
 WAYS: dict[str, Any] = {

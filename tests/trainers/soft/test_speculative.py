@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from peft_dynamic.trainers.soft.exits import exit_at
-from peft_dynamic.trainers.soft.speculative import assisted_exit, generate_speculative
+from peft_dynamic.exits.layers import exit_at
+from peft_dynamic.exits.speculative import assisted_exit, generate_speculative
 from tests.trainers.soft.families import DEPTH, FAMILIES, VOCABULARY, build, layers_of, tokens
 from tests.trainers.soft.test_adaptive import prompts
 from tests.trainers.soft.test_exits import adapted, generated, state
