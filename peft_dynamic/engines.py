@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-ENGINES = ("peft", "vllm", "llama.cpp")
+from peft_dynamic.methods import LORA_ENGINES
+
+ENGINES = LORA_ENGINES
 _FACTORS = (".lora_A.weight", ".lora_B.weight")
 _EMBEDDING_FACTORS = (".lora_embedding_A", ".lora_embedding_B")
 

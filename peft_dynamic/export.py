@@ -23,11 +23,9 @@ from torch import nn
 
 from peft_dynamic.engines import check_engine, fit
 from peft_dynamic.hub import write_model_card
-from peft_dynamic.tuners.dylora.layer import ranked_layers
+from peft_dynamic.methods import method_of
 from peft_dynamic.tuners.dylora.model import at_rank
 from peft_dynamic.tuners.factors import active_adapter, viewed_layers
-from peft_dynamic.tuners.loretta_rep.factor import TrainFactor
-from peft_dynamic.tuners.tensor_train import TensorTrainLinear
 
 PEFT_PREFIX = "base_model.model."
 # In this order into the target: without a config a folder is no adapter, so a half-written one never loads.
@@ -84,9 +82,14 @@ def export_lora(
     target = check_target(save_directory)
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     name = active_adapter(model, adapter_name)
-    if rank is not None and not list(ranked_layers(model, name)):
-        method = type(model.peft_config[name]).__name__.removesuffix("Config")  # type: ignore[index]  # a dict of PEFT's
-        raise ValueError(f"rank={rank!r}: the adapter {name!r} is of {method}, which has one rank. Pass rank=None.")
+    method = method_of(model.peft_config[name])  # type: ignore[index]  # a dict of PEFT's
+    assert method is not None
+    if rank is not None and not method.ranked:
+        raise ValueError(
+            f"rank={rank!r}: the adapter {name!r} is of {method.title}, which has one rank. Pass rank=None."
+        )
+    if engine not in method.engines:
+        raise ValueError(f"engine={engine!r}: {method.title} is not read by it, but by {', '.join(method.engines)}.")
     with nullcontext() if rank is None else at_rank(model, rank, name):
         tensors = _tensors(model, name)
         config, auto_mapping = _config(model, name)
@@ -158,8 +161,8 @@ def _tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
             else (f"{prefix}.lora_embedding_A", f"{prefix}.lora_embedding_B")
         )
         for key, (holder, _, view) in zip(keys, layer.lora_views[name].parts, strict=True):
-            if isinstance(holder, TrainFactor):
-                _put_matrix(tensors, key.removesuffix(".weight"), holder.weight)
+            if view.made_from:
+                _put_matrix(tensors, key.removesuffix(".weight"), view.made_from, holder.weight)
             elif holder in layer.modules():
                 tensors[key] = view.anew(tensors[key])
             elif view.groups == (1, 1):
@@ -170,8 +173,10 @@ def _tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
                     f"{prefix}: prepare_model_for_compiled_hotswap replaced its factors. Export before that call."
                 )
     for key, module in model.named_modules():
-        if isinstance(module, TensorTrainLinear) and (own := f".modules_to_save.{name}.") in f"{key}.":
-            _put_matrix(tensors, f"{key}.".replace(own, ".").removesuffix("."), module.matrix().mT)
+        made_from: Any = getattr(module, "made_from", ())
+        if made_from and (own := f".modules_to_save.{name}.") in f"{key}.":
+            linear: Any = module
+            _put_matrix(tensors, f"{key}.".replace(own, ".").removesuffix("."), made_from, linear.matrix().mT)
     prefix = "" if isinstance(model, PeftModel) else PEFT_PREFIX
     return {
         prefix + key: tensor.detach().cpu().contiguous().clone()  # a file holds no views and no tensor twice
@@ -180,9 +185,11 @@ def _tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     }
 
 
-def _put_matrix(tensors: dict[str, torch.Tensor], prefix: str, weight: torch.Tensor) -> None:
-    """A weight in place of the cores that it is made from."""
-    for key in ("cores", "start"):
+def _put_matrix(
+    tensors: dict[str, torch.Tensor], prefix: str, made_from: tuple[str, ...], weight: torch.Tensor
+) -> None:
+    """A weight in place of the tensors that it is made from."""
+    for key in made_from:
         tensors.pop(f"{prefix}.{key}", None)
     tensors[f"{prefix}.weight"] = weight
 

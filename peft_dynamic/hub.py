@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
-from peft import LoraConfig, PeftModel
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peft_dynamic.hosts.registry import is_ours
+from peft_dynamic.methods import method_of
 
 START, END = "<!-- peft_dynamic: usage -->", "<!-- peft_dynamic: end of usage -->"
 AUTO_CLASSES = {
@@ -73,8 +73,10 @@ def write_model_card(directory: str | Path, repo_id: str | None = None) -> Path:
     base = _base_repo(config)
     if base and not data.base_model:
         data.base_model = base
+    method = method_of(config)
+    own = method.tags if method is not None else [str(config["peft_type"]).lower()]
     tags = list(data.tags or [])
-    data.tags = [*tags, *(tag for tag in _tags(config["peft_type"]) if tag not in tags)]
+    data.tags = [*tags, *(tag for tag in own if tag not in tags)]
     card.save(path)
     return path
 
@@ -185,13 +187,6 @@ def model_class_name(config: Mapping[str, Any]) -> tuple[str, str | None]:
     return "transformers", None
 
 
-def _tags(peft_type: str) -> list[str]:
-    """The method's own name, after "lora" if it is a LoRA with something more."""
-    own = peft_type.lower()
-    is_lora = issubclass(PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type, object), LoraConfig)
-    return list(dict.fromkeys(["lora", own] if is_lora else [own]))
-
-
 def _loading(config: dict[str, Any], base: str) -> list[str]:
     """The lines that load the base model."""
     library, name = model_class_name(config)
@@ -218,19 +213,23 @@ def _ranks(config: dict[str, Any]) -> str:
 def _usage(config: dict[str, Any], directory: Path, repo_id: str | None) -> str:
     source = repo_id or Path(os.path.abspath(directory)).name  # "." and ".." have no name to call it by
     base = _base_repo(config) or "path/to/the/base/model"
-    stock = config["peft_type"] == "LORA"
-    ranked = config["peft_type"] in ("DYLORA", "QDYLORA")
-    if stock:
-        ranks = sorted({config["r"], *(config.get("rank_pattern") or {}).values()})
-        about = f"A LoRA adapter of rank {', '.join(map(str, ranks))}. It loads in PEFT as it is."
+    method = method_of(config)
+    ranked = method is not None and method.ranked
+    if method is None:
+        ranks = sorted({config["r"], *(config.get("rank_pattern") or {}).values()}) if "r" in config else []
+        of_rank = f" of rank {', '.join(map(str, ranks))}" if ranks else ""
+        kind = "LoRA" if config["peft_type"] == "LORA" else config["peft_type"]
+        about = f"A {kind} adapter{of_rank}. It loads in PEFT as it is."
     else:
+        what = _ranks(config) if ranked else f": {method.summary}."
+        authors, number = method.paper
         about = (
-            f"A {config['peft_type']} adapter{_ranks(config) if ranked else '.'} It needs the package `peft-dynamic`: "
-            "without the line `import peft_dynamic`, PEFT stops with "
-            f"`KeyError: '{config['peft_type']}'`."
+            f"A {method.name} adapter{what} It needs the package `peft-dynamic`: without the line "
+            f"`import peft_dynamic`, PEFT stops with `KeyError: '{method.name}'`. The method is {method.title}, of "
+            f"[{authors}](https://arxiv.org/abs/{number})."
         )
     code = [
-        *([] if stock else [f"import peft_dynamic  # registers {config['peft_type']} with PEFT"]),
+        *([] if method is None else [f"import peft_dynamic  # registers {method.name} with PEFT"]),
         "from peft import PeftModel",
         *_loading(config, base),
         f'model = PeftModel.from_pretrained(base, "{source}")',

@@ -168,13 +168,13 @@ def rank_curve(
         raise ValueError(
             f"adapter_name={name!r} is not active, so no rank of it would show. Call set_adapter({name!r})."
         )
-    wanted = sorted(set(layers[0].lora_views[name].schedule.ranks if ranks is None else ranks))
+    configs: Any = model.peft_config
+    wanted = sorted(set(configs[name].trained_ranks if ranks is None else ranks))
     if not wanted:
         raise ValueError("ranks=[]: pass at least one rank, or None for the trained ones.")
     for rank in wanted:  # before hours of evaluation, not after some of it
         with at_rank(model, rank, name):
             pass
-    configs: Any = model.peft_config
     bias = getattr(configs[name], "bias", "none")
     if base and bias != "none":
         base = False

@@ -74,18 +74,16 @@ def read_indices(passages: Iterable[Any], where: str) -> list[int]:
     return indices
 
 
-def passage_texts(passage: Any) -> tuple[str | None, str] | None:
-    """(title or None, text) of a passage: a text, or a mapping with `text` and perhaps `title`; None if it is neither.
+def passage_texts(passage: Any) -> tuple[Any, Any]:
+    """(title, text) of a passage: a text, or a mapping with `text` and perhaps `title`; unchecked, None where missing.
 
     ALCE's rows may have an extract in `sent` beside the whole passage, which its script takes before the whole.
     """
     if isinstance(passage, str):
         passage = {"text": passage}
     if not isinstance(passage, Mapping):
-        return None
-    text = passage.get("sent", passage.get("text"))
-    title = None if is_missing(passage.get("title")) else passage["title"]
-    return (title, text) if isinstance(text, str) and isinstance(title, str | None) else None
+        return None, None
+    return None if is_missing(passage.get("title")) else passage["title"], passage.get("sent", passage.get("text"))
 
 
 def half_character(text: str) -> bool:

@@ -80,13 +80,12 @@ def _passages(given: Sequence[Any], i: int) -> list[Passage]:
 
 
 def _passage(given: Any, place: str, index: int) -> Passage:
-    texts = passage_texts(given)
-    if texts is None or half_character(texts[1]):
-        raise ValueError(
-            f"{place} must be a text or a mapping with a `text` and perhaps a `title`, both texts, and is "
-            f"{str(given)[:80]!r}"
-        )
-    return Passage(index, texts[1], texts[0])
+    title, text = passage_texts(given)
+    if not isinstance(text, str) or half_character(text):
+        raise ValueError(f"{place} must be a text or a mapping with a `text`, and is {str(given)[:80]!r}")
+    if title is not None and not isinstance(title, str):
+        raise ValueError(f"{place}: `title` must be a text, and is {title!r}")
+    return Passage(index, text, title)
 
 
 def _long_answers(row: Mapping[str, Any], i: int) -> tuple[str | None, list[str] | None]:

@@ -31,7 +31,6 @@ from peft_dynamic.export import export_lora
 from peft_dynamic.hosts.modes import adapters_disabled
 from peft_dynamic.hub import write_model_card
 from peft_dynamic.ranks import RankCurve, rank_curve
-from peft_dynamic.tuners.qdylora import QDyLoRAConfig
 
 SAMPLE_TOKENS = 60
 # Of what loading took, until now: starting a second process that loads the same model again
@@ -112,7 +111,7 @@ class _Run:
         if job.unused:
             self.found.notes.append(f"Columns that are not read: {', '.join(job.unused)}.")
         if job.four_bit:
-            self.quantization = QDyLoRAConfig.quantization_config(compute_dtype=dtype)
+            self.quantization = job.config.quantization_config(compute_dtype=dtype)
         settings = {"quantization_config": self.quantization} if self.quantization else {}
         base = load_decoder(job.model, dtype, settings)
         try:

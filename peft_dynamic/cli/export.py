@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from peft_dynamic.cli._edge import UserError, blame
+from peft_dynamic.methods import method_of
 
 
 def export(
@@ -37,7 +38,8 @@ def export(
     again = "Save the adapter again, or take another copy."
     with blame(f"{adapter / 'adapter_config.json'} is no configuration of an adapter", again):
         config: Any = PeftConfig.from_pretrained(str(adapter))
-        ranked = config.peft_type in ("DYLORA", "QDYLORA")
+        method = method_of(config)
+        ranked = method is not None and method.ranked
         largest = int(config.r) if ranked else None
     if ranked and rank is None:
         raise typer.BadParameter(f"missing. Pass the rank to write, up to {largest}.", param_hint="--rank")
@@ -70,9 +72,10 @@ def _check(adapter: Path, written: dict[str, Any]) -> None:
     kind = written.get("peft_type")
     if kind == "LORA":
         raise typer.BadParameter(f"{adapter} is a stock LoRA adapter already.", param_hint="ADAPTER")
-    if kind == "LORETTA_ADP":
+    method = method_of(written)
+    if method is not None and not method.engines:
         raise typer.BadParameter(
-            f"{adapter} is a LORETTA_ADP adapter: small networks between the layers, which no LoRA can express.",
+            f"{adapter} is a {kind} adapter: {method.not_lora}, which no LoRA can express.",
             param_hint="ADAPTER",
         )
     weights = [adapter / "adapter_model.safetensors", adapter / "adapter_model.bin"]

@@ -15,6 +15,7 @@ from peft_dynamic.tuners import optimizers as optimizers  # for its hook
 from peft_dynamic.tuners.as_lora import as_stock, check_target, is_of_diffusers, target_experts, warn_of_parts
 from peft_dynamic.tuners.checkpoint import check_fits
 from peft_dynamic.tuners.factors import is_viewed, keep_together
+from peft_dynamic.tuners.lora_fields import check_variant
 
 
 class ViewedLoraModel(LoraModel):
@@ -72,6 +73,7 @@ class ViewedLoraModel(LoraModel):
             if not isinstance(module, LoraLayer) or is_viewed(module, adapter_name):
                 continue
             if adapter_name in module.lora_A or adapter_name in module.lora_embedding_A:
+                check_variant(lora_config, module.lora_variant.get(adapter_name), current_key)
                 self._make_viewed(module, adapter_name, lora_config)
                 module.lora_views[adapter_name].name = current_key
                 made += 1

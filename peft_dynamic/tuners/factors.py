@@ -65,6 +65,8 @@ class FactorView:
         self.in_forward = False  # inside a training forward pass of the layer
         self.pending: torch.Tensor | None = None  # computed in this forward pass
 
+    made_from: tuple[str, ...] = ()  # the names under which a checkpoint has it, where not under the weight's
+
     def is_plain(self) -> bool:
         """Whether the stored tensor is what is shown."""
         return self.mixer is None

@@ -6,13 +6,14 @@ PEFT checks few of them when a configuration is made; the rest fails in the midd
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
 from peft import LoraConfig, TaskType
 from peft.tuners.lora import config as lora_config
 
+from peft_dynamic.methods import VARIANTS, method_of
 from peft_dynamic.rules import FLAG, TEXT, Rule, check_rules, default_of, is_finite, is_int, or_none, plain
 
 MOST = 2**31 - 1  # of a size that torch takes
@@ -134,13 +135,7 @@ def check_lora_fields(config: Any, skip: tuple[str, ...] = ()) -> None:
     check_rules(config, {field: rule for field, rule in RULES.items() if field not in skip})
     for pattern in ("rank_pattern", "alpha_pattern"):
         setattr(config, pattern, getattr(config, pattern) or {})  # None is a dict to read for PEFT
-    for field in fields(LoraConfig):
-        value = getattr(config, field.name)
-        if field.name not in RULES and field.name not in ("r", "peft_type") and value != default_of(field):
-            raise ValueError(
-                f"{name} does not support {field.name}={value!r}: this version of peft_dynamic does not know the field "
-                "and cannot say what it does at every rank. Leave it at its default."
-            )
+    check_known(config, LoraConfig, {"r", *RULES})
 
 
 def check_ranks_of(config: Any) -> None:
@@ -168,6 +163,37 @@ def check_refused(config: Any, refused: dict[str, str]) -> None:
         value, default = getattr(config, name, None), defaults[name]
         if not any(value is unset for unset in (None, False, default)) and not (default == {} == value):
             raise ValueError(f"{type(config).__name__} does not support {name}={getattr(config, name)!r}: {reason}.")
+
+
+def check_variant(config: Any, variant: Any, module: str) -> None:
+    """Raise ValueError for a variant of LoRA that the configuration's method does not honour, or that we do not know.
+
+    Args:
+        config: of the adapter.
+        variant: what PEFT has put into the layer's `lora_variant`; None for a plain LoRA.
+        module: the layer, for the message.
+    """
+    method, kind = method_of(config), type(variant).__name__
+    if variant is None or method is None:
+        return
+    field = next((name for name, starts in VARIANTS.items() if kind.startswith(starts)), None)
+    if field is None or field in method.refused:
+        reason = "this version of peft_dynamic does not know it" if field is None else method.refused[field]
+        raise ValueError(
+            f"{type(config).__name__} does not support {kind}, the variant of LoRA that PEFT made at {module!r}: "
+            f"{reason}. Leave {field or 'the field that asks for it'} at its default."
+        )
+
+
+def check_known(config: Any, kind: type, known: Collection[str]) -> None:
+    """Raise ValueError for a field of PEFT's class `kind` that is set and has no rule: one of a newer PEFT."""
+    for field in fields(kind):
+        value = getattr(config, field.name)
+        if field.name not in known and field.name != "peft_type" and value != default_of(field):
+            raise ValueError(
+                f"{type(config).__name__} does not support {field.name}={value!r}: this version of peft_dynamic does "
+                "not know the field and cannot say what it does. Leave it at its default."
+            )
 
 
 def check_init(config: Any, reason: str) -> None:

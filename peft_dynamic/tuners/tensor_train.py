@@ -35,6 +35,8 @@ class TensorTrainLinear(nn.Module):
             gradient at once.
     """
 
+    made_from = ("cores",)  # the names under which a checkpoint has the matrix
+
     def __init__(
         self,
         in_features: int,

@@ -88,10 +88,10 @@ def read_passages(passages: Any, where: str) -> list[dict[str, str]]:
         raise TypeError(f"the passages of {where} are {passages!r}: pass a list of texts or of dicts with `text`.")
     out = []
     for passage in passages:
-        texts = passage_texts(passage)
-        if texts is None:
+        title, text = passage_texts(passage)
+        if not isinstance(text, str) or not isinstance(title, str | None):
             raise TypeError(f"a passage of {where} is {passage!r}: a text, or a dict with texts in `text` and `title`.")
-        out.append({"title": (texts[0] or "").strip(), "text": texts[1].strip()})
+        out.append({"title": (title or "").strip(), "text": text.strip()})
     return out
 
 

@@ -6,13 +6,11 @@ from peft import LoraConfig
 from peft.utils.peft_types import PeftType
 
 from peft_dynamic.density.loss import check_settings
+from peft_dynamic.methods import METHODS
 from peft_dynamic.rules import FLAG, check_rules
 from peft_dynamic.tuners.lora_fields import check_lora_fields, check_ranks_of, check_refused
 
-REFUSED_FIELDS = {
-    "arrow_config": "it routes between the adapters of a model that create_arrow_model made",
-    "megatron_config": "Megatron's parallel layers were not tried with a density loss",
-}
+REFUSED_FIELDS = METHODS["DENSITY_LORA"].refused
 
 
 @dataclass
@@ -58,7 +56,7 @@ class DensityLoRAConfig(LoraConfig):
         check_ranks_of(self)
         check_rules(self, {"include_padding": FLAG})
         super().__post_init__()
-        self.peft_type = PeftType.DENSITY_LORA  # the member that _registry adds
+        self.peft_type = PeftType.DENSITY_LORA  # the member that hosts.registry adds
         check_settings(
             type(self).__name__,
             self.density_weight,

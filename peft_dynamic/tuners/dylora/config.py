@@ -9,27 +9,12 @@ from peft import LoraConfig
 from peft.utils.peft_types import PeftType
 
 from peft_dynamic.functional.ranks import SCALING_RULES
+from peft_dynamic.methods import METHODS
 from peft_dynamic.rules import FLAG, check_rules, is_finite, is_int, is_number, plain
 from peft_dynamic.tuners.lora_fields import check_init, check_lora_fields, check_refused
 from peft_dynamic.tuners.mixer import MixerConfig
 
-# Fields of LoraConfig that change what an adapter computes in a way that has no meaning at every rank, with the reason.
-REFUSED_FIELDS = {
-    "use_rslora": "DyLoRA's scale follows the rank in use; pass scaling='alpha/sqrt(b)' for the rank-stabilised scale",
-    "use_dora": "DoRA's magnitudes belong to the norm of one merged weight, and each rank has its own",
-    "use_qalora": "its pooled inputs give lora_A another shape than the cut to a rank expects",
-    "use_bdlora": "its blocks cut across the rank, so a part of the rank is not an adapter",
-    "velora_config": "it replaces the forward pass of lora_A, which DyLoRA cuts to a rank",
-    "alora_invocation_tokens": "it replaces the forward pass of the layer that DyLoRA cuts to a rank",
-    "monteclora_config": "it replaces the forward pass of the layer that DyLoRA cuts to a rank",
-    "arrow_config": "it routes between finished adapters; export one rank of each with export_lora and route those",
-    "kasa_config": "its singular values are tied to one rank",
-    "megatron_config": "Megatron's parallel linear layers cannot be cut to a rank",
-    "loftq_config": "it fits the quantisation error at one rank and one scale",
-    "eva_config": "EVA gives every layer a rank of its own after construction",
-    "corda_config": "CorDA changes the base weights to fit one rank and one scale",
-    "lora_ga_config": "LoRA-GA changes the base weights to fit one rank and one scale",
-}
+REFUSED_FIELDS = METHODS["DYLORA"].refused
 
 
 @dataclass
@@ -49,10 +34,8 @@ class DyLoRAConfig(MixerConfig, LoraConfig):
     Work as in LoRA: `target_modules`, `exclude_modules`, `target_parameters`, `lora_dropout`, `fan_in_fan_out`,
     `layers_to_transform`, `layers_pattern`, `layer_replication`, `ensure_weight_tying`, `runtime_config`,
     `init_lora_weights` True, False (a random B: not the base model at the start, as in LoRA) or "gaussian".
-    Refused at construction, each with its reason: `use_rslora`, `use_dora`, `use_qalora`, `use_bdlora`,
-    `velora_config`, `alora_invocation_tokens`, `monteclora_config`, `arrow_config`, `kasa_config`, `megatron_config`,
-    `loftq_config`, `eva_config`, `corda_config`, `lora_ga_config`, other `init_lora_weights` ("orthogonal", "pissa",
-    "olora", "eva", "corda", "loftq", "lora_ga", "mica", ...).
+    Refused at construction, each with its reason: what `peft_dynamic.methods.REFUSED` lists, fields that a newer PEFT
+    has, and other `init_lora_weights` ("orthogonal", "pissa", "olora", "eva", "corda", "loftq", "mica", ...).
 
     Args:
         r: the largest rank, and the rank of the stored matrices.
@@ -129,7 +112,7 @@ class DyLoRAConfig(MixerConfig, LoraConfig):
         # The others subtract the full-rank product from the base weights or need it to vanish as a whole.
         check_init(self, "that start is the base model at the full rank only, and DyLoRA trains every rank")
         super().__post_init__()
-        self.peft_type = PeftType.DYLORA  # the member that _registry adds
+        self.peft_type = PeftType.DYLORA  # the member that hosts.registry adds
         self._check_ranks()
         self._check_sampling()
         if self.use_mixer:

@@ -7,7 +7,7 @@ from peft.utils.peft_types import PeftType
 from transformers.activations import ACT2FN
 
 from peft_dynamic.rules import FLAG, check_rules, is_finite, plain
-from peft_dynamic.tuners.lora_fields import COMMON, INDICES, LISTED, NAMES
+from peft_dynamic.tuners.lora_fields import COMMON, INDICES, LISTED, NAMES, check_known
 from peft_dynamic.tuners.tensor_train_fields import check_train_fields
 
 PLACEMENTS = ("paper", "reference")
@@ -129,8 +129,9 @@ class LorettaAdpConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         check_rules(self, RULES)
+        check_known(self, PeftConfig, RULES)
         super().__post_init__()
-        self.peft_type = PeftType.LORETTA_ADP  # the member that _registry adds
+        self.peft_type = PeftType.LORETTA_ADP  # the member that hosts.registry adds
         self._check_numbers()
         self._check_choices()
         self._check_targets()

@@ -5,26 +5,12 @@ from dataclasses import dataclass, field
 from peft import LoraConfig
 from peft.utils.peft_types import PeftType
 
+from peft_dynamic.methods import METHODS
 from peft_dynamic.rules import FLAG, check_rules, is_finite
 from peft_dynamic.tuners.lora_fields import check_lora_fields, check_ranks_of, check_refused
 from peft_dynamic.tuners.tensor_train_fields import check_train_fields
 
-REFUSED_FIELDS = {
-    "use_dora": "it was not tried with factors that are tensor trains",
-    "use_qalora": "its pooled inputs give lora_A another shape than the tensor train's",
-    "use_bdlora": "its blocks cut the factors, which are tensor trains",
-    "velora_config": "it replaces the forward pass of lora_A, which is a tensor train",
-    "alora_invocation_tokens": "it was not tried with factors that are tensor trains",
-    "monteclora_config": "it has a mixture of its own between the factors",
-    "arrow_config": "it routes by stored factors; export each adapter with export_lora and route those",
-    "kasa_config": "it has singular values of its own between the factors",
-    "megatron_config": "Megatron's parallel linear layers hold parts of the factors only",
-    "loftq_config": "it sets the factors, which are tensor trains",
-    "eva_config": "it sets the factors, which are tensor trains",
-    "corda_config": "it sets the factors, which are tensor trains",
-    "lora_ga_config": "it sets the factors, which are tensor trains",
-    "target_parameters": "3-D expert parameters are no linear layers; list linear layers in target_modules",
-}
+REFUSED_FIELDS = METHODS["LORETTA_REP"].refused
 INITS = ("True", "'noise_removal'", "'reference'")
 
 
@@ -43,10 +29,9 @@ class LorettaRepConfig(LoraConfig):
     Work as in LoRA: `lora_alpha` (16 here, the paper's), `alpha_pattern`, `lora_dropout`, `use_rslora`, `bias`,
     `lora_bias`, `fan_in_fan_out`, `modules_to_save`, `trainable_token_indices`, `exclude_modules`,
     `layers_to_transform`, `layers_pattern`, `layer_replication`, `ensure_weight_tying`, `runtime_config`.
-    `target_modules` must be linear layers. Refused at construction, each with its reason: `use_dora`, `use_qalora`,
-    `use_bdlora`, `velora_config`, `alora_invocation_tokens`, `monteclora_config`, `arrow_config`, `kasa_config`,
-    `megatron_config`, `loftq_config`, `eva_config`, `corda_config`, `lora_ga_config`, `target_parameters`, and
-    `init_lora_weights`, for which there is `init_weights`.
+    `target_modules` must be linear layers. Refused at construction, each with its reason: what
+    `peft_dynamic.methods.REFUSED` lists, fields that a newer PEFT has, and `init_lora_weights`, for which there is
+    `init_weights`.
 
     Args:
         bottleneck: width between the two tensor trains, LoRA's r.
@@ -114,7 +99,7 @@ class LorettaRepConfig(LoraConfig):
             )
         self.r = self.bottleneck
         super().__post_init__()
-        self.peft_type = PeftType.LORETTA_REP  # the member that _registry adds
+        self.peft_type = PeftType.LORETTA_REP  # the member that hosts.registry adds
         if self.init_lora_weights is not True:
             raise ValueError(
                 f"{name} does not support init_lora_weights={self.init_lora_weights!r}: the factors are tensor trains. "

@@ -23,6 +23,8 @@ class TrainView(FactorView):
         shapes: of the cores.
     """
 
+    made_from = ("cores", "start")
+
     def __init__(self, dim: int, rank: int, features: tuple[int, int], shapes: list[tuple[int, int, int]]) -> None:
         super().__init__(dim, rank)
         self.features = features

@@ -5,23 +5,11 @@ from dataclasses import dataclass
 from peft import LoraConfig
 from peft.utils.peft_types import PeftType
 
+from peft_dynamic.methods import METHODS
 from peft_dynamic.tuners.lora_fields import check_init, check_lora_fields, check_ranks_of, check_refused
 from peft_dynamic.tuners.mixer import MixerConfig
 
-REFUSED_FIELDS = {
-    "use_qalora": "its pooled inputs give lora_A another shape than the mixer expects",
-    "use_bdlora": "its blocks cut across the rank, which the mixer mixes",
-    "velora_config": "it replaces the forward pass of lora_A, of which the mixer is a part",
-    "alora_invocation_tokens": "it was not tried with a mixer",
-    "monteclora_config": "it has a mixture of its own between the factors",
-    "arrow_config": "it routes by the stored factors; export each adapter with export_lora and route those",
-    "kasa_config": "it has singular values of its own between the factors",
-    "megatron_config": "Megatron's parallel linear layers hold parts of the factors only",
-    "loftq_config": "it sets the factors so that B A is the quantisation error, and the update is B M A",
-    "eva_config": "it chooses the factors after construction for B A, and the update is B M A",
-    "corda_config": "it changes the base weights to go with B A, and the update is B M A",
-    "lora_ga_config": "it changes the base weights to go with B A, and the update is B M A",
-}
+REFUSED_FIELDS = METHODS["MOSLORA"].refused
 
 
 @dataclass
@@ -32,9 +20,8 @@ class MoSLoRAConfig(MixerConfig, LoraConfig):
     it has r * r more parameters per layer (per expert or group where the factors have several).
 
     Everything of `LoraConfig` keeps its meaning, `rank_pattern` (M has the module's rank), `use_rslora` and `use_dora`
-    among it. Refused at construction, each with its reason: `use_qalora`, `use_bdlora`, `velora_config`,
-    `alora_invocation_tokens`, `monteclora_config`, `arrow_config`, `kasa_config`, `megatron_config`, `loftq_config`,
-    `eva_config`, `corda_config`, `lora_ga_config`, and `init_lora_weights` other than True, False and "gaussian".
+    among it. Refused at construction, each with its reason: what `peft_dynamic.methods.REFUSED` lists, fields that a
+    newer PEFT has, and `init_lora_weights` other than True, False and "gaussian".
 
     Args:
         mixer_init: "kaiming" (uniform in +-1 / sqrt(r), the authors' code), "orthogonal", "identity" (trained: starts
@@ -55,5 +42,5 @@ class MoSLoRAConfig(MixerConfig, LoraConfig):
         check_ranks_of(self)
         check_init(self, "it sets B A, and the update is B M A")
         super().__post_init__()
-        self.peft_type = PeftType.MOSLORA  # the member that _registry adds
+        self.peft_type = PeftType.MOSLORA  # the member that hosts.registry adds
         self._check_mixer([self.r, *(self.rank_pattern or {}).values()])

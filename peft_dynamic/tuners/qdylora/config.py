@@ -33,7 +33,7 @@ class QDyLoRAConfig(DyLoRAConfig):
         if self.ranks is None and isinstance(self.r, int) and self.r >= 1:
             self.ranks = [*(2**i for i in range(self.r.bit_length()) if 2**i < self.r), self.r]
         super().__post_init__()
-        self.peft_type = PeftType.QDYLORA  # the member that _registry adds
+        self.peft_type = PeftType.QDYLORA  # the member that hosts.registry adds
 
     @staticmethod
     def quantization_config(bits: int = 4, compute_dtype: torch.dtype = torch.bfloat16, **kwargs: Any) -> Any:

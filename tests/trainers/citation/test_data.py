@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peft_dynamic.citations.rows import read_rows
 from peft_dynamic.citations.text import find_citations, strip_citations
 from peft_dynamic.trainers.citation.data import build_citation_dataset
 
@@ -186,3 +187,13 @@ def test_columns_have_names_of_their_own() -> None:
 def test_bad_input(rows: list[Any], arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         build_citation_dataset(rows, **arguments)
+
+
+def test_a_passage_is_read_as_the_scores_read_it() -> None:
+    """ALCE's rows have an extract in `sent` beside the whole passage, and its script reads that."""
+    listed = [{"title": "One", "text": "All of it.", "sent": "Of it."}, "Two."]
+    data, _ = build_citation_dataset([row("So [1].") | {"passages": listed}], passages=None, shuffle=False)
+    (read,) = read_rows([{"question": "Q?", "output": "So [1].", "passages": listed}], "long_form")
+    assert [passage["text"] for passage in data[0]["passages"]] == ["Of it.", "Two."]
+    assert [passage.text for passage in read.passages] == ["Of it.", "Two."]
+    assert [passage["title"] for passage in data[0]["passages"]] == ["One", ""]

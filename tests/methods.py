@@ -1,0 +1,64 @@
+"""Every method of ours, for the suites that are parametrised by them: its row, and its adapter on a tiny model.
+
+A new method is one row here. A suite that needs other settings passes them on; it never lists the methods itself.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from peft import PeftConfig, get_peft_model
+
+from peft_dynamic.methods import METHODS, Method
+
+# What each method needs to be small, on a model of any kind; names of modules are the suite's.
+SMALL: dict[str, dict[str, Any]] = {
+    "DYLORA": {"r": 4, "ranks": [1, 2, 4]},
+    "QDYLORA": {"r": 4, "ranks": [1, 2, 4]},
+    "MOSLORA": {"r": 4},
+    "LORETTA_REP": {"bottleneck": 4, "tensor_rank": 2},
+    "LORETTA_ADP": {"bottleneck": 8, "tensor_rank": 2},
+    "DENSITY_LORA": {"r": 4},
+}
+# The same with another rule: what is computed differs, what must hold does not.
+VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dylora-frozen": ("DYLORA", {"truncation": "prefix", "update": "frozen"}),
+    "dylora-mixer": ("DYLORA", {"use_mixer": True}),
+    "loretta-rep-noise": ("LORETTA_REP", {"init_weights": "noise_removal"}),
+}
+QUANTISED = {"QDYLORA"}  # need a quantised base model, and a test of their own
+
+
+def word(method: Method) -> str:
+    """How tests call a method: "loretta-rep"."""
+    return method.name.lower().replace("_", "-")
+
+
+def configs(
+    targets: Any = ("q_proj", "v_proj"), *, variations: bool = False, lora: bool | None = None, **settings: Any
+) -> dict[str, Callable[..., PeftConfig]]:
+    """Name -> a function that makes the configuration, with further settings.
+
+    Args:
+        targets: `target_modules` of the methods that have to be told.
+        variations: also those of `VARIATIONS`.
+        lora: those that are a LoRA with something more, or those that are not; None for all.
+        settings: of all.
+    """
+    wanted = {word(method): (name, {}) for name, method in METHODS.items() if name not in QUANTISED}
+    if variations:
+        wanted |= VARIATIONS
+    return {
+        key: _maker(METHODS[name], targets, SMALL[name] | more | settings)
+        for key, (name, more) in wanted.items()
+        if lora is None or bool(METHODS[name].engines) == lora
+    }
+
+
+def _maker(method: Method, targets: Any, settings: dict[str, Any]) -> Callable[..., PeftConfig]:
+    where = {"target_modules": targets if isinstance(targets, str) else list(targets)} if method.engines else {}
+    return lambda **more: method.config(**(where | settings | more))
+
+
+def adapted(model: Any, config: PeftConfig) -> Any:
+    """The model with the adapter."""
+    return get_peft_model(model, config)
