@@ -1,4 +1,4 @@
-"""The values of a parameter that accelerate keeps in CPU memory or on disk between the forward passes of its module."""
+"""Parameters that a host keeps elsewhere: in CPU memory, on disk, or in parts on several devices."""
 
 from __future__ import annotations
 
@@ -25,3 +25,28 @@ def real(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
             continue
         return value if each.execution_device is None else value.to(each.execution_device)
     return tensor
+
+
+def is_put_away_by_host(module: nn.Module, tensor: torch.Tensor) -> bool:
+    """Whether a host puts the module's weight away and back, and asks for it by name: accelerate's offloading, FSDP.
+
+    accelerate's `add_hook_to_module` keeps the module's forward, lets the hook put the weight away, and then notes the
+    hook. FSDP2's parameters have placements while it has not gathered them. FSDP1 marks the parameters that it has, and
+    puts a plain tensor in their place while it has gathered them.
+    """
+    names = module.__dict__
+    if "_old_forward" in names:
+        hook = names.get("_hf_hook")
+        if hook is None or any(getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook])):
+            return True
+    return "weight" in names or hasattr(tensor, "placements") or getattr(tensor, "_fsdp_flattened", False)
+
+
+def is_parted(tensor: torch.Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 holds the tensor in parts at the moment."""
+    return not tensor.numel() and hasattr(tensor, "ds_id")
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether FSDP2, or DeepSpeed's ZeRO-3, holds the tensor in parts at the moment."""
+    return hasattr(tensor, "placements") or is_parted(tensor)

@@ -1,324 +1,86 @@
-"""LoRA factors that show something computed from what they store, and the layers around them.
+"""The state of an adapter in a layer, which computes its factors, and the layers that tell it of their passes.
 
-Notable: there are no copies of PEFT's layer classes here. `lora_A` and `lora_B` become subclasses of what they are,
-whose `weight` is what the method makes of the stored tensors: a part of them (DyLoRA), a product with a mixer
-(MoSLoRA), the matrix of a tensor train (LoRETTA). For everything in PEFT that reads a factor the layer thus *is* a
-stock LoRA layer: forward, merge, unmerge, `get_delta_weight`, mixed batches, on every backend whose LoRA layer calls
-`lora_A` and `lora_B`. The stored tensors stay where the optimizer, `state_dict` and FSDP look for them, in
-`_parameters`.
+A factor's weight (`computed.py`) is a look-up here: in a training forward pass it is computed once, in inference it is
+kept until the stored tensors change, and everywhere else it is computed anew.
 """
 
 from __future__ import annotations
 
-import sys
+import threading
 import types
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 from weakref import WeakSet
 
 import torch
-from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from peft_dynamic.hosts.offload import real
-from peft_dynamic.tuners.mixer import Mixer
+from peft_dynamic.hosts.offload import is_parted, is_sharded
+from peft_dynamic.tuners.computed import (
+    COMPUTED_CLASSES,
+    ComputedConv1d,
+    ComputedConv2d,
+    ComputedConv3d,
+    ComputedFactor,
+    ComputedLinear,
+    ComputedParameterDict,
+    Part,
+    stored_factor,
+)
+from peft_dynamic.tuners.computed import install as install  # was here before
+from peft_dynamic.tuners.computed import layout as layout  # likewise
+
+# Every one alive. Weak, and filled when one is made, copied or unpickled.
+LIVE_STATES: WeakSet[LayerState] = WeakSet()
+_live_lock = threading.Lock()
 
 
-def is_sharded(factor: torch.Tensor) -> bool:
-    """Whether FSDP2, or DeepSpeed's ZeRO-3, holds the factor in parts at the moment."""
-    return hasattr(factor, "placements") or is_parted(factor)
+def live_states() -> list[LayerState]:
+    """Every state alive, for what an optimizer that steps has to know."""
+    with _live_lock:  # another thread may be making a model
+        return list(LIVE_STATES)
 
 
-def is_parted(factor: torch.Tensor) -> bool:
-    """Whether DeepSpeed's ZeRO-3 does."""
-    return not factor.numel() and hasattr(factor, "ds_id")
+def _enlist(state: LayerState) -> None:
+    with _live_lock:
+        LIVE_STATES.add(state)
 
 
-class FactorView:
-    """What one factor shows as its weight.
+class LayerState:
+    """The two factors of one adapter in one layer, and what was computed of them.
 
-    Args:
-        dim: where the rank lies in the factor: 0 for A, 1 for B.
-        max_rank: r of the layer.
-        groups: (outer, inner): how many ranks' worth of entries lie around the rank inside `dim`, as in `slice_rank`.
-        divisor: a grouped convolution has `1 / divisor` of the rank in each group.
-        mixer: what the factor is multiplied with (MoSLoRA), for A only.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        max_rank: int,
-        groups: tuple[int, int] = (1, 1),
-        divisor: int = 1,
-        mixer: Mixer | None = None,
-    ) -> None:
-        self.dim = dim
-        self.max_rank = max_rank // divisor
-        self.groups = groups
-        self.divisor = divisor
-        self.mixer = mixer
-        self.owner: LayerViews | None = None
-        self.kept: tuple[Any, torch.Tensor] | None = None  # (state, what was shown) of the last inference
-        self.in_forward = False  # inside a training forward pass of the layer
-        self.pending: torch.Tensor | None = None  # computed in this forward pass
-
-    made_from: tuple[str, ...] = ()  # the names under which a checkpoint has it, where not under the weight's
-
-    def is_plain(self) -> bool:
-        """Whether the stored tensor is what is shown."""
-        return self.mixer is None
-
-    def compute(self, full: torch.Tensor) -> torch.Tensor:
-        """What is shown, from the stored tensor; runs outside autocast."""
-        return self.mixed(full)
-
-    def state_key(self, full: torch.Tensor) -> tuple[Any, ...]:
-        """Changes whenever `compute` would give something else."""
-        if self.mixer is None:
-            return (id(full), full._version)
-        m = self.mixer.value
-        return (id(full), full._version, id(m), m._version)
-
-    def sources(self, full: torch.Tensor) -> list[torch.Tensor]:
-        """All tensors that `compute` reads."""
-        return [full] if self.mixer is None else [full, self.mixer.value]
-
-    def of(self, full: torch.Tensor) -> torch.Tensor:
-        """What is shown for the stored tensor `full`: computed once per training forward pass, kept in inference."""
-        if self.is_plain():
-            return full
-        if torch.compiler.is_compiling():
-            return self.anew(full)
-        if is_parted(full):
-            raise RuntimeError(
-                "DeepSpeed ZeRO-3 has parted the factors of an adapter, and gathers each for its own module's forward "
-                "pass only; this method computes from several. Use DDP, FSDP2 or, with a method that draws no ranks, "
-                "ZeRO-2."
-            )
-        if torch.is_grad_enabled():
-            if not self.in_forward:
-                return self.anew(full)
-            if self.pending is None:  # PEFT asks for the weight's dtype, then for the weight
-                self.pending = self.anew(full)
-            return self.pending
-        assert self.owner is not None
-        self.owner.verify()
-        key = self.state_key(full)
-        kept = self.kept
-        if kept is None or kept[0] != key:
-            self.kept = kept = (key, self.anew(full))
-            self.owner.remember()
-        return kept[1]
-
-    def anew(self, full: torch.Tensor) -> torch.Tensor:
-        """`of`, for any tensor of the factor's shape."""
-        if self.is_plain():
-            return full
-        device = full.device.type
-        if device == "meta" or not torch.is_autocast_enabled(device):
-            return self.compute(full)
-        with torch.autocast(device, enabled=False):
-            return self.compute(full)
-
-    def mixed(self, full: torch.Tensor) -> torch.Tensor:
-        """M A, in A's layout."""
-        if self.mixer is None:
-            return full
-        m = self.mixer.value.to(full)
-        if len(m) == 1:
-            return (m[0] @ full.flatten(1)).view(full.shape)
-        return (m @ self.matrices(full)).reshape(full.shape)
-
-    def matrices(self, full: torch.Tensor) -> torch.Tensor:
-        """The factor as matrices: (n, r, in) for A, (n, out, r) for B, n the number of experts or groups."""
-        if self.dim == 0:
-            return full.reshape(self.groups[0], self.max_rank, -1)
-        if self.groups[1] > 1:
-            return full.reshape(full.shape[0], self.max_rank, self.groups[1]).permute(2, 0, 1)
-        return full.reshape(self.divisor, -1, self.max_rank)
-
-    def forget(self) -> None:
-        """The stored tensor has changed."""
-        self.kept = self.pending = None
-        if self.owner is not None:
-            self.owner.forget()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"kept": None, "pending": None, "in_forward": False}
-
-
-# Hosts that ask for a parameter by name to put it away, or back: FSDP1, and accelerate's offloading.
-STORE = ("torch.distributed.fsdp.", "accelerate.")
-# Those that put something of their own in the place of a parameter which they read first.
-REPLACE = tuple(f"torch.nn.utils.{name}" for name in ("prune", "weight_norm", "spectral_norm", "parametriz"))
-
-
-def asking_host(view: FactorView, depth: int = 2) -> str:
-    """The module whose code asks for a factor, called by the property that it asks; `depth` is that of its frame.
-
-    Raises:
-        RuntimeError: it would take what the factor shows for what it stores.
-    """
-    if torch.compiler.is_compiling():
-        return ""
-    host = str(sys._getframe(depth).f_globals.get("__name__", ""))
-    if host.startswith(REPLACE) and not (view.owner is not None and view.owner.is_stock):
-        raise RuntimeError(
-            f"{host} would replace the weight of an adapter's factor by what it makes of the weight, and this method "
-            "shows there what it computes from what is stored. Export the adapter with export_lora, and change the "
-            "export."
-        )
-    return host
-
-
-class _ViewedModule(nn.Module):
-    """A LoRA factor whose `weight` is what its `view` makes of the parameter."""
-
-    view: FactorView
-
-    @property
-    def weight(self) -> torch.Tensor:
-        full = self._parameters.get("weight")
-        if full is None and (full := self.__dict__.get("weight")) is None:
-            raise AttributeError("weight")
-        if asking_host(self.view).startswith(STORE):
-            return full
-        return self.view.of(real(self, "weight", full))
-
-    # FSDP1 takes the parameter out and puts plain tensors in its place. It asks for them by name, and trains what it
-    # is given.
-    @weight.setter
-    def weight(self, value: torch.Tensor) -> None:
-        try:
-            asking_host(self.view, depth=3)  # beyond nn.Module.__setattr__
-        except RuntimeError:
-            if (original := self._parameters.pop("weight_orig", None)) is not None:  # taken out before it asked
-                self.register_parameter("weight", original)
-            raise
-        self.__dict__["weight"] = value
-
-    @weight.deleter
-    def weight(self) -> None:
-        del self.__dict__["weight"]
-
-    # Two ways to change the parameter that no version counter shows for sure.
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.view.forget()
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:  # .to(), .half(), .cuda()
-        super()._apply(*args, **kwargs)
-        self.view.forget()
-        return self
-
-
-def whole_factor(holder: nn.Module, name: str) -> torch.Tensor:
-    """The stored factor: the parameter, or the tensor that FSDP1 put in its place."""
-    parameter = holder._parameters.get(name)
-    return holder.__dict__[name] if parameter is None else real(holder, name, parameter)
-
-
-class ViewedLinear(_ViewedModule, nn.Linear):
-    """`nn.Linear` that shows a view of its weight."""
-
-
-class ViewedConv1d(_ViewedModule, nn.Conv1d):
-    """`nn.Conv1d` that shows a view of its weight."""
-
-
-class ViewedConv2d(_ViewedModule, nn.Conv2d):
-    """`nn.Conv2d` that shows a view of its weight."""
-
-
-class ViewedConv3d(_ViewedModule, nn.Conv3d):
-    """`nn.Conv3d` that shows a view of its weight."""
-
-
-VIEWED_CLASSES: dict[type[nn.Module], type[_ViewedModule]] = {
-    nn.Linear: ViewedLinear,
-    nn.Conv1d: ViewedConv1d,
-    nn.Conv2d: ViewedConv2d,
-    nn.Conv3d: ViewedConv3d,
-}
-
-
-class ViewedParameterDict(nn.ParameterDict):
-    """Embedding factors: `factors[name]` is what is shown; `items()` and `values()` are the whole parameters."""
-
-    views: dict[str, FactorView]
-
-    def whole(self, key: str) -> nn.Parameter:
-        return super().__getitem__(key)
-
-    def __getitem__(self, key: str) -> Any:
-        view = self.views.get(key)
-        return self.whole(key) if view is None else view.of(self.whole(key))
-
-    def __setitem__(self, key: str, parameter: Any) -> None:
-        if key in self.views and parameter.shape != self.whole(key).shape:
-            raise ValueError(
-                f"the adapter {key!r} holds a factor of shape {tuple(self.whole(key).shape)}, got one of shape "
-                f"{tuple(parameter.shape)}: set the full rank with set_rank before replacing it."
-            )
-        super().__setitem__(key, parameter)
-
-    def __delitem__(self, key: str) -> None:
-        super().__delitem__(key)
-        self.views.pop(key, None)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        for view in self.views.values():
-            view.forget()
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        super()._apply(*args, **kwargs)
-        for view in self.views.values():
-            view.forget()
-        return self
-
-    # PEFT sets requires_grad through these two, which only a whole parameter allows.
-    def items(self) -> Any:
-        return ((key, self.whole(key)) for key in self.keys())
-
-    def values(self) -> Any:
-        return (self.whole(key) for key in self.keys())
-
-
-# Every one alive, for checks of an optimizer that is about to step.
-LIVE_VIEWS: WeakSet[LayerViews] = WeakSet()
-
-
-class LayerViews:
-    """The two views of one adapter in one layer.
-
-    What they have computed holds as long as the stored factors have the values that they had. torch's version counters
+    What was computed holds as long as the stored factors have the values that they had. torch's version counters
     tell of most changes, but not of those through `.data` (an EMA's swap, `vector_to_parameters`, a soup), nor of
     writes to shared memory. So the values themselves are kept and compared; between two tokens of one decoding, where
     reading all of them would be felt, an eighth of the rows, another one at each token.
 
     Attributes:
-        parts: (module that holds the parameter, the parameter's name there, its view), for A and for B.
+        parts: (module that holds the parameter, the parameter's name there, how its weight is made), for A and for B.
         verified: inside a forward pass of the layer that has compared them.
+        in_forward: inside a training forward pass of the layer.
     """
 
-    def __init__(self, parts: tuple[tuple[nn.Module, str, Any], tuple[nn.Module, str, Any]]) -> None:
+    def __init__(self, parts: tuple[Part, Part]) -> None:
         self.parts = parts
         self.name = ""  # the module's, for messages
         self.verified = False
+        self.in_forward = False
         self._part = 0
+        self._kept: dict[int, tuple[Any, torch.Tensor]] = {}  # dim -> (key, weight) of the last inference
+        self._pending: dict[int, torch.Tensor] = {}  # dim -> weight of this training forward pass
         self._seen: tuple[Any, list[torch.Tensor]] | None = None  # (versions, values) of what was computed from
-        for _, _, view in parts:
-            view.owner = self
-        LIVE_VIEWS.add(self)
+        for _, _, factor in parts:
+            factor.owner = self
+        _enlist(self)
 
     @property
     def is_stock(self) -> bool:
         """Whether the layer always computes with the factors as they are stored."""
-        return all(type(view) is FactorView and view.mixer is None for _, _, view in self.parts)
+        return all(type(factor) is ComputedFactor and factor.mixer is None for _, _, factor in self.parts)
 
     @property
     def stores_vectors(self) -> bool:
@@ -328,18 +90,47 @@ class LayerViews:
     def factors(self) -> list[torch.Tensor]:
         """The stored A and B."""
         (holder_a, name_a, _), (holder_b, name_b, _) = self.parts
-        return [whole_factor(holder_a, name_a), whole_factor(holder_b, name_b)]
+        return [stored_factor(holder_a, name_a), stored_factor(holder_b, name_b)]
 
     def stored(self) -> list[torch.Tensor]:
         """The same as they lie there, without those that a host has put away."""
-        found = [holder._parameters.get(name, holder.__dict__.get(name)) for holder, name, _ in self.parts]
-        return [tensor for tensor in found if tensor is not None]
+        tensors = [holder._parameters.get(name, holder.__dict__.get(name)) for holder, name, _ in self.parts]
+        return [tensor for tensor in tensors if tensor is not None]
 
     def sources(self) -> list[torch.Tensor]:
-        """The stored A and B, and what else is shown with them."""
-        (_, _, view_a), (_, _, view_b) = self.parts
+        """The stored A and B, and what else is computed with them."""
+        (_, _, factor_a), (_, _, factor_b) = self.parts
         a, b = self.factors()
-        return [*view_a.sources(a), *view_b.sources(b)]
+        return [*factor_a.sources(a), *factor_b.sources(b)]
+
+    def look_up(self, factor: ComputedFactor, full: torch.Tensor) -> torch.Tensor:
+        """The weight of a factor whose stored tensor is `full`."""
+        if factor.is_plain():
+            return full
+        if not factor.keeps:
+            return factor.compute(full)
+        if torch.compiler.is_compiling():
+            return factor.anew(full)
+        if is_parted(full):
+            raise RuntimeError(
+                "DeepSpeed ZeRO-3 has parted the factors of an adapter, and gathers each for its own module's forward "
+                "pass only; this method computes from several. Use DDP, FSDP2 or, with a method that draws no ranks, "
+                "ZeRO-2."
+            )
+        if torch.is_grad_enabled():
+            if not self.in_forward:
+                return factor.anew(full)
+            weight = self._pending.get(factor.dim)
+            if weight is None:  # PEFT asks for the weight's dtype, then for the weight
+                weight = self._pending[factor.dim] = factor.anew(full)
+            return weight
+        self.verify()
+        key = factor.state_key(full)
+        kept = self._kept.get(factor.dim)
+        if kept is None or kept[0] != key:
+            self._kept[factor.dim] = kept = (key, factor.anew(full))
+            self.remember()
+        return kept[1]
 
     def remember(self) -> None:
         """Something was computed from the factors as they are now."""
@@ -352,6 +143,11 @@ class LayerViews:
             return
         with torch.inference_mode(False), torch.no_grad():
             self._seen = versions, [tensor.detach().clone() for tensor in sources]
+
+    @property
+    def remembers(self) -> bool:
+        """Whether anything is kept that a change of the factors would make wrong."""
+        return self._seen is not None
 
     def has_changed(self, in_part: bool = False) -> bool:
         """Whether the factors, or the next part of them, have other values than what was computed from."""
@@ -374,25 +170,24 @@ class LayerViews:
     def forget(self) -> None:
         """The factors may have changed."""
         self._seen = None
-        for _, _, view in self.parts:
-            view.kept = view.pending = None
+        self._kept, self._pending = {}, {}
 
-    def enter(self, layer: LoraLayer, adapter_name: str) -> None:
+    def begin_forward(self, layer: LoraLayer, adapter_name: str) -> None:
         """A training forward pass of the layer begins."""
-        for _, _, view in self.parts:
-            view.in_forward, view.pending, view.kept = True, None, None
+        self.in_forward = True
+        self._kept, self._pending = {}, {}
 
-    def leave(self, layer: LoraLayer, adapter_name: str) -> None:
+    def end_forward(self, layer: LoraLayer, adapter_name: str) -> None:
         """It is over, perhaps by an error."""
-        for _, _, view in self.parts:
-            view.in_forward, view.pending = False, None
+        self.in_forward = False
+        self._pending = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_seen": None, "verified": False}
+        return self.__dict__ | {"_seen": None, "_kept": {}, "_pending": {}, "verified": False, "in_forward": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # a deep copy or an unpickled one
         self.__dict__.update(state)
-        LIVE_VIEWS.add(self)
+        _enlist(self)
 
 
 def eighth(tensor: torch.Tensor, part: int) -> torch.Tensor:
@@ -421,8 +216,8 @@ class Scaling(dict[str, float]):
         return Scaling(self, self.units)
 
 
-class ViewedLayer:
-    """Mixed into PEFT's LoRA layer classes: tells the views of a training forward pass.
+class ComputedLayer:
+    """Mixed into PEFT's LoRA layer classes: tells the states of their forward passes.
 
     Per layer rather than for the whole model, since gradient checkpointing calls the layers again in the backward pass,
     when the model's own forward pass is over.
@@ -450,41 +245,64 @@ class ViewedLayer:
         super().enable_adapters(enabled)  # type: ignore[misc]  # object has none; LoraLayer has
         enable_also(self, enabled)
 
+    def get_delta_weight(self: Any, adapter: str, *args: Any, **kwargs: Any) -> Any:
+        with reading(self):
+            return super().get_delta_weight(adapter, *args, **kwargs)  # type: ignore[misc]  # as above
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.training or self.merged:
             return self._infer(*args, **kwargs)
         for part in _layers_of(self):
-            for name, views in part.lora_views.items():
-                views.enter(part, name)
+            for name, state in part.lora_views.items():
+                state.begin_forward(part, name)
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]  # as above
         finally:
             for part in _layers_of(self):
-                for name, views in part.lora_views.items():
-                    views.leave(part, name)
+                for name, state in part.lora_views.items():
+                    state.end_forward(part, name)
 
     def _infer(self: Any, *args: Any, **kwargs: Any) -> Any:
         """A forward pass that is not trained: what was computed before is compared with the factors once."""
         kept = (
             []
             if torch.is_grad_enabled() or torch.compiler.is_compiling()
-            else [views for part in _layers_of(self) for views in part.lora_views.values() if views._seen is not None]
+            else [state for part in _layers_of(self) for state in part.lora_views.values() if state.remembers]
         )
         if not kept:
             return super().forward(*args, **kwargs)  # type: ignore[misc]  # object has no forward; LoraLayer has
         in_part = bool(args) and _is_a_decoded_token(args[0])
-        for views in kept:
-            views.verify(in_part)
-            views.verified = True
+        for state in kept:
+            state.verify(in_part)
+            state.verified = True
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]  # as above
         finally:
-            for views in kept:
-                views.verified = False
+            for state in kept:
+                state.verified = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, which pickle and deepcopy cannot find by name; its base can be.
-        return _empty_viewed_layer, (type(self).__mro__[2],), self.__dict__
+        return _empty_layer, (type(self).__mro__[2],), self.__dict__
+
+
+@contextmanager
+def reading(model: nn.Module) -> Iterator[None]:
+    """PEFT computes with the factors of this layer or model: offloaded ones too are what they compute meanwhile."""
+    factors = [
+        factor
+        for module in model.modules()
+        for state in getattr(module, "lora_views", {}).values()
+        for _, _, factor in state.parts
+    ]
+    before = [factor.is_read for factor in factors]
+    for factor in factors:
+        factor.is_read = True
+    try:
+        yield
+    finally:
+        for factor, was_read in zip(factors, before, strict=True):
+            factor.is_read = was_read
 
 
 def _is_a_decoded_token(x: Any) -> bool:
@@ -492,14 +310,16 @@ def _is_a_decoded_token(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.dim() == 2 + x.is_floating_point() and x.shape[1] == 1
 
 
-def _empty_viewed_layer(base: type) -> Any:
-    return object.__new__(viewed_layer_class(base))
+def _empty_layer(base: type) -> Any:
+    return object.__new__(computed_layer_class(base))
 
 
 @cache
-def viewed_layer_class(base: type) -> type:
-    """`base` with `ViewedLayer` in front; under the same name, by which PEFT looks for some of its classes."""
-    return types.new_class(base.__name__, (ViewedLayer, base), exec_body=lambda body: body.update(__module__=__name__))
+def computed_layer_class(base: type) -> type:
+    """`base` with `ComputedLayer` in front; under the same name, by which PEFT looks for some of its classes."""
+    return types.new_class(
+        base.__name__, (ComputedLayer, base), exec_body=lambda body: body.update(__module__=__name__)
+    )
 
 
 def _layers_of(layer: LoraLayer) -> tuple[LoraLayer, ...]:
@@ -517,54 +337,15 @@ def viewed_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, An
     return ((name, module) for name, module in model.named_modules() if is_viewed(module, adapter_name))
 
 
-def layout(layer: LoraLayer) -> tuple[tuple[int, int], tuple[int, int], int]:
-    """`groups` of A's view, `groups` of B's, and their `divisor`: PEFT stores experts and groups in ways of its own."""
-    if isinstance(layer, ParamWrapper):
-        return (layer.num_experts, 1), (1, layer.num_experts), 1
-    groups = getattr(layer.get_base_layer(), "groups", 1)
-    return (groups, 1), (1, 1), groups
-
-
-def install(
-    layer: LoraLayer, adapter_name: str, method: str, view_a: FactorView, view_b: FactorView
-) -> tuple[tuple[nn.Module, str, FactorView], tuple[nn.Module, str, FactorView]]:
-    """Put the views into the adapter's factors in a LoRA layer; returns the `parts` of its `LayerViews`.
-
-    Raises:
-        ValueError: the layer's backend keeps its factors in modules that cannot show a view.
-    """
-    if adapter_name in layer.lora_A:
-        modules = (layer.lora_A[adapter_name], layer.lora_B[adapter_name])
-        base_layer = layer.get_base_layer()
-        for module, view in zip(modules, (view_a, view_b), strict=True):
-            viewed = VIEWED_CLASSES.get(type(module))
-            if viewed is None or getattr(base_layer, "_hf_tp_plan", None) is not None:
-                raise ValueError(
-                    f"{method} does not support {type(layer).__name__} over {type(base_layer).__name__}: its LoRA "
-                    f"factors are {type(module).__name__} modules, possibly sharded, of which nothing else can be "
-                    "shown. Leave the layer out of target_modules."
-                )
-            module.view = view
-            module.__class__ = viewed
-        return (modules[0], "weight", view_a), (modules[1], "weight", view_b)
-    dicts = (layer.lora_embedding_A, layer.lora_embedding_B)
-    for factors, view in zip(dicts, (view_a, view_b), strict=True):
-        if not isinstance(factors, ViewedParameterDict):
-            factors.views = {}
-            factors.__class__ = ViewedParameterDict
-        factors.views[adapter_name] = view
-    return (dicts[0], adapter_name, view_a), (dicts[1], adapter_name, view_b)
-
-
-def attach(layer: LoraLayer, adapter_name: str, views: LayerViews) -> None:
-    """Let the layer tell these views of its forward passes, and drop them with the adapter."""
+def attach(layer: LoraLayer, adapter_name: str, state: LayerState) -> None:
+    """Let the layer tell the state of its forward passes, and drop it with the adapter."""
     if not hasattr(layer, "lora_views"):
         layer.lora_views = {}
         layer.other_param_names = (*layer.other_param_names, "lora_views")
         cls: Any = type(layer)
         layer.__dict__["_scaling"] = Scaling(layer.__dict__.pop("scaling"))
-        layer.__class__ = viewed_layer_class(cls)
-    layer.lora_views[adapter_name] = views
+        layer.__class__ = computed_layer_class(cls)
+    layer.lora_views[adapter_name] = state
     note_unit(layer, adapter_name)
 
 
@@ -610,3 +391,10 @@ def active_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
             f"adapter_name={adapter_name!r} is no adapter of peft_dynamic in the model; it has {sorted(known)}."
         )
     return adapter_name if adapter_name is not None else next(iter(active))
+
+
+# The names of before.
+FactorView, LayerViews, LIVE_VIEWS, ViewedLayer = ComputedFactor, LayerState, LIVE_STATES, ComputedLayer
+ViewedLinear, ViewedConv1d, ViewedConv2d, ViewedConv3d = ComputedLinear, ComputedConv1d, ComputedConv2d, ComputedConv3d
+VIEWED_CLASSES, ViewedParameterDict, whole_factor = COMPUTED_CLASSES, ComputedParameterDict, stored_factor
+viewed_layer_class = computed_layer_class

@@ -8,14 +8,14 @@ from weakref import WeakSet
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from peft_dynamic.tuners.factors import LIVE_VIEWS, LayerViews
+from peft_dynamic.tuners.factors import LayerState, live_states
 
 _checked: WeakSet[torch.optim.Optimizer] = WeakSet()
 
 
-def _held(optimizer: torch.optim.Optimizer) -> list[LayerViews]:
+def _held(optimizer: torch.optim.Optimizer) -> list[LayerState]:
     parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return [views for views in list(LIVE_VIEWS) if any(id(factor) in parameters for factor in views.stored())]
+    return [views for views in live_states() if any(id(factor) in parameters for factor in views.stored())]
 
 
 def _is_loraplus(groups: list[dict[str, Any]]) -> bool:

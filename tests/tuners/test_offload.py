@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from peft.tuners.tuners_utils import onload_layer
 
 from tests.conformance.cases import perturb
 from tests.tuners.common import rows
@@ -55,3 +56,18 @@ def test_the_rank_can_change_while_the_model_is_offloaded(method: str, tmp_path:
     for rank in (8, 1, 2):
         with model.at_rank(rank):
             torch.testing.assert_close(logits(model), expected[rank])
+
+
+@pytest.mark.parametrize("method", ["dylora", "dylora-mixer", "moslora", "loretta-rep"])
+def test_what_peft_reads_of_an_offloaded_layer_is_computed(method: str) -> None:
+    """PEFT fetches an offloaded layer to merge it, and reads its factors there: the cut ones, not the stored ones."""
+    model = with_method(method)
+    perturb(model)
+    if hasattr(model, "set_rank"):
+        model.set_rank(2)
+    name, layer = next((name, m) for name, m in model.named_modules() if hasattr(m, "lora_views"))
+    expected = layer.get_delta_weight("default")
+    put_away(model, "cpu", Path())
+    layer = model.get_submodule(name)
+    with onload_layer(layer):
+        torch.testing.assert_close(layer.get_delta_weight("default"), expected)

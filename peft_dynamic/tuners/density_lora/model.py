@@ -1,6 +1,6 @@
 """The tuner: PEFT's `LoraModel`, which attaches a density loss for each adapter.
 
-Notable: the views in the layers show the factors as they are stored. They change nothing, and are there so that
+Notable: the weights of the factors are what is stored. The states in the layers change nothing, and are there so that
 `export_lora`, `push_adapter` and the checks of a checkpoint work as for our other adapters.
 """
 
@@ -15,7 +15,8 @@ from torch import nn
 
 from peft_dynamic.density.loss import ActivationDensityLoss
 from peft_dynamic.tuners.base import ViewedLoraModel
-from peft_dynamic.tuners.factors import FactorView, LayerViews, attach, install, layout
+from peft_dynamic.tuners.computed import ComputedFactor, install, layout
+from peft_dynamic.tuners.factors import LayerState, attach
 
 
 class DensityLoRAModel(ViewedLoraModel):
@@ -62,8 +63,8 @@ class DensityLoRAModel(ViewedLoraModel):
     def _make_viewed(self, layer: LoraLayer, adapter_name: str, config: Any) -> None:
         groups_a, groups_b, divisor = layout(layer)
         rank = layer.r[adapter_name]
-        view_a, view_b = FactorView(0, rank, groups_a, divisor), FactorView(1, rank, groups_b, divisor)
-        attach(layer, adapter_name, LayerViews(install(layer, adapter_name, self.method, view_a, view_b)))
+        factor_a, factor_b = ComputedFactor(0, rank, groups_a, divisor), ComputedFactor(1, rank, groups_b, divisor)
+        attach(layer, adapter_name, LayerState(install(layer, adapter_name, self.method, factor_a, factor_b)))
 
     def _forget(self, adapter_name: str) -> None:
         if adapter_name in self.density:

@@ -14,10 +14,11 @@ from torch import nn
 
 from peft_dynamic.rules import is_int
 from peft_dynamic.tuners.base import ViewedLoraModel
-from peft_dynamic.tuners.dylora.bases import prepare
 from peft_dynamic.tuners.dylora.config import DyLoRAConfig
-from peft_dynamic.tuners.dylora.layer import AdapterRanks, make_ranked, ranked_adapters, ranked_layers, set_layer_rank
+from peft_dynamic.tuners.dylora.layer import make_ranked, ranked_adapters, ranked_layers, set_layer_rank
+from peft_dynamic.tuners.dylora.ranks import AdapterRanks, prepare
 from peft_dynamic.tuners.dylora.schedule import RankSchedule
+from peft_dynamic.tuners.dylora.steps import PassHooks
 from peft_dynamic.tuners.dylora.turns import turn
 
 
@@ -35,10 +36,7 @@ class DyLoRAModel(ViewedLoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         schedule = self._schedule(adapter_name)
-        self._root_hooks()[adapter_name] = [
-            model.register_forward_pre_hook(schedule.enter_model),
-            model.register_forward_hook(schedule.leave_model, always_call=True),
-        ]
+        self._root_hooks()[adapter_name] = PassHooks(schedule).register(model)
 
     def _make_viewed(self, layer: LoraLayer, adapter_name: str, config: DyLoRAConfig) -> None:
         schedule = self._schedule(adapter_name)

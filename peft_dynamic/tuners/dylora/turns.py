@@ -12,15 +12,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 
 from peft_dynamic.hosts.running import call_frame, is_running, runs_in_thread
-
-if TYPE_CHECKING:
-    from peft_dynamic.tuners.dylora.schedule import RankSchedule
+from peft_dynamic.tuners.dylora.schedule import RankSchedule
 
 # The turns that this thread or task is inside of.
 _HELD: ContextVar[frozenset[object]] = ContextVar("turns", default=frozenset())
@@ -139,3 +137,9 @@ def turn(schedules: Iterable[RankSchedule]) -> Iterator[None]:
         _HELD.set(_HELD.get() - {mine})
         for turns in reversed(taken):
             turns.give_back(mine)
+
+
+def is_suspended(schedule: RankSchedule) -> bool:
+    """Whether the model runs without gradients (generation in train mode): nothing is sampled then."""
+    # Not asked of the layer: reentrant checkpointing runs the layers of a training step without gradients.
+    return not torch.is_grad_enabled() if torch.compiler.is_compiling() else turns_of(schedule).without_gradients()

@@ -10,10 +10,10 @@ from torch import nn
 
 from peft_dynamic.functional.tensor_train import check_shape, contract, core_shapes, factorize, init_cores
 from peft_dynamic.hosts.offload import real
-from peft_dynamic.tuners.factors import FactorView, asking_host
+from peft_dynamic.tuners.computed import ComputedFactor
 
 
-class TrainView(FactorView):
+class TrainView(ComputedFactor):
     """The weight of a factor, from its cores.
 
     Args:
@@ -66,10 +66,9 @@ class TrainFactor(nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:
-        asking_host(self.view)
         if "start" in self._buffers:
             self.view.start = real(self, "start", self.start)
-        return self.view.of(real(self, "cores", self.cores))
+        return self.view.owner.look_up(self.view, real(self, "cores", self.cores))
 
     @weight.setter
     def weight(self, value: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from peft_dynamic.tuners.also_trained import AlsoTrained, Extras
 from peft_dynamic.tuners.as_lora import refuse_experts
 from peft_dynamic.tuners.base import ViewedLoraModel
-from peft_dynamic.tuners.factors import LayerViews, attach, keep_together, note_unit
+from peft_dynamic.tuners.factors import LayerState, attach, keep_together, note_unit
 from peft_dynamic.tuners.loretta_rep.config import LorettaRepConfig
 from peft_dynamic.tuners.loretta_rep.factor import make_train
 
@@ -51,7 +51,7 @@ class LorettaRepModel(AlsoTrained, ViewedLoraModel):
         rank = layer.r[adapter_name]
         where = f"{type(base_layer).__name__}({layer.in_features}, {layer.out_features})"
         views = [make_train(module, dim, config, rank, where) for dim, module in enumerate(modules)]
-        attach(layer, adapter_name, LayerViews(((modules[0], "cores", views[0]), (modules[1], "cores", views[1]))))
+        attach(layer, adapter_name, LayerState(((modules[0], "cores", views[0]), (modules[1], "cores", views[1]))))
         if config.init_weights == "noise_removal":  # a LoRA of twice the rank and the same scale
             layer.r[adapter_name] = 2 * rank
             divisor = math.sqrt(2 * rank) if config.use_rslora else 2 * rank

@@ -7,14 +7,15 @@ from typing import Any
 from peft.tuners.lora.layer import LoraLayer
 
 from peft_dynamic.tuners.base import ViewedLoraModel
-from peft_dynamic.tuners.factors import FactorView, LayerViews, attach, install, layout
+from peft_dynamic.tuners.computed import ComputedFactor, install, layout
+from peft_dynamic.tuners.factors import LayerState, attach
 from peft_dynamic.tuners.mixer import add_mixer
 
 
 class MoSLoRAModel(ViewedLoraModel):
     """A model with MoSLoRA adapters, made by `get_peft_model(model, MoSLoRAConfig(...))`.
 
-    Each layer's `lora_A` shows M A, so that the layer is a stock LoRA layer for everything else.
+    The weight of each layer's `lora_A` is M A, so that the layer is a stock LoRA layer for everything else.
 
     Source: Wu et al., EMNLP 2024, arXiv 2406.11909.
     """
@@ -25,5 +26,6 @@ class MoSLoRAModel(ViewedLoraModel):
         groups_a, groups_b, divisor = layout(layer)
         rank = layer.r[adapter_name]
         mixer = add_mixer(layer, adapter_name, config, groups_a[0], rank // divisor)
-        view_a, view_b = FactorView(0, rank, groups_a, divisor, mixer), FactorView(1, rank, groups_b, divisor)
-        attach(layer, adapter_name, LayerViews(install(layer, adapter_name, self.method, view_a, view_b)))
+        factor_a = ComputedFactor(0, rank, groups_a, divisor, mixer)
+        factor_b = ComputedFactor(1, rank, groups_b, divisor)
+        attach(layer, adapter_name, LayerState(install(layer, adapter_name, self.method, factor_a, factor_b)))
