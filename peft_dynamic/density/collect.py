@@ -9,7 +9,6 @@ torch.compile leaves the hooks out: the graph breaks at each, and the parts betw
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +17,8 @@ from torch import nn
 
 from peft_dynamic.density.structure import Activation, find_activations
 from peft_dynamic.functional.density import token_weights
+from peft_dynamic.hosts.autograd import in_backward as in_backward  # was here before
+from peft_dynamic.hosts.autograd import in_reentrant_checkpoint as in_reentrant_checkpoint  # likewise
 from peft_dynamic.hosts.blocks import base_model
 from peft_dynamic.hosts.running import call_frame, is_running
 
@@ -161,19 +162,3 @@ def roots(model: nn.Module) -> list[nn.Module]:
     candidates = [model, getattr(model, "base_model", None), base, getattr(base, "base_model", None)]
     unique: dict[int, nn.Module] = {id(item): item for item in candidates if isinstance(item, nn.Module)}
     return list(unique.values())
-
-
-def in_backward() -> bool:
-    """Whether autograd is running, so that a forward call is checkpointing's second one."""
-    return bool(torch._C._current_graph_task_id() != -1)
-
-
-def in_reentrant_checkpoint() -> bool:
-    """Whether torch's reentrant checkpointing is running the current forward call without gradients."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "forward" and code.co_filename.replace("\\", "/").endswith("torch/utils/checkpoint.py"):
-            return True
-        frame = frame.f_back
-    return False

@@ -67,8 +67,13 @@ class ComputedFactor:
         self.is_read = False
         self.last_read: torch.Tensor | None = None  # the parameter, for a host that takes it out before it is refused
 
+    @property
+    def is_stock(self) -> bool:
+        """Whether the weight is always the stored tensor, as in LoRA."""
+        return type(self) is ComputedFactor and self.mixer is None
+
     def is_plain(self) -> bool:
-        """Whether the weight is the stored tensor."""
+        """Whether the weight is the stored tensor now."""
         return self.mixer is None
 
     def compute(self, full: torch.Tensor) -> torch.Tensor:
@@ -122,15 +127,35 @@ class ComputedFactor:
         return self.__dict__ | {"is_read": False, "last_read": None}
 
 
-class ComputedModule(nn.Module):
+def refused() -> RuntimeError:
+    """The error for a host that would put something of its own in the place of a factor's weight."""
+    return RuntimeError(
+        "torch.nn.utils.prune, weight_norm, spectral_norm, a parametrization, or FSDP1 without use_orig_params=True, "
+        "would replace the weight of an adapter's factor by what it makes of the weight, and this method computes the "
+        "weight from what is stored. Export the adapter with export_lora, and change the export. To shard, use FSDP2."
+    )
+
+
+class KeptWeight(nn.Module):
+    """A factor whose weight no host may replace."""
+
+    view: ComputedFactor
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name.startswith("weight_"):  # weight_orig, weight_g, ...
+            taken_out = self.view.last_read
+            if isinstance(taken_out, nn.Parameter) and "weight" not in self._parameters:
+                self._parameters["weight"] = taken_out
+            raise refused()
+        super().register_parameter(name, param)
+
+
+class ComputedModule(KeptWeight):
     """A LoRA factor whose `weight` is computed from the parameter of that name.
 
     Two kinds of hosts put a parameter away and back, and ask for it by name: accelerate's offloading and FSDP1. While
-    one of them has the factor, `weight` is what is stored, and the forward pass computes. Hosts that put something of
-    their own in the place of a parameter (pruning, parametrizations) are refused.
+    one of them has the factor, `weight` is what is stored, and the forward pass computes.
     """
-
-    view: ComputedFactor
 
     @property
     def weight(self) -> torch.Tensor:
@@ -147,7 +172,7 @@ class ComputedModule(nn.Module):
     @weight.setter
     def weight(self, value: torch.Tensor) -> None:  # FSDP1's plain tensor, in the place of the parameter
         if not getattr(self.view.last_read, "_fsdp_flattened", False):
-            raise self._refused()
+            raise refused()
         self.__dict__["weight"] = value
 
     def __delattr__(self, name: str) -> None:
@@ -158,26 +183,7 @@ class ComputedModule(nn.Module):
         elif getattr(self._parameters.get("weight"), "_fsdp_flattened", False):
             del self._parameters["weight"]
         else:
-            raise self._refused()
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if name.startswith("weight_"):  # weight_orig, weight_g, ...
-            if "weight" not in self._parameters and isinstance(self.view.last_read, nn.Parameter):
-                self._parameters["weight"] = self.view.last_read  # taken out already
-            raise self._refused()
-        super().register_parameter(name, param)
-
-    @property
-    def parametrizations(self) -> Any:
-        """What torch.nn.utils.parametrize asks for before it changes anything; some of its kinds change values then."""
-        raise self._refused()
-
-    def _refused(self) -> RuntimeError:
-        return RuntimeError(
-            "the weight of an adapter's factor cannot be replaced: torch.nn.utils.prune, weight_norm, spectral_norm, "
-            "parametrizations and FSDP1 without use_orig_params=True would take what is computed for what is stored. "
-            "Export the adapter with export_lora and change the export; to shard, use FSDP2 or DDP."
-        )
+            raise refused()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -287,11 +293,15 @@ Part = tuple[nn.Module, str, Any]
 def install(
     layer: LoraLayer, adapter_name: str, method: str, factor_a: ComputedFactor, factor_b: ComputedFactor
 ) -> tuple[Part, Part]:
-    """Let the adapter's two factors in a LoRA layer be computed; returns the `parts` of its `LayerState`.
+    """Let the adapter's two factors in a LoRA layer be computed, unless they are always what is stored.
+
+    Returns:
+        The `parts` of its `LayerState`.
 
     Raises:
         ValueError: the layer's backend keeps its factors in modules whose weight cannot be computed.
     """
+    stock = factor_a.is_stock and factor_b.is_stock
     if adapter_name in layer.lora_A:
         modules = (layer.lora_A[adapter_name], layer.lora_B[adapter_name])
         base_layer = layer.get_base_layer()
@@ -303,13 +313,15 @@ def install(
                     f"factors are {type(module).__name__} modules, possibly sharded, of which nothing else can be "
                     "shown. Leave the layer out of target_modules."
                 )
-            module.view = factor
-            module.__class__ = computed
+            if not stock:
+                module.view = factor
+                module.__class__ = computed
         return (modules[0], "weight", factor_a), (modules[1], "weight", factor_b)
     dicts = (layer.lora_embedding_A, layer.lora_embedding_B)
     for factors, factor in zip(dicts, (factor_a, factor_b), strict=True):
         if not isinstance(factors, ComputedParameterDict):
             factors.views = {}
             factors.__class__ = ComputedParameterDict
-        factors.views[adapter_name] = factor
+        if not stock:
+            factors.views[adapter_name] = factor
     return (dicts[0], adapter_name, factor_a), (dicts[1], adapter_name, factor_b)

@@ -80,7 +80,7 @@ class LayerState:
     @property
     def is_stock(self) -> bool:
         """Whether the layer always computes with the factors as they are stored."""
-        return all(type(factor) is ComputedFactor and factor.mixer is None for _, _, factor in self.parts)
+        return all(factor.is_stock for _, _, factor in self.parts)
 
     @property
     def stores_vectors(self) -> bool:

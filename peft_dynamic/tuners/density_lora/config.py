@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from peft import LoraConfig
 from peft.utils.peft_types import PeftType
 
-from peft_dynamic.density.loss import check_settings
+from peft_dynamic.density.settings import check_settings
 from peft_dynamic.methods import METHODS
 from peft_dynamic.rules import FLAG, check_rules
 from peft_dynamic.tuners.lora_fields import check_lora_fields, check_ranks_of, check_refused

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from peft_dynamic.hosts.autograd import in_backward
 from peft_dynamic.tuners.dylora.ranks import AdapterRanks, prepare
 from peft_dynamic.tuners.dylora.schedule import RankSchedule
 from peft_dynamic.tuners.dylora.turns import turns_of
@@ -91,7 +92,7 @@ def _was_skipped(optimizer: torch.optim.Optimizer) -> bool:
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """After an optimizer step: put frozen components back and draw the next rank."""
     stepped = _stepped(optimizer)
-    if stepped and torch._C._current_graph_task_id() != -1:
+    if stepped and in_backward():
         raise RuntimeError(
             f"{type(optimizer).__name__} stepped inside backward (a layer-wise optimizer). DyLoRA draws one rank per "
             "optimizer step, and a backward pass must finish at the rank it began with. Use an optimizer that steps "

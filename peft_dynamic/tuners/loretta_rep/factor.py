@@ -10,7 +10,7 @@ from torch import nn
 
 from peft_dynamic.functional.tensor_train import check_shape, contract, core_shapes, factorize, init_cores
 from peft_dynamic.hosts.offload import real
-from peft_dynamic.tuners.computed import ComputedFactor
+from peft_dynamic.tuners.computed import ComputedFactor, KeptWeight
 
 
 class TrainView(ComputedFactor):
@@ -53,7 +53,7 @@ class TrainView(ComputedFactor):
         return contract([part.view(shape) for part, shape in parts], *self.features).mT.to(cores.dtype)
 
 
-class TrainFactor(nn.Linear):
+class TrainFactor(KeptWeight, nn.Linear):
     """`nn.Linear` whose weight is the matrix of a tensor train.
 
     It stores all cores in one vector, the parameter `cores`: a parameter for each would cost the optimizer more than
