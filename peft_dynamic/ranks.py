@@ -18,7 +18,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its types are a pa
 from peft_dynamic.hosts.modes import adapters_disabled, evaluating
 from peft_dynamic.reports.curve import Curve, direction, measured
 from peft_dynamic.tuners.dylora.layer import ranked_layers
-from peft_dynamic.tuners.dylora.model import active_adapter, at_rank
+from peft_dynamic.tuners.dylora.model import active_ranked_adapter, at_rank
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def rank_curve(
         TypeError: `evaluate` returned something else than a dict of numbers.
         ValueError: the model has no such adapter, the adapters are disabled or merged, or a rank is out of range.
     """
-    name = active_adapter(model, adapter_name)
+    name = active_ranked_adapter(model, adapter_name)
     layers = [layer for _, layer in ranked_layers(model, name)]
     if any(layer.disable_adapters for layer in layers):
         raise ValueError("the model's adapters are disabled, so every rank would be the base model. Enable them first.")

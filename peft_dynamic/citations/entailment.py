@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its types are a package of their own
 
+from peft_dynamic.hosts.modes import eval_mode
+
 Judge = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
 TRUE_MODEL = "google/t5_xxl_true_nli_mixture"  # the judge of ALCE's published scores
@@ -117,16 +119,14 @@ class EntailmentModel:
         encoded = [self.encode(*pair) for pair in zip(premises, hypotheses, strict=True)]
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
         probabilities = [0.0] * len(encoded)
-        was_training = self.model.training
-        self.model.eval()
-        with tqdm(total=len(order), desc="entailment", unit="pair", disable=not progress) as bar:
+        bar = tqdm(total=len(order), desc="entailment", unit="pair", disable=not progress)
+        with bar, eval_mode(self.model):
             for start in range(0, len(order), self.batch_size):
                 chosen = order[start : start + self.batch_size]
                 batch = self.tokenizer.pad([encoded[i] for i in chosen], return_tensors="pt").to(self.model.device)
                 for i, probability in zip(chosen, self._judge(batch), strict=True):
                     probabilities[i] = probability
                 bar.update(len(chosen))
-        self.model.train(was_training)
         return probabilities
 
     def encode(self, premise: str, hypothesis: str) -> dict[str, list[int]]:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from peft_dynamic.cli._edge import UserError
 from peft_dynamic.cli._load import device
+from peft_dynamic.hosts.modes import evaluating
 
 STOCK = """
 import json, sys, torch
@@ -71,11 +72,8 @@ def check_in_stock_peft(
         UserError: stock PEFT does not load it, or computes something else.
     """
     inputs = {key: value[:2].to(device(model)) for key, value in batch.items()}
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model):
         logits = model(**inputs).logits
-    model.train(was_training)
     with tempfile.TemporaryDirectory() as work:
         saved = {key: value.contiguous().cpu() for key, value in {**inputs, "logits": logits}.items()}
         save_file(saved, Path(work, "batch.safetensors"))

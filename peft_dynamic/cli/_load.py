@@ -82,9 +82,9 @@ def is_causal(model: Any) -> bool:
     """
     import torch
 
+    from peft_dynamic.hosts.modes import eval_mode
+
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    was_training = model.training
-    model.eval()
 
     def outputs(*tokens: int) -> torch.Tensor:
         ids = torch.tensor([tokens], device=device(model)) % vocabulary
@@ -92,12 +92,10 @@ def is_causal(model: Any) -> bool:
         logits: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         return logits.detach().float()[0]
 
-    try:
+    with eval_mode(model):
         plain = outputs(5, 6)
         by_the_next = (plain - outputs(5, 7))[0].abs().max()
         by_the_last = (plain - outputs(8, 6))[1].abs().max()
-    finally:
-        model.train(was_training)
     return bool(by_the_next <= 0.1 * by_the_last)
 
 

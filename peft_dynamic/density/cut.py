@@ -13,7 +13,7 @@ from torch import nn
 from peft_dynamic.density.measure import watch
 from peft_dynamic.density.structure import Activation, find_activations
 from peft_dynamic.functional.density import SizeCounts
-from peft_dynamic.hosts.quantization import keep_training_on_cpu
+from peft_dynamic.hosts.quantization import unpack_bnb_4bit
 from peft_dynamic.rules import is_finite
 
 
@@ -41,7 +41,7 @@ class ActivationCut:
         if cut:
             raise ValueError(f"the activations {cut[:3]} are cut already: detach() the other cut_activations first.")
         self.layers = list(self.thresholds)
-        keep_training_on_cpu(model)
+        unpack_bnb_4bit(model)
         # Before all other hooks: a density loss, a measurement and sparse_inference see what is left
         self._handles = [
             item.module.register_forward_hook(partial(_cut, self.thresholds, item.name), prepend=True) for item in found

@@ -19,7 +19,7 @@ from peft_dynamic.density.count import Count
 from peft_dynamic.density.deliver import Delivery, Term, tensors_of
 from peft_dynamic.density.settings import check_settings as check_settings  # was here before
 from peft_dynamic.density.trainer_step import watch_trainers
-from peft_dynamic.hosts.quantization import keep_training_on_cpu
+from peft_dynamic.hosts.quantization import unpack_bnb_4bit
 
 
 class ActivationDensityLoss:
@@ -100,7 +100,7 @@ class ActivationDensityLoss:
         if self._count is not None:
             raise ValueError("this ActivationDensityLoss is attached already: detach() it first, or make another one.")
         self._count = Count(model, self, self._take)
-        keep_training_on_cpu(model)
+        unpack_bnb_4bit(model)
         watch_trainers()
         return self
 

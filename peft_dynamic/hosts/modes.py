@@ -12,16 +12,22 @@ from torch import nn
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside the block; each module's mode is put back, also after an error."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; each module's own mode is put back, also after an error."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside the block; each module's mode is put back, also after an error."""
+    with eval_mode(model), torch.no_grad():
+        yield
 
 
 @contextmanager

@@ -28,7 +28,7 @@ def is_quantized(module: nn.Module) -> bool:
     )
 
 
-def keep_training_on_cpu(model: nn.Module) -> None:
+def unpack_bnb_4bit(model: nn.Module) -> None:
     """Keep the bitsandbytes 4-bit layers of `model` from packing weights for CPU inference; unpack packed ones."""
     bnb = sys.modules.get("bitsandbytes")  # a model cannot have its layers without it
     if bnb is None:

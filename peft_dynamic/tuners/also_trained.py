@@ -14,7 +14,7 @@ from peft_dynamic.hosts.blocks import find_classifier_dense, find_heads, find_no
 from peft_dynamic.tuners.tensor_train import TensorTrainLinear
 
 
-def check_train(shape: Any, in_features: int, out_features: int, config: Any, name: str) -> None:
+def check_tt_shape(shape: Any, in_features: int, out_features: int, config: Any, name: str) -> None:
     """Raise ValueError, with the place, unless the layer can have a tensor train of this shape."""
     try:
         check_shape(shape, in_features, out_features, config.tensor_rank)
@@ -44,7 +44,7 @@ class Extras:
         if self.dense is not None:
             features = linear_features(dict(original_modules(model))[self.dense])
             assert features is not None
-            check_train(factorize(*features), *features, config, self.dense)
+            check_tt_shape(factorize(*features), *features, config, self.dense)
 
     @property
     def whole(self) -> list[str]:

@@ -10,7 +10,7 @@ from peft import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from peft_dynamic.hosts.quantization import keep_training_on_cpu
+from peft_dynamic.hosts.quantization import unpack_bnb_4bit
 from peft_dynamic.tuners import optimizers as optimizers  # for its hook
 from peft_dynamic.tuners.as_lora import as_stock, check_target, is_of_diffusers, target_experts, warn_of_parts
 from peft_dynamic.tuners.checkpoint import check_fits
@@ -18,7 +18,7 @@ from peft_dynamic.tuners.factors import is_viewed, keep_together
 from peft_dynamic.tuners.lora_fields import check_variant
 
 
-class ViewedLoraModel(LoraModel):
+class ComputedLoraModel(LoraModel):
     """PEFT's `LoraModel`, with a method's view put into every LoRA layer that it makes.
 
     Attributes:
@@ -27,7 +27,7 @@ class ViewedLoraModel(LoraModel):
 
     method: str
 
-    def _make_viewed(self, layer: LoraLayer, adapter_name: str, config: Any) -> None:
+    def _make_computed(self, layer: LoraLayer, adapter_name: str, config: Any) -> None:
         """Put the method's views into the adapter's factors in one layer."""
         raise NotImplementedError
 
@@ -43,7 +43,7 @@ class ViewedLoraModel(LoraModel):
             self._roll_back(model, adapter_name)
             raise
         keep_together(model, LoraLayer)
-        keep_training_on_cpu(model)
+        unpack_bnb_4bit(model)
 
     def _target_experts(self, model: nn.Module, config: Any) -> None:
         """Take in, or refuse, the experts that `target_modules` names."""
@@ -74,7 +74,7 @@ class ViewedLoraModel(LoraModel):
                 continue
             if adapter_name in module.lora_A or adapter_name in module.lora_embedding_A:
                 check_variant(lora_config, module.lora_variant.get(adapter_name), current_key)
-                self._make_viewed(module, adapter_name, lora_config)
+                self._make_computed(module, adapter_name, lora_config)
                 module.lora_views[adapter_name].name = current_key
                 made += 1
         if not made:
@@ -134,3 +134,6 @@ class ViewedLoraModel(LoraModel):
             super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
         finally:
             self.peft_config.update(configs)
+
+
+ViewedLoraModel = ComputedLoraModel  # its name of before

@@ -8,7 +8,7 @@ from peft_dynamic.rules import is_int
 from peft_dynamic.tuners.lora_fields import check_size
 
 
-def check_train_fields(config: Any) -> None:
+def check_tt_fields(config: Any) -> None:
     """Raise unless `bottleneck`, `tensor_rank` and `tensor_shape` can be a tensor train's."""
     name = type(config).__name__
     for field in ("bottleneck", "tensor_rank"):

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
 from peft_dynamic import export_lora
-from peft_dynamic.hosts.quantization import keep_training_on_cpu
+from peft_dynamic.hosts.quantization import unpack_bnb_4bit
 from tests.conformance.cases import perturb
 from tests.tuners.common import rows, tiny_llama
 from tests.tuners.methods import COMPILES_IN_PARTS, METHODS, REFUSES_REENTRANT, with_method
@@ -124,7 +124,7 @@ def test_quantised_bases_train_after_an_evaluation_and_load_again(method: str, b
         # merging rounds to so many bits; with the same factors in a stock LoRA it rounds to the same
         export_lora(model, tmp_path / "lora")
         stock = PeftModel.from_pretrained(quantized(tmp_path / "base", bits), tmp_path / "lora")
-        keep_training_on_cpu(stock)  # else bitsandbytes spoils its merged weights on some CPUs
+        unpack_bnb_4bit(stock)  # else bitsandbytes spoils its merged weights on some CPUs
         for each in (model, stock):
             each.merge_adapter()
         merged, expected_merged = (each(input_ids=rows(2)).logits for each in (model, stock))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from peft_dynamic.hosts.modes import eval_mode
 from peft_dynamic.trainers.citation.collators import CitationDataCollator, FiDDataCollator
 
 
@@ -35,15 +36,12 @@ def answer_questions(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r}: a positive number of questions.")
     options = {"max_new_tokens": 256} | generate
-    was_training, answers = model.training, []
-    model.eval()
-    try:
+    answers = []
+    with eval_mode(model):
         for start in range(0, len(rows), batch_size):
             asked = [{key: row[key] for key in ("question", "passages")} for row in rows[start : start + batch_size]]
             batch = {name: value.to(model.device) for name, value in collator(asked).items()}
             prompt = 0 if batch["input_ids"].dim() == 3 else batch["input_ids"].shape[1]
             made = model.generate(**batch, **options)[:, prompt:]
             answers += collator.tokenizer.batch_decode(made, skip_special_tokens=True)
-    finally:
-        model.train(was_training)
     return [answer.strip() for answer in answers]

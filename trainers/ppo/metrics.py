@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import gather_object
 
 from peft_dynamic.functional.ppo import explained_variance, position_mask
-from peft_dynamic.trainers.ppo.rollout import Completions
+from peft_dynamic.trainers.ppo.completions import Completions
 
 MICRO_BATCH = ("loss/policy", "loss/value", "clip_ratio", "clip_ratio_value", "approx_kl")
 

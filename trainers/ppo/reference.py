@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_dynamic.hosts.modes import evaluating
+
 
 def is_peft(model: Any) -> bool:
     """Whether the model is a PeftModel, without asking for its class by name."""
@@ -46,22 +48,18 @@ def check_reference(model: Any, adapter: str | None) -> None:
             )
     trained = [p for p in model.parameters() if p.requires_grad]
     ids = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
-    was_training = model.training
-    model.eval()
     saved = [p.detach().clone() for p in trained]
-    try:
-        with torch.no_grad():
+    with evaluating(model):
+        try:
             with reference_policy(model, adapter):
                 before = model(input_ids=ids).logits
             for p in trained:
                 p += 0.5
             with reference_policy(model, adapter):
                 after = model(input_ids=ids).logits
-    finally:
-        with torch.no_grad():
+        finally:
             for p, old in zip(trained, saved, strict=True):
                 p.copy_(old)
-        model.train(was_training)
     if not torch.equal(before, after):
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         raise ValueError(

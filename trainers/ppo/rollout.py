@@ -1,230 +1,164 @@
-"""Completions of prompts: tokenised, generated, and where each of them ends."""
+"""The rollouts of a PPOTrainer: completions, their rewards, and all that the update needs of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+
+from peft_dynamic.functional import ppo
+from peft_dynamic.hosts.modes import evaluating
+from peft_dynamic.trainers.ppo.completions import Completions
+from peft_dynamic.trainers.ppo.completions import Draw as Draw  # was here before
+from peft_dynamic.trainers.ppo.completions import Ends as Ends  # was here before
+from peft_dynamic.trainers.ppo.completions import Generator as Generator  # was here before
+from peft_dynamic.trainers.ppo.metrics import rollout_metrics
+from peft_dynamic.trainers.ppo.reference import reference_policy
+from peft_dynamic.trainers.ppo.scoring import Sequences
+from peft_dynamic.trainers.ppo.setup import seed_of
 
 
-@dataclass
-class Completions:
-    """Prompts with what was generated for them.
+class Scores(NamedTuple):
+    """Log-probabilities (batch, width), those of the reference, and values (batch, width + 1); None if not asked."""
 
-    Attributes:
-        ids: (batch, tokens) prompt and completion side by side, right-padded.
-        prompt_lengths: (batch,) int.
-        lengths: (batch,) int, the tokens of each completion, with the one that ended it.
-        ended: (batch,) bool, False where a completion was cut off.
-    """
-
-    ids: torch.Tensor
-    prompt_lengths: torch.Tensor
-    lengths: torch.Tensor
-    ended: torch.Tensor
-
-    def completion_ids(self) -> list[list[int]]:
-        return [
-            row[prompt : prompt + length]
-            for row, prompt, length in zip(
-                self.ids.tolist(), self.prompt_lengths.tolist(), self.lengths.tolist(), strict=True
-            )
-        ]
+    logprobs: torch.Tensor
+    reference: torch.Tensor | None
+    values: torch.Tensor | None
 
 
-class Ends(StoppingCriteria):
-    """Ends completions at certain tokens or texts, and keeps where.
-
-    This is the only place that decides where a completion ends, and it does so when the token is sampled. Nothing is
-    found out later by looking for EOS or padding, which may be the same token.
-    """
-
-    def __init__(
-        self, rows: int, prompt_width: int, ids: Sequence[int], strings: Sequence[str], tokenizer: Any, device: Any
-    ) -> None:
-        self.prompt_width, self.strings, self.tokenizer = prompt_width, list(strings), tokenizer
-        self.ids = torch.tensor(list(ids), dtype=torch.long, device=device)
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """(rows,) bool, which completions are over."""
-        now = torch.isin(input_ids[:, -1], self.ids)
-        if self.strings:
-            going = (~self.ended).nonzero()[:, 0].tolist()
-            texts = self.tokenizer.batch_decode(input_ids[going, self.prompt_width :])
-            for row, text in zip(going, texts, strict=True):
-                now[row] |= any(string in text for string in self.strings)
-        self.lengths += ~self.ended
-        self.ended |= now
-        return self.ended
-
-
-class Draw(LogitsProcessor):
-    """Draws the next token from the whole softmax at one temperature, and leaves it as the only one that is possible.
-
-    By inverting the distribution function with one random number per row. `torch.multinomial` takes one for each token
-    of the vocabulary, which on a CPU was a tenth of a whole rollout with its update.
-    """
-
-    def __init__(self, temperature: float) -> None:
-        self.temperature = temperature
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """(rows, vocabulary) logits to 0 for the drawn token and -inf for all others."""
-        logits = scores.float() / self.temperature
-        below = logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_().cumsum(dim=-1, dtype=torch.float64)
-        place = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * below[:, -1:]
-        drawn = torch.searchsorted(below, place, right=True).clamp_(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
-
-
-class Generator:
-    """Generates completions with exactly the distribution that is scored: the whole vocabulary, at one temperature.
+class Rollouts:
+    """Makes the rollouts of a trainer, step by step or whole.
 
     Args:
-        tokenizer: of the policy.
-        stop_ids: tokens that end a completion.
-        stop_strings: texts that do.
-        max_length: the most tokens of a completion.
-        temperature: of the policy.
-        context: the most tokens that the model takes, or None.
-        equal_lengths: generate together only for prompts of the same length. For adapters with virtual tokens: padding
-            between these and a prompt would move them apart.
-        chat_template_kwargs: for prompts that are conversations.
+        trainer: the `PPOTrainer` with the policy, the settings and the metrics.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        stop_ids: Sequence[int],
-        stop_strings: Sequence[str],
-        max_length: int,
-        temperature: float,
-        context: int | None,
-        equal_lengths: bool = False,
-        chat_template_kwargs: dict[str, Any] | None = None,
-    ) -> None:
-        self.tokenizer, self.stop_ids, self.stop_strings = tokenizer, list(stop_ids), list(stop_strings)
-        self.max_length, self.temperature, self.context = max_length, temperature, context
-        self.equal_lengths = equal_lengths
-        self.chat_template_kwargs = chat_template_kwargs or {}
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
 
-    @property
-    def can_end(self) -> bool:
-        """Whether a completion can end before `max_length`; where none can, the full length is the end."""
-        return bool(self.stop_ids or self.stop_strings)
-
-    def tokenize(self, prompts: Sequence[Any]) -> list[list[int]]:
-        """Token ids of texts or conversations; one that ends with the assistant's words is to be continued.
-
-        Raises:
-            ValueError: a prompt is empty, or leaves no room for its completion.
-        """
-        found = []
-        for prompt in prompts:
-            if isinstance(prompt, str):
-                ids = self.tokenizer(prompt)["input_ids"]
-            else:
-                goes_on = bool(prompt) and prompt[-1]["role"] == "assistant"
-                ids = self.tokenizer.apply_chat_template(
-                    prompt,
-                    add_generation_prompt=not goes_on,
-                    continue_final_message=goes_on,
-                    return_dict=True,
-                    **self.chat_template_kwargs,
-                )["input_ids"]
-            if not ids:
-                raise ValueError(f"The prompt {prompt!r} has no tokens; give the model at least one to start from.")
-            if self.context is not None and len(ids) + self.max_length > self.context:
-                raise ValueError(
-                    f"A prompt of {len(ids)} tokens and max_completion_length={self.max_length} do not fit in the "
-                    f"model's {self.context} positions. Shorten or drop such prompts, or lower max_completion_length. "
-                    f"The prompt: {str(prompt)[:200]!r}"
-                )
-            found.append(ids)
-        return found
-
-    @torch.no_grad()
-    def __call__(self, model: Any, policy: Any, prompts: list[list[int]], sample: bool, size: int) -> Completions:
-        """Generate one completion for each prompt, `size` at a time.
+    def complete(self, prompts: list[Any], sample: bool, seeds: Sequence[int]) -> Completions:
+        """Sample completions, with a random state of their own: what else uses the global one makes no difference.
 
         Args:
-            model: the policy with its adapter, in evaluation mode.
-            policy: the causal language model below the adapter.
-            prompts: token ids.
-            sample: False for greedy decoding.
-            size: completions at a time.
+            prompts: texts or conversations.
+            sample: whether to sample, or to take the likeliest token.
+            seeds: numbers that the random state is made of.
         """
-        device = policy.get_input_embeddings().weight.device
-        prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        lengths = torch.zeros_like(prompt_lengths)
-        ended = torch.zeros_like(prompt_lengths, dtype=torch.bool)
-        ids = torch.full((len(prompts), int(prompt_lengths.max()) + self.max_length), self.filler, device=device)
-        for rows in self._batches(prompts, size):
-            tokens, lengths[rows], ended[rows] = self._generate(model, policy, [prompts[row] for row in rows], sample)
-            for row, generated in zip(rows, tokens, strict=True):
-                end = len(prompts[row])
-                ids[row, :end] = torch.tensor(prompts[row], device=device)
-                ids[row, end : end + int(lengths[row])] = generated[: int(lengths[row])]
-        return Completions(ids[:, : int((prompt_lengths + lengths).max())], prompt_lengths, lengths, ended)
-
-    def _batches(self, prompts: list[list[int]], size: int) -> list[list[int]]:
-        """Rows to generate for together."""
-        groups = [list(range(len(prompts)))]
-        if self.equal_lengths:
-            by_length: dict[int, list[int]] = {}
-            for row, prompt in enumerate(prompts):
-                by_length.setdefault(len(prompt), []).append(row)
-            groups = list(by_length.values())
-        return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
-
-    @property
-    def filler(self) -> int:
-        """Any token will do: masks say what is padding."""
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-
-    def _generate(
-        self, model: Any, policy: Any, prompts: list[list[int]], sample: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        device = policy.get_input_embeddings().weight.device
-        width = max(len(prompt) for prompt in prompts)
-        rows = [[self.filler] * (width - len(prompt)) + prompt for prompt in prompts]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        ends = Ends(len(prompts), width, self.stop_ids, self.stop_strings, self.tokenizer, device)
-        settings = GenerationConfig(
-            max_new_tokens=self.max_length,
-            do_sample=False,  # by `Draw`, if at all
-            pad_token_id=self.filler,
-            bos_token_id=policy.generation_config.bos_token_id,
-            use_cache=True,
-        )
-        with _only(settings, policy, model):
-            out = model.generate(
-                input_ids=torch.tensor(rows, device=device),
-                attention_mask=torch.tensor(mask, device=device),
-                stopping_criteria=StoppingCriteriaList([ends]),
-                logits_processor=LogitsProcessorList([Draw(self.temperature)] if sample else []),
+        trainer = self.trainer
+        ids = trainer.generator.tokenize(prompts)
+        devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
+        with evaluating(trainer.model), torch.random.fork_rng(devices), trainer.accelerator.autocast():
+            torch.manual_seed(seed_of(*seeds))
+            return trainer.generator(
+                trainer.model, trainer.policy, ids, sample, trainer.args.rollout_forward_batch_size
             )
-        return out[:, width:], ends.lengths, ends.ended
 
+    def judge(self, rows: list[dict[str, Any]], done: Completions, mode: str) -> torch.Tensor:
+        """(batch, functions) the rewards; `mode` is "train" or "eval"."""
+        trainer = self.trainer
+        prompts = [row["prompt"] for row in rows]
+        ids = done.completion_ids()
+        texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
+        chat = not isinstance(prompts[0], str)
+        completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
+        skipped = ("prompt", "completion", "completion_ids")
+        columns: dict[str, Any] = {key: [row[key] for row in rows] for key in rows[0] if key not in skipped}
+        columns["trainer_state"] = trainer.state
+        columns["log_extra"] = trainer.table.extra
+        columns["log_metric"] = lambda name, value: trainer.metrics.add(mode, {name: float(value)})
+        rewards = trainer.rewards(prompts, completions, ids, columns, trainer.args.device)
+        trainer.table.add(prompts, completions, trainer.rewards.names, rewards)
+        return rewards
 
-@contextmanager
-def _only(settings: GenerationConfig, policy: Any, model: Any) -> Iterator[None]:
-    """Put the models' own generation settings away: a top_p there would be sampled from and not be in the scores."""
-    saved = policy.generation_config
-    policy.generation_config = settings
-    try:
-        yield
-    finally:
-        policy.generation_config = saved
+    def score(self, done: Completions, values: bool) -> Scores:
+        """What policy, reference and value function say of completions.
+
+        Args:
+            done: the completions.
+            values: whether the value function is asked too.
+        """
+        trainer, args = self.trainer, self.trainer.args
+        width, size = int(done.lengths.max()), args.rollout_forward_batch_size
+        logprobs, references, state_values = [], [], []
+        with evaluating(trainer.model):
+            for start in range(0, len(done.ids), size):
+                part = slice(start, start + size)
+                batch = Sequences(done.ids[part], done.prompt_lengths[part], done.lengths[part])
+                with trainer.accelerator.autocast():
+                    own, of_states = trainer.scorer(trainer.model, batch, width, values)
+                    logprobs.append(own)
+                    if of_states is not None:
+                        state_values.append(of_states)
+                    if args.kl_coef:
+                        references.append(self._reference(batch, width))
+        return Scores(
+            torch.cat(logprobs),
+            torch.cat(references) if references else None,
+            torch.cat(state_values) if state_values else None,
+        )
+
+    def _reference(self, batch: Sequences, width: int) -> torch.Tensor:
+        trainer = self.trainer
+        if trainer.ref_scorer is not None:
+            return trainer.ref_scorer(trainer.ref_model, batch, width, values=False)[0]
+        reference = reference_policy(trainer.model, trainer.ref_adapter)
+        return trainer.scorer(trainer.model, batch, width, values=False, within=reference)[0]
+
+    def total(self, sums: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes."""
+        return self.trainer.accelerator.reduce(sums, reduction="sum")
+
+    def make(self, rows: list[dict[str, Any]], index: int) -> dict[str, Any]:
+        """Complete, judge and score the prompts of one rollout: all that its optimizer steps need."""
+        trainer, args = self.trainer, self.trainer.args
+        done = self.complete([row["prompt"] for row in rows], True, (args.seed, index, args.process_index))
+        by_function = self.judge(rows, done, "train")
+        scores = trainer.rewards.total(by_function)
+        bootstraps = args.bootstrap_truncated and trainer.generator.can_end
+        outcome, bootstrap = scores * done.ended if bootstraps else scores, torch.zeros_like(scores)
+        if args.missing_eos_penalty is not None:
+            outcome = outcome - args.missing_eos_penalty * (~done.ended)
+        logprobs, reference, values = self.score(done, values=True)
+        assert values is not None
+        width = logprobs.shape[1]
+        mask = ppo.position_mask(done.lengths, width)
+        kl = None if reference is None else ppo.kl_estimate(logprobs, reference, args.kl_estimator)
+        rewards = ppo.token_rewards(kl, trainer.kl_coef, outcome, done.lengths, width)
+        if args.whiten_rewards:
+            rewards = ppo.whiten(rewards, mask, shift_mean=False, total=self.total)
+        if bootstraps:
+            bootstrap = values.gather(1, done.lengths[:, None])[:, 0] * ~done.ended
+        advantages, returns = ppo.advantages_and_returns(
+            rewards, values[:, :-1], done.lengths, bootstrap, args.gamma, args.lam
+        )
+        raw_advantages = advantages
+        if args.whiten_advantages:
+            advantages = ppo.whiten(advantages, mask, total=self.total)
+        trainer.table.set_last("advantage", trainer.accelerator.gather(raw_advantages.sum(1) / done.lengths).tolist())
+        measured = rollout_metrics(
+            trainer.accelerator, trainer.rewards.names, by_function, scores, done, logprobs, kl, values[:, :-1], returns
+        )
+        if bootstraps and not measured["completions/ended_ratio"]:
+            warnings.warn(
+                f"bootstrap_truncated=True: no completion of this rollout ended within max_completion_length="
+                f"{args.max_completion_length} tokens, so none of its scores is trained on. Give them more tokens or "
+                "`stop_strings`, or leave bootstrap_truncated off.",
+                stacklevel=2,
+            )
+        trainer.metrics.add("train", measured | {"kl_coef": trainer.kl_coef})
+        if kl is not None and args.kl_target is not None:
+            episodes = args.rollout_size * args.world_size
+            trainer.kl_coef = ppo.adapt_kl_coef(
+                trainer.kl_coef, measured["kl"], args.kl_target, args.kl_horizon, episodes
+            )
+        return {
+            "ids": done.ids,
+            "prompt_lengths": done.prompt_lengths,
+            "lengths": done.lengths,
+            "logprobs": logprobs,
+            "values": values[:, :-1] * mask,
+            "advantages": advantages,
+            "returns": returns,
+        }

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
 from peft_dynamic.functional.token_logprobs import token_logprobs
+from peft_dynamic.hosts.modes import eval_mode
 from peft_dynamic.trainers.ppo.value_head import NAME, ValueFunction
 
 
@@ -138,13 +139,9 @@ class Scorer:
         if type(self.head) is not nn.Linear or self.policy.base_model is self.policy:
             return False
         ids = torch.arange(4, device=self.head.weight.device)[None] % self.head.weight.shape[0]
-        was_training = self.policy.training
-        self.policy.eval()
-        try:
+        with eval_mode(self.policy):
             logits = self._with_logits({"input_ids": ids, "use_cache": False})[1]
             base = self.policy.base_model(input_ids=ids, use_cache=False)[0]
-        finally:
-            self.policy.train(was_training)
         mine = nn.functional.linear(base.to(self.head.weight.dtype), self.head.weight, self.head.bias) * self.scale
         return bool((mine - logits).abs().max() <= 1e-2 * logits.abs().max())
 

@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM
 
+from peft_dynamic.trainers.ppo.completions import Generator
 from peft_dynamic.trainers.ppo.config import PPOConfig
 from peft_dynamic.trainers.ppo.reference import is_peft
-from peft_dynamic.trainers.ppo.rollout import Generator
 
 # What a reward function is given beside the dataset's columns. `completion` and `completion_ids` of a dataset are left
 # out, as GRPOTrainer leaves them out.

@@ -9,7 +9,6 @@ rollout beside the model.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,12 @@ from transformers import AutoTokenizer, Trainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from peft_dynamic.functional import ppo
-from peft_dynamic.hosts.quantization import keep_training_on_cpu
+from peft_dynamic.hosts.quantization import unpack_bnb_4bit
 from peft_dynamic.trainers.ppo.config import PPOConfig
-from peft_dynamic.trainers.ppo.metrics import CompletionTable, Metrics, length_metrics, reward_metrics, rollout_metrics
-from peft_dynamic.trainers.ppo.reference import check_reference, frozen_copy, is_peft, reference_policy
+from peft_dynamic.trainers.ppo.metrics import CompletionTable, Metrics, length_metrics, reward_metrics
+from peft_dynamic.trainers.ppo.reference import check_reference, frozen_copy, is_peft
 from peft_dynamic.trainers.ppo.rewards import RewardFunction, Rewards
-from peft_dynamic.trainers.ppo.rollout import Completions
+from peft_dynamic.trainers.ppo.rollout import Rollouts
 from peft_dynamic.trainers.ppo.sampler import RolloutSampler
 from peft_dynamic.trainers.ppo.scoring import Scorer, Sequences
 from peft_dynamic.trainers.ppo.setup import (
@@ -116,7 +115,7 @@ class PPOTrainer(Trainer):
         self.policy = model.get_base_model() if is_peft(model) else model
         if self.policy.config.is_encoder_decoder:
             raise ValueError(f"{type(self.policy).__name__} is an encoder-decoder; PPOTrainer trains decoders.")
-        keep_training_on_cpu(model)
+        unpack_bnb_4bit(model)
         if args.disable_dropout:
             disable_dropout(model)
 
@@ -132,6 +131,7 @@ class PPOTrainer(Trainer):
             model.enable_input_require_grads()
 
         self.kl_coef = args.kl_coef
+        self.rollouts = Rollouts(self)
         self._rollout: dict[str, Any] | None = None
         self._micro_step = 0  # forward and backward passes since training started
         self._gradients_seen = False
@@ -156,7 +156,7 @@ class PPOTrainer(Trainer):
         self.ref_scorer = None
         if self.ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
-            keep_training_on_cpu(self.ref_model)
+            unpack_bnb_4bit(self.ref_model)
             base = self.ref_model.get_base_model() if is_peft(self.ref_model) else self.ref_model
             self.ref_scorer = Scorer(base, args.temperature)
         if hasattr(self.model, "add_model_tags"):
@@ -204,115 +204,6 @@ class PPOTrainer(Trainer):
             lambda: int(self.state.epoch or 0),
         )
 
-    # The rollout
-
-    def _complete(self, prompts: list[Any], sample: bool, seeds: Sequence[int]) -> Completions:
-        """Sample completions, with a random state of their own: what else uses the global one makes no difference."""
-        ids = self.generator.tokenize(prompts)
-        was_training = self.model.training
-        self.model.eval()
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        try:
-            with torch.random.fork_rng(devices), self.accelerator.autocast():
-                torch.manual_seed(seed_of(*seeds))
-                return self.generator(self.model, self.policy, ids, sample, self.args.rollout_forward_batch_size)
-        finally:
-            self.model.train(was_training)
-
-    def _judge(self, rows: list[dict[str, Any]], done: Completions, mode: str) -> torch.Tensor:
-        """(batch, functions) the rewards; `mode` is "train" or "eval"."""
-        prompts = [row["prompt"] for row in rows]
-        ids = done.completion_ids()
-        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
-        chat = not isinstance(prompts[0], str)
-        completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
-        skipped = ("prompt", "completion", "completion_ids")
-        columns: dict[str, Any] = {key: [row[key] for row in rows] for key in rows[0] if key not in skipped}
-        columns["trainer_state"] = self.state
-        columns["log_extra"] = self.table.extra
-        columns["log_metric"] = lambda name, value: self.metrics.add(mode, {name: float(value)})
-        rewards = self.rewards(prompts, completions, ids, columns, self.args.device)
-        self.table.add(prompts, completions, self.rewards.names, rewards)
-        return rewards
-
-    @torch.no_grad()
-    def _score(self, done: Completions, values: bool) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Log-probabilities, those of the reference, and values: (batch, width), the same, (batch, width + 1)."""
-        width, size = int(done.lengths.max()), self.args.rollout_forward_batch_size
-        was_training = self.model.training
-        self.model.eval()
-        found: list[list[torch.Tensor]] = [[], [], []]
-        for start in range(0, len(done.ids), size):
-            part = slice(start, start + size)
-            batch = Sequences(done.ids[part], done.prompt_lengths[part], done.lengths[part])
-            with self.accelerator.autocast():
-                logprobs, state_values = self.scorer(self.model, batch, width, values)
-                found[0].append(logprobs)
-                if state_values is not None:
-                    found[2].append(state_values)
-                if self.args.kl_coef and self.ref_scorer is not None:
-                    found[1].append(self.ref_scorer(self.ref_model, batch, width, values=False)[0])
-                elif self.args.kl_coef:
-                    reference = reference_policy(self.model, self.ref_adapter)
-                    found[1].append(self.scorer(self.model, batch, width, values=False, within=reference)[0])
-        self.model.train(was_training)
-        joined = [torch.cat(parts) if parts else None for parts in found[1:]]
-        return torch.cat(found[0]), joined[0], joined[1]
-
-    def _total(self, sums: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.reduce(sums, reduction="sum")
-
-    def _roll_out(self, rows: list[dict[str, Any]], index: int) -> dict[str, Any]:
-        """Complete, judge and score the prompts of one rollout: all that its optimizer steps need."""
-        args = self.args
-        done = self._complete([row["prompt"] for row in rows], True, (args.seed, index, args.process_index))
-        by_function = self._judge(rows, done, "train")
-        scores = self.rewards.total(by_function)
-        bootstraps = args.bootstrap_truncated and self.generator.can_end
-        outcome, bootstrap = scores * done.ended if bootstraps else scores, torch.zeros_like(scores)
-        if args.missing_eos_penalty is not None:
-            outcome = outcome - args.missing_eos_penalty * (~done.ended)
-        logprobs, reference, values = self._score(done, values=True)
-        assert values is not None
-        width = logprobs.shape[1]
-        mask = ppo.position_mask(done.lengths, width)
-        kl = None if reference is None else ppo.kl_estimate(logprobs, reference, args.kl_estimator)
-        rewards = ppo.token_rewards(kl, self.kl_coef, outcome, done.lengths, width)
-        if args.whiten_rewards:
-            rewards = ppo.whiten(rewards, mask, shift_mean=False, total=self._total)
-        if bootstraps:
-            bootstrap = values.gather(1, done.lengths[:, None])[:, 0] * ~done.ended
-        advantages, returns = ppo.advantages_and_returns(
-            rewards, values[:, :-1], done.lengths, bootstrap, args.gamma, args.lam
-        )
-        raw_advantages = advantages
-        if args.whiten_advantages:
-            advantages = ppo.whiten(advantages, mask, total=self._total)
-        self.table.set_last("advantage", self.accelerator.gather(raw_advantages.sum(1) / done.lengths).tolist())
-        measured = rollout_metrics(
-            self.accelerator, self.rewards.names, by_function, scores, done, logprobs, kl, values[:, :-1], returns
-        )
-        if bootstraps and not measured["completions/ended_ratio"]:
-            warnings.warn(
-                f"bootstrap_truncated=True: no completion of this rollout ended within max_completion_length="
-                f"{args.max_completion_length} tokens, so none of its scores is trained on. Give them more tokens or "
-                "`stop_strings`, or leave bootstrap_truncated off.",
-                stacklevel=2,
-            )
-        self.metrics.add("train", measured | {"kl_coef": self.kl_coef})
-        if kl is not None and args.kl_target is not None:
-            episodes = args.rollout_size * args.world_size
-            self.kl_coef = ppo.adapt_kl_coef(self.kl_coef, measured["kl"], args.kl_target, args.kl_horizon, episodes)
-        return {
-            "ids": done.ids,
-            "prompt_lengths": done.prompt_lengths,
-            "lengths": done.lengths,
-            "logprobs": logprobs,
-            "values": values[:, :-1] * mask,
-            "advantages": advantages,
-            "returns": returns,
-        }
-
     # The update
 
     def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
@@ -320,7 +211,7 @@ class PPOTrainer(Trainer):
         args = self.args
         index, step = divmod(self._micro_step, args.steps_per_rollout)
         if step == 0:
-            self._rollout = self._roll_out(inputs, index)
+            self._rollout = self.rollouts.make(inputs, index)
         assert self._rollout is not None
         per_epoch = args.num_mini_batches * args.gradient_accumulation_steps
         epoch, step = divmod(step, per_epoch)
@@ -333,7 +224,7 @@ class PPOTrainer(Trainer):
         # Tokens of this optimizer step on all processes, per process: DDP averages the gradients over these.
         first = step * size // per_step * per_step
         tokens = self._rollout["lengths"][order[first : first + per_step].to(args.device)].sum()
-        batch["tokens"] = self._total(tokens.float()) / args.world_size
+        batch["tokens"] = self.rollouts.total(tokens.float()) / args.world_size
         self._micro_step += 1
         return batch
 
@@ -407,12 +298,12 @@ class PPOTrainer(Trainer):
         self.table = CompletionTable()
         self.callback_handler.eval_dataloader = dataloader
         for number, rows in enumerate(dataloader):
-            done = self._complete(
+            done = self.rollouts.complete(
                 [row["prompt"] for row in rows],
                 self.args.eval_do_sample,
                 (self.args.seed, -1 - number, self.args.process_index),
             )
-            rewards = self._judge(rows, done, "eval")
+            rewards = self.rollouts.judge(rows, done, "eval")
             columns = [self.rewards.total(rewards), done.lengths.float(), done.ended.float()]
             found.append(self.accelerator.gather_for_metrics(torch.cat([rewards, torch.stack(columns, 1)], dim=1)))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -426,7 +317,7 @@ class PPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs or "train_loss" in logs:
-            logs = logs | self.metrics.take("train", self._total, self.args.world_size)
+            logs = logs | self.metrics.take("train", self.rollouts.total, self.args.world_size)
             if self.args.log_completions and self.is_world_process_zero():
                 self.table.show(self.args.num_completions_to_print, self.state.global_step)
                 self.table.write(self.args.output_dir, self.state.global_step)

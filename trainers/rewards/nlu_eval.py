@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from peft_dynamic.hosts.quantization import keep_training_on_cpu
+from peft_dynamic.hosts.quantization import unpack_bnb_4bit
 from peft_dynamic.trainers.rewards.nlu import nlu_parse, nlu_prompt
 from peft_dynamic.trainers.rewards.nlu_tasks import HIGHEST_SIMILARITY, NLUTask, Row, task_named
 
@@ -73,7 +73,7 @@ def _generate(model: Any, tokenizer: Any, prompts: list[str], batch_size: int, l
     ids = tokenizer(prompts, add_special_tokens=special)["input_ids"]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     completions = [""] * len(ids)
-    keep_training_on_cpu(model)  # it may be trained after this
+    unpack_bnb_4bit(model)  # it may be trained after this
     # All that generation_config.json may ask of sampling is off, or generate() would warn of it.
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "max_new_tokens": limit}
     with _in_eval_mode(model):

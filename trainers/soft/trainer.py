@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 
 from peft_dynamic.functional.exit_loss import IGNORED, exit_losses
 from peft_dynamic.hosts.decoder import Decoder, check_decoder, find_decoder, layer_state
-from peft_dynamic.hosts.quantization import keep_training_on_cpu
+from peft_dynamic.hosts.quantization import unpack_bnb_4bit
 from peft_dynamic.trainers.soft.config import SoFTConfig, draw_exits
 
 try:
@@ -100,7 +100,7 @@ class SoFTTrainer(SFTTrainer):
         super().__init__(model, _soft_args(model, args), *positional, **kwargs)
         self.decoder = find_decoder(self.model)
         self._check_setting()
-        keep_training_on_cpu(self.model)
+        unpack_bnb_4bit(self.model)
         check_decoder(self.decoder)
         self.exits = self.args.trained_exits(self.decoder.depth)
         self.eval_exits = self.args.evaluated_exits(self.decoder.depth)

@@ -14,12 +14,12 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from peft_dynamic.density.loss import ActivationDensityLoss
-from peft_dynamic.tuners.base import ViewedLoraModel
+from peft_dynamic.tuners.base import ComputedLoraModel
 from peft_dynamic.tuners.computed import ComputedFactor, install, layout
 from peft_dynamic.tuners.factors import LayerState, attach
 
 
-class DensityLoRAModel(ViewedLoraModel):
+class DensityLoRAModel(ComputedLoraModel):
     """A model with LoRA adapters and a density loss, made by `get_peft_model(model, DensityLoRAConfig(...))`.
 
     Attributes:
@@ -60,7 +60,7 @@ class DensityLoRAModel(ViewedLoraModel):
         super()._prepare_model(peft_config, model)  # which may replicate layers
         self.__dict__["_loss"].attach(model)  # before anything else is changed: it may refuse the model
 
-    def _make_viewed(self, layer: LoraLayer, adapter_name: str, config: Any) -> None:
+    def _make_computed(self, layer: LoraLayer, adapter_name: str, config: Any) -> None:
         groups_a, groups_b, divisor = layout(layer)
         rank = layer.r[adapter_name]
         factor_a, factor_b = ComputedFactor(0, rank, groups_a, divisor), ComputedFactor(1, rank, groups_b, divisor)

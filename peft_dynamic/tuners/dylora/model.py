@@ -13,7 +13,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from peft_dynamic.rules import is_int
-from peft_dynamic.tuners.base import ViewedLoraModel
+from peft_dynamic.tuners.base import ComputedLoraModel
 from peft_dynamic.tuners.dylora.config import DyLoRAConfig
 from peft_dynamic.tuners.dylora.layer import make_ranked, ranked_adapters, ranked_layers, set_layer_rank
 from peft_dynamic.tuners.dylora.ranks import AdapterRanks, prepare
@@ -22,7 +22,7 @@ from peft_dynamic.tuners.dylora.steps import PassHooks
 from peft_dynamic.tuners.dylora.turns import turn
 
 
-class DyLoRAModel(ViewedLoraModel):
+class DyLoRAModel(ComputedLoraModel):
     """A model with DyLoRA adapters, made by `get_peft_model(model, DyLoRAConfig(...))`.
 
     In a training forward pass (train mode, gradients on) every layer uses the rank drawn for this optimizer step.
@@ -38,7 +38,7 @@ class DyLoRAModel(ViewedLoraModel):
         schedule = self._schedule(adapter_name)
         self._root_hooks()[adapter_name] = PassHooks(schedule).register(model)
 
-    def _make_viewed(self, layer: LoraLayer, adapter_name: str, config: DyLoRAConfig) -> None:
+    def _make_computed(self, layer: LoraLayer, adapter_name: str, config: DyLoRAConfig) -> None:
         schedule = self._schedule(adapter_name)
         make_ranked(layer, adapter_name, schedule, config)
         self._keep_in_state_dict(schedule, layer, adapter_name)
@@ -123,7 +123,7 @@ def _dynamic_adapters(model: nn.Module, adapter_name: str | None) -> list[str]:
     return [adapter_name]
 
 
-def active_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
+def active_ranked_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
     """The named DyLoRA adapter, or the first active one; raises ValueError, with the names there are, for none."""
     return _dynamic_adapters(model, adapter_name)[0]
 
@@ -218,7 +218,7 @@ def get_rank(model: nn.Module, adapter_name: str | None = None) -> int | dict[st
         model: the model with DyLoRA adapters.
         adapter_name: the adapter, or None for the first active one.
     """
-    name = active_adapter(model, adapter_name)
+    name = active_ranked_adapter(model, adapter_name)
     layers: list[tuple[str, Any]] = list(ranked_layers(model, name))
     asked = {layer.lora_views[name].asked for _, layer in layers}
     # At full rank a capped module was asked for its cap or for r: both mean the same.
@@ -236,7 +236,7 @@ def drawn_rank(model: nn.Module, adapter_name: str | None = None) -> int:
         model: the model with DyLoRA adapters.
         adapter_name: the adapter, or None for the first active one.
     """
-    (schedule,) = _schedules(model, [active_adapter(model, adapter_name)])
+    (schedule,) = _schedules(model, [active_ranked_adapter(model, adapter_name)])
     schedule.refresh()  # a checkpoint may have been loaded
     return schedule.drawn
 
@@ -265,3 +265,6 @@ def at_rank(model: nn.Module, rank: int | dict[str, int], adapter_name: str | No
                 if layer.lora_views[name].asked != asked:
                     set_layer_rank(layer, name, asked)
             prepare((ranks, ranks.rank) for layer, name, _ in before if (ranks := layer.lora_views[name]))
+
+
+active_adapter = active_ranked_adapter  # its name of before

@@ -18,7 +18,6 @@ from peft_dynamic.functional.ranks import alpha_at, bases_of, gram_matrices, sli
 from peft_dynamic.hosts.offload import is_sharded
 from peft_dynamic.tuners.computed import ComputedFactor
 from peft_dynamic.tuners.dylora.schedule import RankSchedule
-from peft_dynamic.tuners.dylora.turns import is_suspended
 from peft_dynamic.tuners.factors import LayerState
 
 _order = count()  # of making
@@ -135,7 +134,7 @@ class AdapterRanks(LayerState):
         """A training forward pass: the drawn rank holds."""
         super().begin_forward(layer, adapter_name)
         schedule = self.schedule
-        if is_suspended(schedule) or not self.is_trained():
+        if schedule.suspended or not self.is_trained():
             return
         self._outside_training = (layer.r[adapter_name], layer.lora_alpha[adapter_name], layer.scaling[adapter_name])
         multiplier = layer.scaling[adapter_name] / (layer.lora_alpha[adapter_name] / layer.r[adapter_name])

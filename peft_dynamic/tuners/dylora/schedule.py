@@ -11,6 +11,7 @@ from torch import nn
 
 from peft_dynamic.functional.ranks import draw_rank, rank_weights
 from peft_dynamic.tuners.dylora.config import DyLoRAConfig
+from peft_dynamic.tuners.dylora.turns import turns_of
 
 
 class RankSchedule(nn.Module):
@@ -64,6 +65,12 @@ class RankSchedule(nn.Module):
             self.step.fill_(self._steps)
         self._seen = (id(self.step), self.step._version)
         self.drawn = self._draw()
+
+    @property
+    def suspended(self) -> bool:
+        """Whether the model runs without gradients (generation in train mode): nothing is sampled then."""
+        # Not asked of the layer: reentrant checkpointing runs the layers of a training step without gradients.
+        return not torch.is_grad_enabled() if torch.compiler.is_compiling() else turns_of(self).without_gradients()
 
     def below(self, rank: int) -> int:
         """The next smaller trained rank, 0 below the smallest."""

@@ -18,7 +18,6 @@ from weakref import WeakKeyDictionary
 import torch
 
 from peft_dynamic.hosts.running import call_frame, is_running, runs_in_thread
-from peft_dynamic.tuners.dylora.schedule import RankSchedule
 
 # The turns that this thread or task is inside of.
 _HELD: ContextVar[frozenset[object]] = ContextVar("turns", default=frozenset())
@@ -110,11 +109,11 @@ class Turns:
         self.lock.release()
 
 
-_TURNS: WeakKeyDictionary[RankSchedule, Turns] = WeakKeyDictionary()
+_TURNS: WeakKeyDictionary[object, Turns] = WeakKeyDictionary()
 _making = threading.Lock()
 
 
-def turns_of(schedule: RankSchedule) -> Turns:
+def turns_of(schedule: object) -> Turns:
     """The turns of an adapter. Kept outside of it: locks and frames are neither copied nor saved."""
     found = _TURNS.get(schedule)
     if found is None:
@@ -124,7 +123,7 @@ def turns_of(schedule: RankSchedule) -> Turns:
 
 
 @contextmanager
-def turn(schedules: Iterable[RankSchedule]) -> Iterator[None]:
+def turn(schedules: Iterable[object]) -> Iterator[None]:
     """Inside the block no other thread sets these adapters' ranks, or computes with them."""
     mine, taken = object(), []
     try:
@@ -137,9 +136,3 @@ def turn(schedules: Iterable[RankSchedule]) -> Iterator[None]:
         _HELD.set(_HELD.get() - {mine})
         for turns in reversed(taken):
             turns.give_back(mine)
-
-
-def is_suspended(schedule: RankSchedule) -> bool:
-    """Whether the model runs without gradients (generation in train mode): nothing is sampled then."""
-    # Not asked of the layer: reentrant checkpointing runs the layers of a training step without gradients.
-    return not torch.is_grad_enabled() if torch.compiler.is_compiling() else turns_of(schedule).without_gradients()

@@ -8,7 +8,7 @@ from transformers.activations import ACT2FN
 
 from peft_dynamic.rules import FLAG, check_rules, is_finite, plain
 from peft_dynamic.tuners.lora_fields import COMMON, INDICES, LISTED, NAMES, check_known
-from peft_dynamic.tuners.tensor_train_fields import check_train_fields
+from peft_dynamic.tuners.tensor_train_fields import check_tt_fields
 
 PLACEMENTS = ("paper", "reference")
 RULES = COMMON | {
@@ -137,7 +137,7 @@ class LorettaAdpConfig(PeftConfig):
         self._check_targets()
 
     def _check_numbers(self) -> None:
-        check_train_fields(self)
+        check_tt_fields(self)
         if not is_finite(self.scaling):
             raise ValueError(f"LorettaAdpConfig: scaling must be a finite number, got {self.scaling!r}.")
         if not is_finite(self.dropout) or not 0 <= self.dropout < 1:

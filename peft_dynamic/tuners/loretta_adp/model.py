@@ -20,8 +20,8 @@ from torch import nn
 
 from peft_dynamic.functional.tensor_train import factorize
 from peft_dynamic.hosts.blocks import linear_features, original_modules
-from peft_dynamic.hosts.quantization import keep_training_on_cpu
-from peft_dynamic.tuners.also_trained import AlsoTrained, Extras, check_train
+from peft_dynamic.hosts.quantization import unpack_bnb_4bit
+from peft_dynamic.tuners.also_trained import AlsoTrained, Extras, check_tt_shape
 from peft_dynamic.tuners.as_lora import check_target, refuse_experts
 from peft_dynamic.tuners.checkpoint import check_fits
 from peft_dynamic.tuners.factors import keep_together
@@ -103,7 +103,7 @@ class _Plan:
                     f"would be no bottleneck. Pass at most {hidden}, for example {max(1, hidden // 8)}."
                 )
             shape = config.tensor_shape or factorize(hidden, config.bottleneck)
-            check_train(shape, hidden, config.bottleneck, config, name)
+            check_tt_shape(shape, hidden, config.bottleneck, config, name)
 
 
 def _in_chosen_block(name: str, config: LorettaAdpConfig) -> bool:
@@ -150,7 +150,7 @@ class LorettaAdpModel(AlsoTrained, BaseTuner):
             del self._plan
         self._train_extras(model, adapter_name, plan.extras)
         keep_together(model, LorettaAdpLayer)
-        keep_training_on_cpu(model)
+        unpack_bnb_4bit(model)
         return None
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:

@@ -8,7 +8,7 @@ from peft.utils.peft_types import PeftType
 from peft_dynamic.methods import METHODS
 from peft_dynamic.rules import FLAG, check_rules, is_finite
 from peft_dynamic.tuners.lora_fields import check_lora_fields, check_ranks_of, check_refused
-from peft_dynamic.tuners.tensor_train_fields import check_train_fields
+from peft_dynamic.tuners.tensor_train_fields import check_tt_fields
 
 REFUSED_FIELDS = METHODS["LORETTA_REP"].refused
 INITS = ("True", "'noise_removal'", "'reference'")
@@ -91,7 +91,7 @@ class LorettaRepConfig(LoraConfig):
         check_lora_fields(self, skip=("r",))
         check_ranks_of(self)
         check_rules(self, {"train_layer_norms": FLAG, "tensorize_classifier": FLAG})
-        check_train_fields(self)
+        check_tt_fields(self)
         if isinstance(self.r, bool) or self.r not in (0, self.bottleneck):
             raise ValueError(
                 f"{name}: r={self.r!r} and bottleneck={self.bottleneck} mean the same and differ. Pass bottleneck "

@@ -13,7 +13,7 @@ from peft_dynamic.hosts.offload import real
 from peft_dynamic.tuners.computed import ComputedFactor, KeptWeight
 
 
-class TrainView(ComputedFactor):
+class TensorTrainWeight(ComputedFactor):
     """The weight of a factor, from its cores.
 
     Args:
@@ -53,14 +53,14 @@ class TrainView(ComputedFactor):
         return contract([part.view(shape) for part, shape in parts], *self.features).mT.to(cores.dtype)
 
 
-class TrainFactor(KeptWeight, nn.Linear):
+class TensorTrainFactor(KeptWeight, nn.Linear):
     """`nn.Linear` whose weight is the matrix of a tensor train.
 
     It stores all cores in one vector, the parameter `cores`: a parameter for each would cost the optimizer more than
     the rest of the step. With noise removal the vector of the start is kept as the buffer `start`.
     """
 
-    view: TrainView
+    view: TensorTrainWeight
     cores: torch.Tensor
     start: torch.Tensor
 
@@ -87,7 +87,7 @@ class TrainFactor(KeptWeight, nn.Linear):
         return f"{super().extra_repr()}, tensor_shape={[shape[1] for shape in self.view.shapes]}"
 
 
-def make_train(linear: nn.Linear, dim: int, config: Any, rank: int, where: str) -> TrainView:
+def make_tt_factor(linear: nn.Linear, dim: int, config: Any, rank: int, where: str) -> TensorTrainWeight:
     """Turn a LoRA factor into a tensor train; returns its view.
 
     Args:
@@ -109,9 +109,9 @@ def make_train(linear: nn.Linear, dim: int, config: Any, rank: int, where: str) 
     old = linear._parameters.pop("weight")
     assert old is not None
     cores = init_cores(shape, config.tensor_rank, *features, dtype=torch.float32, device=old.device)
-    view = TrainView(dim, rank, features, core_shapes(shape, config.tensor_rank))
+    view = TensorTrainWeight(dim, rank, features, core_shapes(shape, config.tensor_rank))
     train: Any = linear
-    train.__class__ = TrainFactor
+    train.__class__ = TensorTrainFactor
     train.view = view
     vector = torch.cat([core.flatten() for core in cores]).to(old.dtype)
     if config.init_weights == "noise_removal":
@@ -120,3 +120,7 @@ def make_train(linear: nn.Linear, dim: int, config: Any, rank: int, where: str) 
         vector[-cores[-1].numel() :] = 0
     train.register_parameter("cores", nn.Parameter(vector, requires_grad=old.requires_grad))
     return view
+
+
+# The names of before.
+TrainView, TrainFactor, make_train = TensorTrainWeight, TensorTrainFactor, make_tt_factor

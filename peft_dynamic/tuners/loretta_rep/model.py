@@ -10,13 +10,13 @@ from torch import nn
 
 from peft_dynamic.tuners.also_trained import AlsoTrained, Extras
 from peft_dynamic.tuners.as_lora import refuse_experts
-from peft_dynamic.tuners.base import ViewedLoraModel
+from peft_dynamic.tuners.base import ComputedLoraModel
 from peft_dynamic.tuners.factors import LayerState, attach, keep_together, note_unit
 from peft_dynamic.tuners.loretta_rep.config import LorettaRepConfig
-from peft_dynamic.tuners.loretta_rep.factor import make_train
+from peft_dynamic.tuners.loretta_rep.factor import make_tt_factor
 
 
-class LorettaRepModel(AlsoTrained, ViewedLoraModel):
+class LorettaRepModel(AlsoTrained, ComputedLoraModel):
     """A model with LoRETTA_rep adapters, made by `get_peft_model(model, LorettaRepConfig(...))`.
 
     Each layer's `lora_A` and `lora_B` show the matrices of their tensor trains, so that the layer is a stock LoRA layer
@@ -40,7 +40,7 @@ class LorettaRepModel(AlsoTrained, ViewedLoraModel):
     def _target_experts(self, model: nn.Module, config: Any) -> None:
         refuse_experts(config, model, "LorettaRepConfig")
 
-    def _make_viewed(self, layer: LoraLayer, adapter_name: str, config: LorettaRepConfig) -> None:
+    def _make_computed(self, layer: LoraLayer, adapter_name: str, config: LorettaRepConfig) -> None:
         base_layer = layer.get_base_layer()
         modules = [factors[adapter_name] for factors in (layer.lora_A, layer.lora_B) if adapter_name in factors]
         if [type(module) for module in modules] != [nn.Linear, nn.Linear]:
@@ -50,7 +50,7 @@ class LorettaRepModel(AlsoTrained, ViewedLoraModel):
             )
         rank = layer.r[adapter_name]
         where = f"{type(base_layer).__name__}({layer.in_features}, {layer.out_features})"
-        views = [make_train(module, dim, config, rank, where) for dim, module in enumerate(modules)]
+        views = [make_tt_factor(module, dim, config, rank, where) for dim, module in enumerate(modules)]
         attach(layer, adapter_name, LayerState(((modules[0], "cores", views[0]), (modules[1], "cores", views[1]))))
         if config.init_weights == "noise_removal":  # a LoRA of twice the rank and the same scale
             layer.r[adapter_name] = 2 * rank

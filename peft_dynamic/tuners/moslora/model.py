@@ -6,13 +6,13 @@ from typing import Any
 
 from peft.tuners.lora.layer import LoraLayer
 
-from peft_dynamic.tuners.base import ViewedLoraModel
+from peft_dynamic.tuners.base import ComputedLoraModel
 from peft_dynamic.tuners.computed import ComputedFactor, install, layout
 from peft_dynamic.tuners.factors import LayerState, attach
 from peft_dynamic.tuners.mixer import add_mixer
 
 
-class MoSLoRAModel(ViewedLoraModel):
+class MoSLoRAModel(ComputedLoraModel):
     """A model with MoSLoRA adapters, made by `get_peft_model(model, MoSLoRAConfig(...))`.
 
     The weight of each layer's `lora_A` is M A, so that the layer is a stock LoRA layer for everything else.
@@ -22,7 +22,7 @@ class MoSLoRAModel(ViewedLoraModel):
 
     method = "MoSLoRA"
 
-    def _make_viewed(self, layer: LoraLayer, adapter_name: str, config: Any) -> None:
+    def _make_computed(self, layer: LoraLayer, adapter_name: str, config: Any) -> None:
         groups_a, groups_b, divisor = layout(layer)
         rank = layer.r[adapter_name]
         mixer = add_mixer(layer, adapter_name, config, groups_a[0], rank // divisor)

@@ -21,8 +21,8 @@ def made(folder: Path, **settings: Any) -> Any:
     defaults |= {"eval_dataset": prompts(5), "save_strategy": "steps", "learning_rate": 1e-3, "optim": "sgd"}
     found = trainer(folder, reward_funcs=early_letters, peft_config=adapter, **(defaults | settings))
     found.value_function.head.weight.data.copy_(torch.linspace(-1, 1, 32)[None])
-    complete = found._complete
-    found._complete = lambda prompts, sample, seeds: complete(prompts, False, seeds)
+    complete = found.rollouts.complete
+    found.rollouts.complete = lambda prompts, sample, seeds: complete(prompts, False, seeds)
     return found
 
 
@@ -37,7 +37,7 @@ def main(folder: Path) -> None:
     same = all(torch.equal(p, q) for p, q in zip(two.model.parameters(), resumed.model.parameters(), strict=True))
     # And sampled: the processes draw differently for the same prompt
     sampled = trainer(folder, max_steps=1, **settings)
-    own = sampled._complete(["a"] * 4, True, (0, 0, dist.get_rank())).completion_ids()
+    own = sampled.rollouts.complete(["a"] * 4, True, (0, 0, dist.get_rank())).completion_ids()
     drawn: list[Any] = [None, None]
     dist.all_gather_object(drawn, own)
     if dist.get_rank() == 0:

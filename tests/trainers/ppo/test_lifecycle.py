@@ -216,8 +216,8 @@ def test_a_value_model_of_its_own_gives_the_values_is_trained_and_is_kept(tmp_pa
     model = value_model()
     made = trainer(tmp_path, peft_config=LoraConfig(**LORA), value_model=model, save_strategy="steps", save_steps=4)
     before = weights(model)
-    done = made._complete(["abc", "a"], True, (0,))
-    _, _, values = made._score(done, values=True)
+    done = made.rollouts.complete(["abc", "a"], True, (0,))
+    _, _, values = made.rollouts.score(done, values=True)
     assert values is not None
     for row, n in enumerate(done.lengths.tolist()):
         prompt = int(done.prompt_lengths[row])
@@ -252,8 +252,8 @@ def test_an_explicit_reference_model_is_the_one_that_is_asked(tmp_path: Path) ->
     other = tiny_policy(seed=9)
     for adapter in ({}, {"peft_config": LoraConfig(**LORA)}):
         made = trainer(tmp_path, ref_model=other, **adapter)
-        done = made._complete(["abc", "a"], True, (0,))
-        _, reference, _ = made._score(done, values=False)
+        done = made.rollouts.complete(["abc", "a"], True, (0,))
+        _, reference, _ = made.rollouts.score(done, values=False)
         assert reference is not None
         for row, n in enumerate(done.lengths.tolist()):
             prompt = int(done.prompt_lengths[row])
@@ -269,12 +269,12 @@ def test_another_adapter_may_be_the_reference(tmp_path: Path) -> None:
     model.add_adapter("sft", LoraConfig(init_lora_weights=False, **LORA))
     made = trainer(tmp_path, model=model, ref_adapter_name="sft")
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    done = made._complete(["abc", "a"], True, (0,))
-    logprobs, reference, _ = made._score(done, values=False)
+    done = made.rollouts.complete(["abc", "a"], True, (0,))
+    logprobs, reference, _ = made.rollouts.score(done, values=False)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
     assert model.active_adapter == "default"
     model.set_adapter("sft")
-    wanted = made._score(done, values=False)[0]
+    wanted = made.rollouts.score(done, values=False)[0]
     assert reference is not None
     torch.testing.assert_close(reference, wanted)
     assert not torch.allclose(logprobs, wanted)
@@ -424,7 +424,7 @@ def test_what_is_logged_of_a_rollout(tmp_path: Path) -> None:
 def test_entropy_and_explained_variance_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainer(tmp_path, kl_coef=0.0, per_device_train_batch_size=8)
     made.value_function.head.weight.data.copy_(torch.linspace(-1, 1, 32)[None])
-    found = made._roll_out([{"prompt": "ab"[i % 2]} for i in range(8)], 0)
+    found = made.rollouts.make([{"prompt": "ab"[i % 2]} for i in range(8)], 0)
     log = made.metrics.take("train")
     mask = torch.arange(found["logprobs"].shape[1]) < found["lengths"][:, None]
     assert log["entropy"] == pytest.approx(-float(found["logprobs"][mask].mean()), rel=1e-5)

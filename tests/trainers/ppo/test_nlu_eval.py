@@ -203,9 +203,7 @@ def test_an_evaluation_by_the_chat_template(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_quantised_model_can_be_trained_after_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     model, words = model_and_tokenizer()
     kept: list[Any] = []
-    monkeypatch.setattr(
-        nlu_eval, "keep_training_on_cpu", kept.append
-    )  # tested where it belongs; here: that it is called
+    monkeypatch.setattr(nlu_eval, "unpack_bnb_4bit", kept.append)  # tested where it belongs; here: that it is called
     evaluate_nlu(model, words, "cola", [{"sentence": "A", "label": 1}], max_new_tokens=1)
     assert kept == [model]
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from peft_dynamic.trainers.ppo.rollout import Completions, Draw, Generator
+from peft_dynamic.trainers.ppo.completions import Completions, Draw, Generator
 from peft_dynamic.trainers.ppo.scoring import Scorer, Sequences
 from peft_dynamic.trainers.ppo.value_head import NAME, ValueFunction
 from tests.trainers.ppo.adapters import ADAPTERS

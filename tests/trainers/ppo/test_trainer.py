@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from peft_dynamic.functional import ppo
-from peft_dynamic.trainers.ppo.rollout import Completions
+from peft_dynamic.trainers.ppo.completions import Completions
 from tests.trainers.ppo.common import EOS, tiny_policy, trainer
 
 T = torch.tensor
@@ -53,8 +53,8 @@ def rolled_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: float = 
     defaults = {"lam": 1.0, "gamma": 0.5, "whiten_advantages": False, "kl_coef": 0.0, "per_device_train_batch_size": 3}
     made = trainer(tmp_path, reward_funcs=lambda **_: SCORES, **(defaults | settings))
     made.value_function.head.bias.data.fill_(values)
-    monkeypatch.setattr(made, "_complete", lambda *_: DONE)
-    return made._roll_out([{"prompt": "a"}] * 3, 0) | {"trainer": made}
+    monkeypatch.setattr(made.rollouts, "complete", lambda *_: DONE)
+    return made.rollouts.make([{"prompt": "a"}] * 3, 0) | {"trainer": made}
 
 
 def test_the_score_is_on_the_eos_token_not_on_the_padding_behind_it(
@@ -81,7 +81,7 @@ def test_the_stop_token_spares_the_penalty_and_eos_is_then_a_token_like_any(tmp_
     made = trainer(tmp_path, reward_funcs=record, stop_token_id=3, missing_eos_penalty=1.0, num_ppo_epochs=1, lam=1.0)
     made.args.whiten_advantages, made.kl_coef, made.args.kl_coef = False, 0.0, 0.0
     for index in range(8):
-        found = made._roll_out([{"prompt": "a"}] * 4, index)
+        found = made.rollouts.make([{"prompt": "a"}] * 4, index)
         stopped = [ids[-1] == 3 for ids in ends[-4:]]
         torch.testing.assert_close(found["returns"][:, 0], T([0.0 if yes else -1.0 for yes in stopped]))
     assert sum(ids[-1] == 3 for ids in ends) > 2
@@ -105,7 +105,7 @@ def test_a_cut_is_the_end_or_takes_the_next_value_in_place_of_the_score(
 def test_a_rollout_of_which_nothing_is_trained_on_says_so(tmp_path: Path) -> None:
     made = trainer(tmp_path, tiny_policy(), bootstrap_truncated=True, max_completion_length=1)
     with pytest.warns(UserWarning, match="within max_completion_length=1 tokens, so none of its scores is trained on"):
-        made._roll_out([{"prompt": "ab"}] * 4, 0)
+        made.rollouts.make([{"prompt": "ab"}] * 4, 0)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
@@ -185,8 +185,8 @@ def test_the_first_gradient_is_the_one_of_a_plain_computation(tmp_path: Path) ->
     callback = Gradients()
     made.add_callback(callback)
     rollouts: list[dict[str, torch.Tensor]] = []
-    real = made._roll_out
-    made._roll_out = lambda *args: rollouts.append(real(*args)) or rollouts[-1]  # type: ignore[method-assign]  # of one trainer
+    real = made.rollouts.make
+    made.rollouts.make = lambda *args: rollouts.append(real(*args)) or rollouts[-1]  # type: ignore[method-assign]  # of one trainer
     made.train()
 
     plain = get_peft_model(tiny_policy(), lora())
