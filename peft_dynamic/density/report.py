@@ -9,7 +9,15 @@ from typing import Any
 
 from rich.table import Table
 
-from peft_dynamic.reports.curve import as_text, new_figure, picture_path, read_json, write_json
+from peft_dynamic.reports.curve import (
+    as_text,
+    new_figure,
+    picture_path,
+    plain_axis,
+    read_json,
+    save_figure,
+    write_json,
+)
 
 
 @dataclass(frozen=True)
@@ -118,15 +126,10 @@ class DensityReport:
             axis.set_ylim(-3, 103)
             axis.set_xlabel("layer" if stack == "model" else f"layer of the {stack}")
             axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.grid(alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
+            plain_axis(axis)
         axes[0].set_ylabel("active neurons, %")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-        if title:
-            figure.suptitle(title)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-        return path
+        return save_figure(figure, path, title)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as JSON text, also written to `path` if given."""

@@ -123,15 +123,10 @@ class Curve(Generic[R]):
             axis.minorticks_off()
             axis.set_xlabel(self.kind)
             axis.set_ylabel(name)
-            axis.grid(alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
+            plain_axis(axis)
         if len(axes[0].get_lines()) > 1:
             axes[0].legend(frameon=False)
-        if title:
-            figure.suptitle(title)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-        return path
+        return save_figure(figure, path, title)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The curve as JSON text, also written to `path` if given. A value that is not finite becomes null."""
@@ -274,6 +269,21 @@ def new_figure(owner: str, width: float, height: float) -> Any:
             f"pip install '.[plot]'). {owner}.table() does without."
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def plain_axis(axis: Any) -> None:
+    """A light grid, and no frame above and on the right."""
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def save_figure(figure: Any, path: Path, title: str | None) -> Path:
+    """Write a figure, under its title if it has one; missing folders are made."""
+    if title:
+        figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
 
 
 def write_json(content: Any, path: str | Path | None) -> str:

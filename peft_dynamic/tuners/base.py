@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from peft import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
@@ -13,12 +12,12 @@ from torch import nn
 from peft_dynamic.hosts.quantization import unpack_bnb_4bit
 from peft_dynamic.tuners import optimizers as optimizers  # for its hook
 from peft_dynamic.tuners.as_lora import as_stock, check_target, is_of_diffusers, target_experts, warn_of_parts
-from peft_dynamic.tuners.checkpoint import check_fits
+from peft_dynamic.tuners.checkpoint import CheckedLoading
 from peft_dynamic.tuners.factors import is_viewed, keep_together
 from peft_dynamic.tuners.lora_fields import check_variant
 
 
-class ComputedLoraModel(LoraModel):
+class ComputedLoraModel(CheckedLoading, LoraModel):
     """PEFT's `LoraModel`, with a method's view put into every LoRA layer that it makes.
 
     Attributes:
@@ -108,15 +107,6 @@ class ComputedLoraModel(LoraModel):
             "path_initial_model_for_weight_conversion: it takes a changed start (PiSSA, OLoRA and their like) out of "
             f"an adapter, and {cls.method} has no such start. Leave it out; export_lora writes a stock LoRA."
         )
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """PEFT's, and refuse an incomplete or misshapen checkpoint before any of it is loaded."""
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_fits(model, config, adapter_name, remapped)
-        return remapped
 
     def _weighted(self, config: Any, adapter_name: str) -> Any:
         """The configuration that an adapter combined from this one and others has: it stores what it shows."""

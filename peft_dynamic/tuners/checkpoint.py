@@ -146,3 +146,18 @@ def _naming_what_lacks(stock: Any) -> Any:
 for module in (peft, peft.utils, peft_model):  # by which names callers have it
     if not hasattr(module.set_peft_model_state_dict, "of_peft_dynamic"):
         module.set_peft_model_state_dict = _naming_what_lacks(module.set_peft_model_state_dict)
+
+
+class CheckedLoading:
+    """Mixed into a tuner: refuses an incomplete or misshapen checkpoint before any of it is loaded."""
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        tuner: Any = super()
+        remapped: dict[str, torch.Tensor] = tuner._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        check_fits(model, config, adapter_name, remapped)
+        return remapped

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from importlib import import_module
 from typing import Any
 
 import torch
 
+from peft_dynamic.hosts.modes import eval_mode
 from peft_dynamic.hosts.quantization import unpack_bnb_4bit
 from peft_dynamic.trainers.rewards.nlu import nlu_parse, nlu_prompt
 from peft_dynamic.trainers.rewards.nlu_tasks import HIGHEST_SIMILARITY, NLUTask, Row, task_named
@@ -76,7 +76,7 @@ def _generate(model: Any, tokenizer: Any, prompts: list[str], batch_size: int, l
     unpack_bnb_4bit(model)  # it may be trained after this
     # All that generation_config.json may ask of sampling is off, or generate() would warn of it.
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "max_new_tokens": limit}
-    with _in_eval_mode(model):
+    with eval_mode(model):
         for first in range(0, len(order), batch_size):
             some = order[first : first + batch_size]
             batch = tokenizer.pad({"input_ids": [ids[i] for i in some]}, padding_side="left", return_tensors="pt")
@@ -86,17 +86,6 @@ def _generate(model: Any, tokenizer: Any, prompts: list[str], batch_size: int, l
             for i, answer in zip(some, answers, strict=True):
                 completions[i] = answer
     return completions
-
-
-@contextmanager
-def _in_eval_mode(model: Any) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def nlu_metrics(task: str, predictions: Predictions, rows: Sequence[Row]) -> dict[str, float]:

@@ -23,7 +23,7 @@ from peft_dynamic.hosts.blocks import linear_features, original_modules
 from peft_dynamic.hosts.quantization import unpack_bnb_4bit
 from peft_dynamic.tuners.also_trained import AlsoTrained, Extras, check_tt_shape
 from peft_dynamic.tuners.as_lora import check_target, refuse_experts
-from peft_dynamic.tuners.checkpoint import check_fits
+from peft_dynamic.tuners.checkpoint import CheckedLoading
 from peft_dynamic.tuners.factors import keep_together
 from peft_dynamic.tuners.loretta_adp.config import LorettaAdpConfig
 from peft_dynamic.tuners.loretta_adp.layer import CANNOT_MERGE, LorettaAdpLayer
@@ -117,7 +117,7 @@ def _in_chosen_block(name: str, config: LorettaAdpConfig) -> bool:
     return bool(check_target_module_exists(rule, f"model.{name}"))
 
 
-class LorettaAdpModel(AlsoTrained, BaseTuner):
+class LorettaAdpModel(AlsoTrained, CheckedLoading, BaseTuner):
     """A model with LoRETTA_adp adapters, made by `get_peft_model(model, LorettaAdpConfig(...))`.
 
     Bad settings are refused before the model is changed. Not mergeable: merging raises, `unload()` gives the base model
@@ -160,15 +160,6 @@ class LorettaAdpModel(AlsoTrained, BaseTuner):
         if key in self._plan.excluded:
             return _ExcludedModule()
         return key in self._plan.targets
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """PEFT's, and refuse a checkpoint that does not fit before any of it is loaded."""
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_fits(model, config, adapter_name, remapped)
-        return remapped
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
         check_target(peft_config, model, target_name)
