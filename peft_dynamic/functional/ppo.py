@@ -14,8 +14,8 @@ A completion of n tokens is an episode of n steps. State t is the prompt with th
     (8)  beta <- beta (1 + e n / horizon),  e = clip(KL / target - 1, -0.2, 0.2)   Ziegler et al., section 2.2
 
 Notable: in (4) the value behind the last token is 0 only if the episode is over. One that was merely cut off may take
-V(s_n) there, as for any other time limit (Pardo et al.), but then it must have no score: a score is the outcome of the
-whole, and with both each value is asked to be the next one's plus the score, without end.
+V(s_n) there, as for any other time limit (Pardo et al.), but then it must have no score. With both, and gamma = 1, the
+target of a value is the next value plus the score: it grows by one score at each step, and diverges.
 
 Sources: Schulman, Wolski, Dhariwal, Radford, Klimov: Proximal Policy Optimization Algorithms, 2017, arXiv 1707.06347.
 Schulman, Moritz, Levine, Jordan, Abbeel: High-Dimensional Continuous Control Using Generalized Advantage Estimation,
