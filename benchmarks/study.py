@@ -89,7 +89,7 @@ class Study:
     def changed(self, values: dict[str, Any]) -> "Study":
         """With other values of the cells' settings, of the seeds and blocks, or of `[settings]`."""
         study, settings = self, deepcopy(self.settings)
-        of_cells = {*self.grid, *self.lookup, *(name for block in self.runs for name in block)}
+        of_cells = {*self.grid, *self.lookup, *(name for block in self.runs for name in block)} - {"seed"}
         for name, value in values.items():
             if name in ("seeds", "runs"):
                 study = replace(study, **{name: as_list(value)})
