@@ -90,11 +90,8 @@ def run(cell: Cell, context: Context) -> dict[str, Any]:
         shutil.copytree(context.paths["peft"] / "tests", tests)
         target = tests / "test_custom_models.py"
         target.write_text(changed(target.read_text(encoding="utf-8")), encoding="utf-8")
-        environment = os.environ | {
-            "YARDSTICK_CONFIG": config,
-            "YARDSTICK_CASES": json.dumps(cases),
-            "PYTHONPATH": root,
-        }
+        environment = os.environ | {"YARDSTICK_CONFIG": config, "YARDSTICK_CASES": json.dumps(cases)}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-W", "ignore"]
         command += ["-p", "no:cacheprovider", "--tb=short", "-k", "yardstick", str(target)]
         result = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
