@@ -96,12 +96,63 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
-def work(variant: str, model: str | None, rollouts: int) -> None:
-    """Run one variant, a rollout for each line on stdin."""
+def trl_trainer(model: str | None, rollouts: int, ids: list[list[int]], shared: dict[str, Any]) -> Any:
     from datasets import Dataset
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    config = PPOConfig(
+        response_length=RESPONSE,
+        total_episodes=BATCH * rollouts,
+        num_sample_generations=0,
+        gradient_checkpointing=False,
+        **shared,
+    )
+    return PPOTrainer(
+        args=config,
+        processing_class=tokenizer(),
+        model=policy(model),
+        ref_model=None,
+        reward_model=classifier(),
+        value_model=classifier(),
+        train_dataset=Dataset.from_dict({"input_ids": ids}),
+        eval_dataset=Dataset.from_dict({"input_ids": ids[:BATCH]}),
+        peft_config=adapter(),
+    )
+
+
+def our_trainer(variant: str, model: str | None, rollouts: int, ids: list[list[int]], shared: dict[str, Any]) -> Any:
+    from datasets import Dataset
+
+    from peft_dynamic.trainers import PPOConfig, PPOTrainer
+
+    models = variant == "models"
+    config = PPOConfig(
+        max_completion_length=RESPONSE,
+        stop_token=None,
+        max_steps=rollouts * EPOCHS,
+        kl_coef=0.0 if variant == "no-kl" else 0.05,
+        **shared,
+    )
+    return PPOTrainer(
+        policy(model),
+        classifier() if models else lambda completions, **_: [float(len(text) % 7) for text in completions],
+        config,
+        train_dataset=Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in row) for row in ids]}),
+        processing_class=tokenizer(),
+        reward_processing_classes=tokenizer() if models else None,
+        value_model=classifier() if models else None,
+        peft_config=adapter(),
+    )
+
+
+def adapter() -> Any:
     from peft import LoraConfig
 
-    lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+def work(variant: str, model: str | None, rollouts: int) -> None:
+    """Run one variant, a rollout for each line on stdin."""
     shared: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": BATCH,
@@ -118,49 +169,12 @@ def work(variant: str, model: str | None, rollouts: int) -> None:
     }
     ids = prompts(BATCH * rollouts)
     if variant == "trl":
-        from trl.experimental.ppo import PPOConfig, PPOTrainer
-
+        trainer = trl_trainer(model, rollouts, ids, shared)
         turns = turn_taking(lambda state: state.global_step)
-        trainer: Any = PPOTrainer(
-            args=PPOConfig(
-                response_length=RESPONSE,
-                total_episodes=BATCH * rollouts,
-                num_sample_generations=0,
-                gradient_checkpointing=False,
-                **shared,
-            ),
-            processing_class=tokenizer(),
-            model=policy(model),
-            ref_model=None,
-            reward_model=classifier(),
-            value_model=classifier(),
-            train_dataset=Dataset.from_dict({"input_ids": ids}),
-            eval_dataset=Dataset.from_dict({"input_ids": ids[:BATCH]}),
-            peft_config=lora,
-            callbacks=[turns],
-        )
     else:
-        from peft_dynamic.trainers import PPOConfig, PPOTrainer
-
+        trainer = our_trainer(variant, model, rollouts, ids, shared)
         turns = turn_taking(lambda state: state.global_step // EPOCHS)
-        models = variant == "models"
-        trainer = PPOTrainer(
-            policy(model),
-            classifier() if models else lambda completions, **_: [float(len(text) % 7) for text in completions],
-            PPOConfig(
-                max_completion_length=RESPONSE,
-                stop_token=None,
-                max_steps=rollouts * EPOCHS,
-                kl_coef=0.0 if variant == "no-kl" else 0.05,
-                **shared,
-            ),
-            train_dataset=Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in row) for row in ids]}),
-            processing_class=tokenizer(),
-            reward_processing_classes=tokenizer() if models else None,
-            value_model=classifier() if models else None,
-            peft_config=lora,
-            callbacks=[turns],
-        )
+    trainer.add_callback(turns)
     print("TURN", json.dumps({"before": resident()}), flush=True)
     turns.wait()
     trainer.train()
