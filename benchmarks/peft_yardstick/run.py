@@ -93,7 +93,8 @@ def run(cell: Cell, context: Context) -> dict[str, Any]:
         environment = os.environ | {"YARDSTICK_CONFIG": config, "YARDSTICK_CASES": json.dumps(cases)}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-W", "ignore"]
-        command += ["-p", "no:cacheprovider", "--tb=short", "-k", "yardstick", str(target)]
+        # in PEFT's own order: in a random one some of them disturb each other
+        command += ["-p", "no:randomly", "-p", "no:cacheprovider", "--tb=short", "-k", "yardstick", str(target)]
         result = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
     print(result.stdout, result.stderr[-2000:])
     counts = {name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|skipped|error)", result.stdout)}
