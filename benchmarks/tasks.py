@@ -1,12 +1,8 @@
-"""What the quality benchmarks share: a task's rows, their batches, one training loop and one evaluation.
-
-Run the benchmarks that import this from the repository root, with PYTHONPATH=. set.
-"""
+"""What the studies of quality share: a task's rows, their batches, one way to train and one to evaluate."""
 
 import json
 import random
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,21 +19,24 @@ from transformers import (
     set_seed,
 )
 
+from benchmarks.training import adamw, descended, fit
+
 Row = dict[str, Any]
 Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Task:
-    """Data and training length, the same for every method."""
+    """Data and batches, the same for every method."""
 
     model: str
-    targets: tuple[str, ...]
+    targets: list[str]
     max_length: int
-    steps: int
     batch_size: int
-    extra_eval: int  # training rows that are kept out of training and evaluated on as well
+    extra_eval: int = 0  # training rows that are kept out of training and evaluated on as well
     eval_rows: int | None = None  # the first so many rows of the validation file; None for all
+    metric: str = "accuracy"
+    tune_rows: int = 0  # more rows that are kept out of training, to choose settings on
 
 
 def read(path: Path) -> list[Row]:
@@ -128,18 +127,17 @@ def collate(rows: list[Row], pad: int) -> Batch:
 
 
 class Data:
-    """Tokenised rows of a task: training batches by seed, and the evaluation batches.
+    """Tokenised rows of a task: training batches by seed, and the batches to evaluate on and to choose settings on.
 
-    With `tune_rows` so many more rows are kept out of training, for `tuning`. The validation rows of a file of
-    several tasks are those that come first of each, as many of one as of another.
+    The validation rows of a file of several tasks are those that come first of each, as many of one as of another.
     """
 
-    def __init__(self, name: str, task: Task, data: Path, models: Path, tune_rows: int = 0) -> None:
+    def __init__(self, name: str, task: Task, data: Path, models: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(models / task.model)
         self.pad, self.batch_size = tokenizer.pad_token_id, task.batch_size
         self.evaluation_size = 64 if task.model == "minilm" else 12
         raw = read(data / name / "train.jsonl")
-        held, validation = task.extra_eval + tune_rows, read(data / name / "validation.jsonl")
+        held, validation = task.extra_eval + task.tune_rows, read(data / name / "validation.jsonl")
         by_task: dict[str, list[Row]] = {}
         for row in validation:
             by_task.setdefault(row.get("task", ""), []).append(row)
@@ -206,20 +204,16 @@ def loss_of(logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean")
 
 def train(model: torch.nn.Module, data: Data, steps: int, lr: float, seed: int) -> float:
     """Milliseconds per step, the median."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    optimizer = adamw(model.parameters(), lr)
     schedule = get_linear_schedule_with_warmup(optimizer, round(0.06 * steps), steps)
     model.train()
-    times = []
-    for batch in data.batches(steps, seed):
-        start = time.perf_counter()
-        loss_of(*logits_and_labels(model, batch)).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2] * 1e3
+    taken = fit(
+        optimizer,
+        schedule,
+        data.batches(steps, seed),
+        lambda batch: descended(loss_of(*logits_and_labels(model, batch))),
+    )
+    return sorted(step.seconds for step in taken)[len(taken) // 2] * 1e3
 
 
 def score(metric: str, predicted: torch.Tensor, labels: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""What the cost benchmarks share: steps and calls timed in turn, their ratios, and peak memory.
+"""What the studies of cost share: steps and calls timed in turn, their ratios, and peak memory.
 
 The machine is noisy, so each variant is timed once a round, in one process, in an order that rotates: read the ratios.
 """
@@ -6,10 +6,10 @@ The machine is noisy, so each variant is timed once a round, in one process, in 
 import json
 import re
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -70,19 +70,41 @@ def peak_memory(work: Callable[[], Any]) -> float:
 
     VmHWM, not getrusage's ru_maxrss: the latter begins at the peak of the process that started this one.
     """
-    before = _status("VmRSS")
+    before = resident("VmRSS")
     work()
-    return _status("VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def _status(name: str) -> float:
-    """MiB, of this process."""
+def resident(name: str) -> float:
+    """MiB, of this process: "VmRSS" what it has, "VmHWM" the most that it has had."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) / 1024
 
 
-def printed_by(script: str, *arguments: str) -> float:
-    """The last word that a script prints when run in a process of its own."""
-    command = [sys.executable, script, *arguments]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of a module returns when it is called on one thread in a process that does nothing else."""
+    with ProcessPoolExecutor(
+        1, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def memory_of(
+    function: Callable[..., float], variants: Iterable[str], reference: str, *arguments: Any
+) -> dict[str, Any]:
+    """MiB that each variant's own process grows by, and over the reference's."""
+    grown = {variant: in_own_process(function, variant, *arguments) for variant in variants}
+    return {variant: {"mib": mib, "ratio": mib / grown[reference]} for variant, mib in grown.items()}
+
+
+def shown_ratio(found: dict[str, Any] | None, key: str = "ratio_median", digits: int = 3) -> str:
+    """A cell of a table, empty where it was not measured."""
+    return "" if found is None else f"{found[key]:.{digits}f}"
+
+
+def shown_quartiles(found: dict[str, Any] | None, digits: int = 3) -> str:
+    if found is None:
+        return ""
+    low, _, high = found["ratio_quartiles"]
+    return f"{low:.{digits}f} to {high:.{digits}f}"

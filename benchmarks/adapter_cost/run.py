@@ -1,42 +1,27 @@
 """What MoSLoRA and LoRETTA cost beside PEFT's LoRA of r=8: step time, peak memory and inference.
 
-    PYTHONPATH=. python benchmarks/adapter_cost/run.py --model DIR [--rounds 20] [--out FILE]
-
-DIR holds SmolLM2-135M-Instruct; the other model is RoBERTa of RobertaConfig's default size, with random weights.
-Beside each LoRETTA there is one that contracts its tensor trains as its authors do: all cores to the whole tensor, one
-after another, then one product. Times are taken in turn, in one process, since the machine is noisy: read the ratios.
-Peak memory is each variant's own process: the highest resident size during the steps less that before the first.
+One model is SmolLM2-135M-Instruct, the other RoBERTa of RobertaConfig's default size, with random weights. Beside each
+LoRETTA there is one that contracts its tensor trains as its authors do: all cores to the whole tensor, one after
+another, then one product. Times are taken in turn, in one process; peak memory is each variant's own process.
 """
 
-import argparse
-import json
 import math
-import platform
 import random
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, RobertaConfig, RobertaForSequenceClassification
 
-from benchmarks.adapter_quality.run import METHODS
-from benchmarks.timing import batch, in_turn, peak_memory, printed_by, ratios, step, with_optimizer
+from benchmarks.adapter_quality.run import adapted
+from benchmarks.study import Cell, Context, load
+from benchmarks.summary import table
+from benchmarks.timing import batch, in_turn, memory_of, peak_memory, ratios, shown_ratio, step, with_optimizer
 
 BATCH, LENGTH = 4, 64
-VARIANTS = [
-    "lora",
-    "moslora",
-    "moslora-orthogonal",
-    "loretta-rep",
-    "loretta-rep authors",
-    "loretta-adp",
-    "loretta-adp authors",
-]
 # Modules that LoRA's kind adapts, those that an adapter follows, the dense layer of the head, and the task type.
 MODELS = {
     "smollm2": (("q_proj", "v_proj"), ("self_attn.o_proj", "mlp.down_proj"), None, "CAUSAL_LM"),
@@ -153,8 +138,7 @@ def prepared(name: str, variant: str, folder: Path) -> nn.Module:
     if authors:
         return as_authors(base, method.removeprefix("loretta-"), name)
     targets, *_, task_type = MODELS[name]
-    common = {"target_modules": list(targets), "lora_alpha": 16} if METHODS[method].targeted else {}
-    return get_peft_model(base, METHODS[method].config(task_type=task_type, **common))
+    return adapted(base, task_type, load("adapter_quality").settings["methods"][method], list(targets))
 
 
 def inputs(name: str, folder: Path) -> dict[str, torch.Tensor]:
@@ -192,60 +176,31 @@ def measured(name: str, variants: list[str], folder: Path, rounds: int) -> dict[
     return result
 
 
-def grown(name: str, variant: str, folder: Path) -> float:
+def grown(variant: str, name: str, folder: Path) -> float:
     """MiB that five steps need."""
     trained, given = with_optimizer(prepared(name, variant, folder)), inputs(name, folder)
     return peak_memory(lambda: [step(*trained, **given) for _ in range(5)])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"))
-    parser.add_argument("--memory-of", nargs=2, metavar=("MODEL", "VARIANT"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.memory_of:
-        print(grown(*args.memory_of, args.model))
-        return
-    if "lora" not in args.variants:
-        parser.error("the ratios need lora among --variants")
-    record: dict[str, Any] = {
-        "what": f"float32, r=8 or tensor rank 5, batch {BATCH} x {LENGTH}, in training and in the forward pass",
-        "machine": {"cpu": platform.processor() or platform.machine(), "threads": args.threads},
-        "versions": {name: version(name) for name in ("torch", "peft", "transformers")},
-        "rounds": args.rounds,
-        "models": {},
-    }
-    for name in args.models:
-        memory = {
-            variant: printed_by(
-                __file__, "--model", str(args.model), "--threads", str(args.threads), "--memory-of", name, variant
-            )
-            for variant in args.variants
-        }
-        record["models"][name] = {
-            "peak_memory_mib": {
-                variant: {"mib": mib, "ratio": mib / memory["lora"]} for variant, mib in memory.items()
-            },
-            **measured(name, args.variants, args.model, args.rounds),
-        }
-        args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+def run(cell: Cell, context: Context) -> dict[str, Any]:
+    name, variants, folder = cell["model"], context.settings["variants"], context.paths["models"] / "smollm2"
+    if "lora" not in variants:
+        raise SystemExit("the ratios need lora among the variants")
+    if cell["part"] == "memory":
+        return {"models": {name: {"peak_memory_mib": memory_of(grown, variants, "lora", name, folder)}}}
+    return {"models": {name: measured(name, variants, folder, context.settings["rounds"])}}
+
+
+def report(record: dict[str, Any], context: Context) -> str:
+    tables = []
     for name, result in record["models"].items():
-        print(f"| {name} | trainable | step | forward | one token | peak memory | step over the authors' |")
-        print("|---" * 7 + "|")
-        for variant, size in result["trainable"].items():
-            timed = [result[what][variant] for what in ("training_step", "forward", "one token")]
-            cells = [f"{each['ratio_median']:.3f}" for each in timed]
-            cells.append(f"{result['peak_memory_mib'][variant]['ratio']:.3f}")
-            authors = timed[0].get("over_authors")
-            cells.append(f"{authors['ratio_median']:.3f}" if authors else "")
-            print(f"| {variant} | {size:,} | {' | '.join(cells)} |")
-
-
-if __name__ == "__main__":
-    main()
+        lines = []
+        for variant, mib in (result.get("trainable") or result["peak_memory_mib"]).items():
+            timed = [result.get(what, {}).get(variant) for what in ("training_step", "forward", "one token")]
+            size = f"{mib:,}" if "trainable" in result else ""
+            memory = shown_ratio(result.get("peak_memory_mib", {}).get(variant), "ratio")
+            authors = shown_ratio((timed[0] or {}).get("over_authors"))
+            lines.append([variant, size, *map(shown_ratio, timed), memory, authors])
+        header = [name, "trainable", "step", "forward", "one token", "peak memory", "step over the authors'"]
+        tables.append(table(header, lines))
+    return "\n\n".join(tables)

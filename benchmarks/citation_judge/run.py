@@ -1,14 +1,11 @@
 """What a judge of examples/train_entailment.py is worth for `evaluate_citations`.
 
-    PYTHONPATH=. python benchmarks/citation_judge/run.py --data DATA --judge OUTPUT [OUTPUT ...]
-
-OUTPUT is what the example has written: `scores.json` for its validation rows, and the model. The first model is then
-used on data that it was not trained on, cited answers that people found right (alce_citation_sft, without its
-augmentations): their citations as they are, each replaced by another passage of the same question, and with the
-passages of another question.
+The judge is what the example has written: `scores.json` for its validation rows, and the model. The model is used on
+data that it was not trained on, cited answers that people found right (alce_citation_sft, without its augmentations):
+their citations as they are, each replaced by another passage of the same question, and with the passages of another
+question.
 """
 
-import argparse
 import json
 import random
 import re
@@ -17,15 +14,13 @@ from typing import Any
 
 import torch
 
-from peft_dynamic.trainers.citation.entailment import EntailmentCache, EntailmentModel
-from peft_dynamic.trainers.citation.evaluate import evaluate_citations
+from benchmarks.study import Cell, Context, Row
+from benchmarks.summary import table
+from benchmarks.tasks import read
+from peft_dynamic.citations.entailment import EntailmentCache, EntailmentModel
+from peft_dynamic.citations.evaluate import evaluate_citations
 
 SEEDS = (0, 1, 2)
-Row = dict[str, Any]
-
-
-def read(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def answers(data: Path) -> list[Row]:
@@ -72,19 +67,25 @@ def sanity(judge: EntailmentCache, data: Path) -> Row:
     return found
 
 
-def main(arguments: argparse.Namespace) -> None:
-    model = EntailmentModel(arguments.judge[0] / "model", dtype=torch.bfloat16, batch_size=16)
-    judge = EntailmentCache(model, arguments.cache)
-    scores = {folder.name: json.loads((folder / "scores.json").read_text()) for folder in arguments.judge}
-    result: Row = {"validation": scores}
-    result["citations"] = sanity(judge, arguments.data)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+def run(cell: Cell, context: Context) -> dict[str, Any]:
+    folder = context.paths["judge"]
+    if cell["part"] == "validation":
+        return {"validation": {folder.name: json.loads((folder / "scores.json").read_text(encoding="utf-8"))}}
+    model = EntailmentModel(folder / "model", dtype=torch.bfloat16, batch_size=16)
+    judge = EntailmentCache(model, Path(context.settings["cache"]) if context.settings["cache"] else None)
+    return {"citations": sanity(judge, context.paths["data"])}
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--judge", type=Path, nargs="+", required=True)
-    parser.add_argument("--cache", type=Path, help="a file for the judge's answers")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.json")
-    main(parser.parse_args())
+def report(record: dict[str, Any], context: Context) -> str:
+    scores = [
+        [judge, rows, f"{found['auc']:.3f}", f"{found['balanced_accuracy']:.3f}", found["rows"]]
+        for judge, sets in record["validation"].items()
+        for rows, found in sets.items()
+        if "auc" in found
+    ]
+    cited = [
+        [name, *(", ".join(f"{value:.1f}" for value in found[f"citation_{what}"]) for what in ("recall", "precision"))]
+        for name, found in record.get("citations", {}).items()
+    ]
+    validation = table(["judge", "data", "AUC", "balanced accuracy", "rows"], scores)
+    return validation + "\n\n" + table(["citations", "recall", "precision"], cited)

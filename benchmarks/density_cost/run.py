@@ -1,17 +1,10 @@
 """What the density loss adds to a training step of LoRA: time and peak memory, fused and as plain autograd.
 
-    PYTHONPATH=. python benchmarks/density_cost/run.py --models DIR [--rounds 20] [--out FILE]
-
-DIR holds minilm and smollm2. Steps are taken in turn, in one process, since the machine is noisy: read the ratios. All
-variants train the same LoRA on every linear layer, in float32. Peak memory is each variant's own process: the highest
-resident size during the steps less that before the first.
+Steps are taken in turn, in one process. All variants train the same LoRA on every linear layer, in float32. Peak memory
+is each variant's own process.
 """
 
-import argparse
-import json
-import platform
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +12,19 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from benchmarks.timing import batch, in_turn, peak_memory, printed_by, ratios, step, with_optimizer
+from benchmarks.study import Cell, Context
+from benchmarks.summary import table
+from benchmarks.timing import (
+    batch,
+    in_turn,
+    memory_of,
+    peak_memory,
+    ratios,
+    shown_quartiles,
+    shown_ratio,
+    step,
+    with_optimizer,
+)
 from peft_dynamic import ActivationDensityLoss
 
 # Model -> batch size, tokens, what LoRA adapts
@@ -66,58 +71,27 @@ def given(name: str, folder: Path) -> dict[str, torch.Tensor]:
     return {"ids": ids, "labels": torch.arange(size) % 2} if kind == "SEQ_CLS" else {"ids": ids}
 
 
-def grown(name: str, variant: str, folder: Path) -> float:
+def grown(variant: str, name: str, folder: Path) -> float:
     """MiB that five steps need."""
     trained, inputs = with_optimizer(prepared(name, variant, folder)), given(name, folder)
     return peak_memory(lambda: [step(*trained, **inputs) for _ in range(5)])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    parser.add_argument("--parts", nargs="+", choices=["step", "peak_memory"], default=["step", "peak_memory"])
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"))
-    parser.add_argument("--memory-of", nargs=2, metavar=("MODEL", "VARIANT"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.memory_of:
-        print(grown(*args.memory_of, args.models))
-        return
-    record: dict[str, Any] = {
-        "what": "LoRA r=8 on all linear layers, float32; batch and tokens of each model: "
-        + ", ".join(f"{name} {size} x {length}" for name, (size, length, _) in MODELS.items()),
-        "machine": {"cpu": platform.processor() or platform.machine(), "threads": args.threads},
-        "versions": {name: version(name) for name in ("torch", "peft", "transformers")},
-        "rounds": args.rounds,
-        "models": {name: {} for name in args.only},
-    }
-    if len(args.parts) < 2 and args.out.exists():  # the other part is kept
-        record = json.loads(args.out.read_text(encoding="utf-8"))
-    if "step" in args.parts:
-        record["rounds"] = args.rounds
-    for name in args.only if "step" in args.parts else []:
-        models = {v: with_optimizer(prepared(name, v, args.models)) for v in args.variants}
-        inputs = given(name, args.models)
-        times = in_turn({v: partial(step, *each, **inputs) for v, each in models.items()}, args.rounds)
-        record["models"][name]["step"] = ratios(times, "lora")
-        del models
-    for name in args.only if "peak_memory" in args.parts else []:
-        common = ("--models", str(args.models), "--threads", str(args.threads), "--memory-of", name)
-        found = {v: printed_by(__file__, *common, v) for v in args.variants}
-        record["models"][name]["peak_memory"] = {
-            v: {"mib": mib, "ratio": mib / found["lora"]} for v, mib in found.items()
-        }
-    args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+def run(cell: Cell, context: Context) -> dict[str, Any]:
+    name, folder = cell["model"], context.paths["models"]
+    if cell["part"] == "peak_memory":
+        return {"models": {name: {"peak_memory": memory_of(grown, VARIANTS, "lora", name, folder)}}}
+    models = {variant: with_optimizer(prepared(name, variant, folder)) for variant in VARIANTS}
+    inputs = given(name, folder)
+    times = in_turn({v: partial(step, *each, **inputs) for v, each in models.items()}, context.settings["rounds"])
+    return {"models": {name: {"step": ratios(times, "lora")}}}
+
+
+def report(record: dict[str, Any], context: Context) -> str:
+    lines = []
     for name, result in record["models"].items():
-        for v in args.variants:
-            taken = result.get("step", {}).get(v, {}).get("ratio_median", float("nan"))
-            memory = result.get("peak_memory", {}).get(v, {}).get("ratio", float("nan"))
-            print(f"| {name} | {v} | step {taken:.3f} | peak memory {memory:.3f} |")
-
-
-if __name__ == "__main__":
-    main()
+        for variant in VARIANTS[1:]:
+            taken = result.get("step", {}).get(variant)
+            memory = shown_ratio(result.get("peak_memory", {}).get(variant), "ratio")
+            lines.append([f"{name}, {variant}", shown_ratio(taken), shown_quartiles(taken), memory])
+    return table(["over LoRA alone", "step", "quartiles", "peak memory"], lines)

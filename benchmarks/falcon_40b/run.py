@@ -1,18 +1,11 @@
 """QDyLoRA on a model of Falcon-40B's shape in under 32 GiB of GPU memory, the paper's headline, with random weights.
 
-    python benchmarks/falcon_40b/run.py [--steps 20] [--out benchmarks/falcon_40b/results.json]
-    python benchmarks/falcon_40b/run.py --toy        # a few small layers, on a CPU
-
 The weights are made and quantised to NF4 one layer at a time on the device: the memory and the time do not depend on
 their values. Ranks 1, 2, 4, ..., 64, every linear layer of each block, batch 1 x 512, gradient checkpointing, paged
-AdamW.
+AdamW. --tiny takes a few small layers, on a CPU.
 """
 
-import argparse
-import json
 import time
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
@@ -22,28 +15,8 @@ from peft import get_peft_model
 from torch import nn
 from transformers import FalconConfig, FalconForCausalLM
 
+from benchmarks.study import Cell, Context
 from peft_dynamic import QDyLoRAConfig
-
-# tiiuae/falcon-40b's config.json
-FALCON_40B = {
-    "vocab_size": 65024,
-    "hidden_size": 8192,
-    "num_hidden_layers": 60,
-    "num_attention_heads": 128,
-    "num_kv_heads": 8,
-    "new_decoder_architecture": True,
-    "multi_query": False,
-    "parallel_attn": True,
-    "alibi": False,
-    "bias": False,
-}
-TOY = FALCON_40B | {
-    "vocab_size": 512,
-    "hidden_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_kv_heads": 2,
-}
 
 
 def quantized_model(settings: dict[str, Any], device: torch.device, compute_dtype: torch.dtype) -> FalconForCausalLM:
@@ -86,39 +59,34 @@ def quantized_model(settings: dict[str, Any], device: torch.device, compute_dtyp
     return model.to(device)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--toy", action="store_true", help="two small layers instead of the 60 of Falcon-40B")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    on_gpu = torch.cuda.is_available()
-    if not on_gpu and not args.toy:
-        parser.error("Falcon-40B's shape needs a GPU with 32 GiB or more. Pass --toy to try the script on a CPU.")
-    device = torch.device("cuda" if on_gpu else "cpu")
+def prepared(shape: dict[str, Any], device: torch.device) -> Any:
     torch.manual_seed(0)
-    settings, length = (TOY, min(args.length, 64)) if args.toy else (FALCON_40B, args.length)
-    model = quantized_model(settings, device, torch.bfloat16)
+    model = quantized_model(shape, device, torch.bfloat16)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
-    model = get_peft_model(
-        model,
-        QDyLoRAConfig(
-            r=64,
-            lora_alpha=16,
-            lora_dropout=0.05,
-            rank_sampling="uniform",
-            target_modules=["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
-            task_type="CAUSAL_LM",
-        ),
+    config = QDyLoRAConfig(
+        r=64,
+        lora_alpha=16,
+        lora_dropout=0.05,
+        rank_sampling="uniform",
+        target_modules=["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+        task_type="CAUSAL_LM",
     )
+    return get_peft_model(model, config)
+
+
+def run(cell: Cell, context: Context) -> dict[str, Any]:
+    options, on_gpu = context.settings, torch.cuda.is_available()
+    if not on_gpu and options["shape"]["num_hidden_layers"] > 8:
+        raise SystemExit("Falcon-40B's shape needs a GPU with 32 GiB or more. Pass --tiny to try it on a CPU.")
+    device = torch.device("cuda" if on_gpu else "cpu")
+    model = prepared(options["shape"], device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = bnb.optim.PagedAdamW32bit(trained, lr=1e-4) if on_gpu else torch.optim.AdamW(trained, lr=1e-4)
     schedule = next(m.lora_views["default"].schedule for m in model.modules() if hasattr(m, "lora_views"))
-    ids = torch.randint(0, settings["vocab_size"], (1, length), device=device)
+    ids = torch.randint(0, options["shape"]["vocab_size"], (1, options["length"]), device=device)
     steps = []
-    for _ in range(args.steps):
+    for _ in range(options["steps"]):
         start = time.perf_counter()
         rank = schedule.drawn
         loss = model.train()(input_ids=ids, labels=ids).loss
@@ -127,22 +95,13 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         steps.append({"rank": rank, "loss": float(loss.detach()), "seconds": time.perf_counter() - start})
-    record = {
-        "what": "toy" if args.toy else "Falcon-40B's shape, random weights, NF4",
+    return {
         "parameters": sum(getattr(p, "quant_state", p).shape.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in trained),
-        "length": length,
+        "length": options["length"],
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "peak_allocated_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
         "under_32_gib": torch.cuda.max_memory_allocated() < 32 * 2**30 if on_gpu else None,
         "ranks_seen": sorted({each["rank"] for each in steps}),
-        "versions": {name: version(name) for name in ("torch", "peft", "transformers", "bitsandbytes")},
         "steps": steps,
     }
-    print(json.dumps(record, indent=1))
-    if args.out:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

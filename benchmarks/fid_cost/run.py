@@ -1,29 +1,23 @@
 """Time and memory of a training step with passages encoded apart (FiD) and as one encoder input, 2 to 40 passages.
 
-    PYTHONPATH=. python benchmarks/fid_cost/run.py
-
 A T5 of T5-small's shape with random weights, 64 tokens a passage, an answer of 32 tokens, one row, float32, one thread.
 The variants take turns in one process for the times; for the memory each has a process of its own.
 """
 
-import argparse
-import json
-import resource
 import statistics
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 from transformers import T5Config, T5ForConditionalGeneration
 
-from benchmarks.timing import in_turn
+from benchmarks.study import Cell, Context
+from benchmarks.summary import table
+from benchmarks.timing import in_own_process, in_turn, resident
 from peft_dynamic.trainers import FiDForConditionalGeneration
 
-HERE = Path(__file__).parent
-PASSAGES, TOKENS, ANSWER, REPEATS = (2, 5, 10, 20, 40), 64, 32, 3
+TOKENS, ANSWER = 64, 32
 VARIANTS = {"FiD": None, "FiD, one passage at a time": 1, "one encoder input": None}
 
 
@@ -45,76 +39,60 @@ def step(t5: Any, variant: str, passages: int) -> None:
     t5.zero_grad(set_to_none=False)  # the gradients' memory is part of the model's
 
 
-def memory(variant: str) -> dict[str, float]:
+def memory(variant: str, passages: list[int]) -> dict[str, float]:
     """MiB above the loaded model at the highest point so far, of more and more passages."""
     t5 = model()
     step(t5, "FiD", 2)  # the gradients' memory, and what the libraries take once
-    start = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    start = resident("VmRSS")
     peaks = {}
-    for count in PASSAGES[:-1]:  # as one input 40 take above 6 GB
+    for count in passages:
         step(t5, variant, count)
-        peaks[str(count)] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - start
+        peaks[str(count)] = resident("VmHWM") - start
     return peaks
 
 
-def times() -> dict[str, dict[str, float]]:
+def times(passages: list[int], rounds: int) -> dict[str, dict[str, float]]:
     t5 = model()
-    calls = {
-        f"{variant}|{count}": (lambda variant=variant, count=count: step(t5, variant, count))
-        for count in PASSAGES
-        for variant in VARIANTS
-    }
-    taken = in_turn(calls, REPEATS)
-    return {
-        variant: {str(count): statistics.median(taken[f"{variant}|{count}"]) for count in PASSAGES}
-        for variant in VARIANTS
-    }
+    calls = {f"{variant}|{n}": partial(step, t5, variant, n) for n in passages for variant in VARIANTS}
+    taken = in_turn(calls, rounds)
+    return {variant: {str(n): statistics.median(taken[f"{variant}|{n}"]) for n in passages} for variant in VARIANTS}
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def run(cell: Cell, context: Context) -> dict[str, Any]:
+    passages = context.settings["passages"]
+    if cell["part"] == "times":
+        return {"repeats": context.settings["rounds"], "seconds": times(passages, context.settings["rounds"])}
+    some = [count for count in passages if count < 40]  # as one input 40 take above 6 GB
+    return {"mib": {variant: in_own_process(memory, variant, some) for variant in VARIANTS}}
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+
+def plot(record: dict[str, Any], context: Context) -> None:
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, key, label in (
         (axes[0], "seconds", "seconds per training step"),
         (axes[1], "mib", "MiB above the model"),
     ):
         for variant, marker in zip(VARIANTS, "osx", strict=True):
-            found = results[key][variant]
+            found = record[key][variant]
             axis.plot([int(n) for n in found], [*found.values()], marker=marker, label=variant)
         axis.set_xlabel(f"passages of {TOKENS} tokens")
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
     axes[0].legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(context.folder / "cost.png", dpi=120)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory-of", choices=VARIANTS, help="print the peaks of this one")
-    parser.add_argument("--part", choices=["times", "memory"], help="only this, and keep the other of results.json")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    if arguments.memory_of:
-        print(json.dumps(memory(arguments.memory_of)))
-        return
-    file = HERE / "results.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
-    settings = {"tokens_per_passage": TOKENS, "answer_tokens": ANSWER, "repeats": REPEATS, "torch": torch.__version__}
-    results |= settings
-    if arguments.part in (None, "times"):
-        results["seconds"] = times()
-    if arguments.part in (None, "memory"):
-        command = [sys.executable, __file__, "--memory-of"]
-        results["mib"] = {
-            variant: json.loads(subprocess.run([*command, variant], check=True, capture_output=True, text=True).stdout)
-            for variant in VARIANTS
-        }
-    file.write_text(json.dumps(results, indent=2) + "\n")
-    if {"seconds", "mib"} <= results.keys():
-        plot(results, HERE / "cost.png")
-
-
-if __name__ == "__main__":
-    main()
+def report(record: dict[str, Any], context: Context) -> str:
+    tables = []
+    if {"seconds", "mib"} <= record.keys():
+        plot(record, context)
+    for key, title, digits in (("seconds", "seconds a step, passages", 2), ("mib", "MiB above the model, passages", 0)):
+        found = record.get(key, {})
+        counts = list(next(iter(found.values()), {}))
+        lines = [[variant, *(f"{each[n]:.{digits}f}" for n in counts)] for variant, each in found.items()]
+        if key == "seconds" and found:
+            own, whole = found["FiD"], found["one encoder input"]
+            lines.append(["one input / FiD", *(f"{whole[n] / own[n]:.2f}" for n in counts)])
+        tables.append(table([title, *counts], lines, right=range(1, len(counts) + 1)))
+    return "\n\n".join(tables)

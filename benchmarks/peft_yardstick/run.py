@@ -1,13 +1,9 @@
 """PEFT's own `tests/test_custom_models.py`, run with a config of ours in place of its cases.
 
-    python benchmarks/peft_yardstick/run.py --peft-checkout DIR [--config DyLoRAConfig] [--out result.json]
-
-DIR is a checkout of huggingface/peft (its tests are not in the wheel); nothing in it is changed. The twelve cases are
-MLP with one and two targets, modules_to_save, Embedding, Conv1D, Conv1d, Conv2d, Conv3d and MultiheadAttention.
-`--config LoraConfig` is the yardstick itself.
+Nothing in the checkout is changed. The twelve cases are MLP with one and two targets, modules_to_save, Embedding,
+Conv1D, Conv1d, Conv2d, Conv3d and MultiheadAttention. LoraConfig is the yardstick itself.
 """
 
-import argparse
 import json
 import os
 import re
@@ -17,6 +13,10 @@ import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+from benchmarks.study import Cell, Context
+from benchmarks.summary import table
 
 CASES = [
     ("MLP one", "MLP", {"target_modules": ["lin0"]}),
@@ -61,54 +61,50 @@ LARGER_RATE = ("MoSLoRAConfig", "LorettaRepConfig")
 LISTED = "or issubclass(config_cls, AdamssConfig)"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--peft-checkout", type=Path, required=True)
-    parser.add_argument("--config", default="DyLoRAConfig", help="a config class of peft_dynamic or peft")
-    parser.add_argument("--out", type=Path, help="where to write the counts as JSON")
-    args = parser.parse_args()
+def cases_of(config: str) -> list[tuple[str, str, dict[str, Any]]]:
+    if config in LINEAR_ONLY:
+        return [(name, model, kwargs | LINEAR_ONLY[config]) for name, model, kwargs in CASES if model == "MLP"]
+    if config != "DensityLoRAConfig":
+        return CASES
+    settings = {"density_weight": 0.0, "include_padding": True}
+    return [
+        (name, model, kwargs | settings | {"activation_modules": COUNTED.get(model, "relu")})
+        for name, model, kwargs in CASES
+    ]
+
+
+def changed(source: str) -> str:
+    """With our cases before the first model class: after PEFT's table, before the decorators that read it."""
+    marker = "\nclass MLP(nn.Module):"
+    assert source.count(marker) == 1, "PEFT's test file has changed its layout"
+    assert source.count(LISTED) == 1, "PEFT's list of methods with a larger learning rate has changed"
+    larger = f'{LISTED} or (model_id == "EmbConv1D" and config_cls.__name__ in {LARGER_RATE})'
+    return source.replace(LISTED, larger).replace(marker, INSERTED + marker)
+
+
+def run(cell: Cell, context: Context) -> dict[str, Any]:
+    config, root = cell["config"], str(Path(__file__).parents[2])
+    cases = cases_of(config)
     with tempfile.TemporaryDirectory() as work:
         tests = Path(work, "tests")
-        shutil.copytree(args.peft_checkout / "tests", tests)
+        shutil.copytree(context.paths["peft"] / "tests", tests)
         target = tests / "test_custom_models.py"
-        source = target.read_text(encoding="utf-8")
-        # before the first model class: after the table, before the decorators that read it
-        marker = "\nclass MLP(nn.Module):"
-        assert source.count(marker) == 1, "PEFT's test file has changed its layout"
-        assert source.count(LISTED) == 1, "PEFT's list of methods with a larger learning rate has changed"
-        source = source.replace(
-            LISTED, f'{LISTED} or (model_id == "EmbConv1D" and config_cls.__name__ in {LARGER_RATE})'
-        )
-        target.write_text(source.replace(marker, INSERTED + marker), encoding="utf-8")
-        cases = CASES
-        if args.config in LINEAR_ONLY:
-            cases = [
-                (name, model, kwargs | LINEAR_ONLY[args.config]) for name, model, kwargs in CASES if model == "MLP"
-            ]
-        if args.config == "DensityLoRAConfig":
-            settings = {"density_weight": 0.0, "include_padding": True}
-            cases = [
-                (name, model, kwargs | settings | {"activation_modules": COUNTED.get(model, "relu")})
-                for name, model, kwargs in CASES
-            ]
-        environment = os.environ | {"YARDSTICK_CONFIG": args.config, "YARDSTICK_CASES": json.dumps(cases)}
+        target.write_text(changed(target.read_text(encoding="utf-8")), encoding="utf-8")
+        environment = os.environ | {"YARDSTICK_CONFIG": config, "YARDSTICK_CASES": json.dumps(cases)}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-W", "ignore"]
-        command += ["-p", "no:cacheprovider", "--tb=short", "-k", "yardstick", str(target)]
+        # in PEFT's own order: in a random one some of them disturb each other
+        command += ["-p", "no:randomly", "-p", "no:cacheprovider", "--tb=short", "-k", "yardstick", str(target)]
         result = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
     print(result.stdout, result.stderr[-2000:])
     counts = {name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|skipped|error)", result.stdout)}
-    print(args.config, counts)
-    if args.out:
-        record = {
-            "config": args.config,
-            "peft": version("peft"),
-            "torch": version("torch"),
-            "cases": len(cases),
-            **counts,
-        }
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
-    return result.returncode
+    versions = {"peft": version("peft"), "torch": version("torch")}
+    return {config: {"config": config, **versions, "cases": len(cases), **counts}}
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def report(record: dict[str, Any], context: Context) -> str:
+    names = ("cases", "passed", "failed", "error", "skipped", "peft", "torch")
+    counts = {config: found for config, found in record.items() if config != "conditions"}
+    return table(
+        ["config", *names], [[config, *(found.get(name, 0) for name in names)] for config, found in counts.items()]
+    )

@@ -1,15 +1,11 @@
 """Time and memory of a rollout with its update, beside the PPOTrainer of TRL 1.12.0, the last release that had one.
 
-    pip install --no-deps --target TRL112 trl==1.12.0
-    OMP_NUM_THREADS=1 python benchmarks/ppo_cost/run.py --trl TRL112 [--model SMOLLM2]
-
 Both train the same policy with the same LoRA on prompts of 32 tokens, completions of exactly 48 and 4 PPO epochs over
 batches of 8. TRL's needs a model for the rewards and one for the values; ours is measured with a function and its
 value head, and with the same two models. Each variant is a process of its own, and they take turns, one rollout at a
 time. Seconds are CPU seconds of the process. Memory is what the process grows by from the start of training.
 """
 
-import argparse
 import io
 import json
 import os
@@ -21,7 +17,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.study import Cell, Context
 
 PROMPT, RESPONSE, BATCH, EPOCHS, VOCABULARY = 32, 48, 8, 4, 49152
 VARIANTS = {
@@ -31,7 +30,6 @@ VARIANTS = {
     "ours, without KL": "no-kl",
 }
 WARM_UP = 1
-RESULTS = Path(__file__).parent
 
 
 def tokenizer() -> Any:
@@ -98,12 +96,63 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
-def work(variant: str, model: str | None, rollouts: int) -> None:
-    """Run one variant, a rollout for each line on stdin."""
+def trl_trainer(model: str | None, rollouts: int, ids: list[list[int]], shared: dict[str, Any]) -> Any:
     from datasets import Dataset
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    config = PPOConfig(
+        response_length=RESPONSE,
+        total_episodes=BATCH * rollouts,
+        num_sample_generations=0,
+        gradient_checkpointing=False,
+        **shared,
+    )
+    return PPOTrainer(
+        args=config,
+        processing_class=tokenizer(),
+        model=policy(model),
+        ref_model=None,
+        reward_model=classifier(),
+        value_model=classifier(),
+        train_dataset=Dataset.from_dict({"input_ids": ids}),
+        eval_dataset=Dataset.from_dict({"input_ids": ids[:BATCH]}),
+        peft_config=adapter(),
+    )
+
+
+def our_trainer(variant: str, model: str | None, rollouts: int, ids: list[list[int]], shared: dict[str, Any]) -> Any:
+    from datasets import Dataset
+
+    from peft_dynamic.trainers import PPOConfig, PPOTrainer
+
+    models = variant == "models"
+    config = PPOConfig(
+        max_completion_length=RESPONSE,
+        stop_token=None,
+        max_steps=rollouts * EPOCHS,
+        kl_coef=0.0 if variant == "no-kl" else 0.05,
+        **shared,
+    )
+    return PPOTrainer(
+        policy(model),
+        classifier() if models else lambda completions, **_: [float(len(text) % 7) for text in completions],
+        config,
+        train_dataset=Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in row) for row in ids]}),
+        processing_class=tokenizer(),
+        reward_processing_classes=tokenizer() if models else None,
+        value_model=classifier() if models else None,
+        peft_config=adapter(),
+    )
+
+
+def adapter() -> Any:
     from peft import LoraConfig
 
-    lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+def work(variant: str, model: str | None, rollouts: int) -> None:
+    """Run one variant, a rollout for each line on stdin."""
     shared: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": BATCH,
@@ -120,49 +169,12 @@ def work(variant: str, model: str | None, rollouts: int) -> None:
     }
     ids = prompts(BATCH * rollouts)
     if variant == "trl":
-        from trl.experimental.ppo import PPOConfig, PPOTrainer
-
+        trainer = trl_trainer(model, rollouts, ids, shared)
         turns = turn_taking(lambda state: state.global_step)
-        trainer: Any = PPOTrainer(
-            args=PPOConfig(
-                response_length=RESPONSE,
-                total_episodes=BATCH * rollouts,
-                num_sample_generations=0,
-                gradient_checkpointing=False,
-                **shared,
-            ),
-            processing_class=tokenizer(),
-            model=policy(model),
-            ref_model=None,
-            reward_model=classifier(),
-            value_model=classifier(),
-            train_dataset=Dataset.from_dict({"input_ids": ids}),
-            eval_dataset=Dataset.from_dict({"input_ids": ids[:BATCH]}),
-            peft_config=lora,
-            callbacks=[turns],
-        )
     else:
-        from peft_dynamic.trainers import PPOConfig, PPOTrainer
-
+        trainer = our_trainer(variant, model, rollouts, ids, shared)
         turns = turn_taking(lambda state: state.global_step // EPOCHS)
-        models = variant == "models"
-        trainer = PPOTrainer(
-            policy(model),
-            classifier() if models else lambda completions, **_: [float(len(text) % 7) for text in completions],
-            PPOConfig(
-                max_completion_length=RESPONSE,
-                stop_token=None,
-                max_steps=rollouts * EPOCHS,
-                kl_coef=0.0 if variant == "no-kl" else 0.05,
-                **shared,
-            ),
-            train_dataset=Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in row) for row in ids]}),
-            processing_class=tokenizer(),
-            reward_processing_classes=tokenizer() if models else None,
-            value_model=classifier() if models else None,
-            peft_config=lora,
-            callbacks=[turns],
-        )
+    trainer.add_callback(turns)
     print("TURN", json.dumps({"before": resident()}), flush=True)
     turns.wait()
     trainer.train()
@@ -178,7 +190,8 @@ def answer(process: Any) -> dict[str, float]:
 def profile(model: str | None, rollouts: int) -> dict[str, float]:
     """Share of our time by what is done, from the inside: timers around the methods."""
     from peft_dynamic.trainers.ppo import scoring, trainer
-    from peft_dynamic.trainers.ppo.rollout import Generator
+    from peft_dynamic.trainers.ppo.completions import Generator
+    from peft_dynamic.trainers.ppo.rollout import Rollouts
 
     spent: dict[str, float] = {}
 
@@ -197,7 +210,7 @@ def profile(model: str | None, rollouts: int) -> dict[str, float]:
     from accelerate import Accelerator
 
     timed(Generator, "_generate", "generation")
-    timed(trainer.PPOTrainer, "_score", "old, reference and values")
+    timed(Rollouts, "score", "old, reference and values")
     timed(trainer.PPOTrainer, "compute_loss", "forward of the updates, with d logp / d hidden")
     timed(Accelerator, "backward", "backward of the updates")
     timed(scoring, "token_logprobs", "of all that: the head (vocabulary)")
@@ -208,14 +221,14 @@ def profile(model: str | None, rollouts: int) -> dict[str, float]:
     return {name: seconds / total for name, seconds in spent.items()} | {"total_seconds": total}
 
 
-def main(trl: Path, model: str | None, rollouts: int) -> None:
+def in_turns(trl: Path, model: str | None, rollouts: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """CPU seconds of each rollout, and the MiB that the process grew by, of each variant."""
+    root = str(Path(__file__).parents[2])
     processes, before = {}, {}
     for name, variant in VARIANTS.items():
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-        root = str(RESULTS.parents[1])
         environment["PYTHONPATH"] = f"{trl}:{root}" if variant == "trl" else root
-        command = [sys.executable, __file__, "--work", variant, "--rollouts", str(rollouts)]
-        command += ["--model", model] if model else []
+        command = [sys.executable, __file__, variant, str(rollouts), *([model] if model else [])]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         processes[name] = subprocess.Popen(command, env=environment, text=True, **pipes)
         before[name] = answer(processes[name])["before"]
@@ -230,47 +243,56 @@ def main(trl: Path, model: str | None, rollouts: int) -> None:
             extra[name] = found["peak"] - before[name]
     for process in processes.values():
         process.kill()
-    results: dict[str, Any] = {
-        "setting": {
-            "model": Path(model).name if model else "Llama: hidden 64, 4 layers, vocabulary 49152",
-            "prompt": PROMPT,
-            "response": RESPONSE,
-            "batch": BATCH,
-            "epochs": EPOCHS,
-            "rollouts": rollouts - WARM_UP,
-        },
-        "variants": {},
-    }
+    return seconds, extra
+
+
+def run(cell: "Cell", context: "Context") -> dict[str, Any]:
+    from benchmarks.timing import in_own_process
+
+    model, rollouts = context.paths.get("model"), context.settings["rollouts"]
+    folder = str(model) if model else None
+    name = model.name if model else "Llama: hidden 64, 4 layers, vocabulary 49152"
+    if cell["part"] == "profile":
+        return {name: {"profile of ours": in_own_process(profile, folder, min(rollouts, 4))}}
+    seconds, extra = in_turns(context.paths["trl"], folder, rollouts)
+    setting = {"prompt": PROMPT, "response": RESPONSE, "batch": BATCH, "epochs": EPOCHS, "rollouts": rollouts - WARM_UP}
     reference = seconds["trl 1.12.0"][WARM_UP:]
-    for name, taken in seconds.items():
+    variants = {}
+    for variant, taken in seconds.items():
         each = taken[WARM_UP:]
-        results["variants"][name] = {
+        faster = [t / o for t, o in zip(reference, each, strict=True)]
+        variants[variant] = {
             "cpu_seconds_median": statistics.median(each),
-            "times_faster_median": statistics.median(t / o for t, o in zip(reference, each, strict=True)),
-            "times_faster_range": [f(t / o for t, o in zip(reference, each, strict=True)) for f in (min, max)],
-            "extra_memory_mib": extra[name],
-            "memory_ratio": extra[name] / extra["trl 1.12.0"],
+            "times_faster_median": statistics.median(faster),
+            "times_faster_range": [min(faster), max(faster)],
+            "extra_memory_mib": extra[variant],
+            "memory_ratio": extra[variant] / extra["trl 1.12.0"],
         }
-    command = [sys.executable, __file__, "--profile", "--rollouts", str(min(rollouts, 4))]
-    command += ["--model", model] if model else []
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    results["profile of ours"] = json.loads(done.stdout.split("PROFILE ")[1])
-    path = RESULTS / ("results.json" if model is None else f"{Path(model).name}.json")
-    path.write_text(json.dumps(results, indent=2) + "\n")
-    print(path.read_text())
+    return {name: {"setting": setting, "variants": variants}}
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trl", type=Path, help="folder with trl 1.12.0")
-    parser.add_argument("--model", help="folder of a policy with a vocabulary of 49152; a tiny Llama if left out")
-    parser.add_argument("--rollouts", type=int, default=8)
-    parser.add_argument("--work", help=argparse.SUPPRESS)
-    parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.work:
-        work(arguments.work, arguments.model, arguments.rollouts)
-    elif arguments.profile:
-        print("PROFILE", json.dumps(profile(arguments.model, arguments.rollouts)))
-    else:
-        main(arguments.trl.resolve(), arguments.model, arguments.rollouts)
+def report(record: dict[str, Any], context: "Context") -> str:
+    from benchmarks.summary import table
+
+    tables = []
+    for model, found in record.items():
+        lines = []
+        for variant, each in found.get("variants", {}).items():
+            low, high = each["times_faster_range"]
+            faster = f"{each['times_faster_median']:.2f} ({low:.2f} to {high:.2f})"
+            memory = [f"{each['extra_memory_mib']:.0f}", f"{each['memory_ratio']:.2f}"]
+            lines.append([variant, f"{each['cpu_seconds_median']:.2f}", faster, *memory])
+        if lines:
+            tables.append(table([model, "CPU s a rollout", "times faster", "extra MiB", "over TRL's"], lines))
+        shares = [
+            [part, f"{share:.2f} s" if part == "total_seconds" else f"{share:.0%}"]
+            for part, share in found.get("profile of ours", {}).items()
+        ]
+        if shares:
+            tables.append(table([f"profile of ours, {model}", "share"], shares))
+    return "\n\n".join(tables)
+
+
+if __name__ == "__main__":  # a process of `in_turns`, which may have another TRL
+    kind, number, *policy_folder = sys.argv[1:]
+    work(kind, policy_folder[0] if policy_folder else None, int(number))

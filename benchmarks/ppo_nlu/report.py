@@ -1,63 +1,68 @@
-"""The tables and plots of runs.jsonl.
+"""The tables and plots of runs.jsonl."""
 
-PYTHONPATH=. python benchmarks/ppo_nlu/report.py
-"""
-
-from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.ppo_nlu.run import BATCH, ROLLOUT, RUNS, TUNE_SEED
-from benchmarks.tasks import read
+from benchmarks.study import Context, Row
+from benchmarks.summary import borda_table, shown, spread, table
 
-HERE = Path(__file__).parent
 TRAINED = ("sft", "ppo", "sft-more", "sft-longer")
 ARMS = ("majority", "zero", "few", *TRAINED)
 CURVES = (("reward", "reward"), ("kl", "KL to the SFT model, per answer"), ("entropy", "entropy per token"))
+HEADER = [
+    "task",
+    "run",
+    "start",
+    "score",
+    "minus sft",
+    "unparsable",
+    "read leniently",
+    "steps",
+    "CPU s to train",
+    "seeds",
+]
 
 
-def spread(values: list[float]) -> str:
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
-
-
-def started(run: dict[str, Any]) -> str:
+def started(run: Row) -> str:
     """How the run's supervised start was made; the evaluations without training have none."""
     return f"{run['sft_steps']}{', balanced' if run['balanced'] else ''}" if run["arm"] in TRAINED else ""
 
 
-def table(runs: list[dict[str, Any]]) -> str:
-    lines = [
-        "| task | run | start | score | minus sft | unparsable | read leniently | steps | CPU s to train | seeds |"
-    ]
-    lines.append("|---|---|---|---|---|---:|---:|---:|---:|---|")
+def of_arms(runs: list[Row]) -> str:
+    lines = []
     start = {(run["task"], started(run), run["seed"]): run["score"] for run in runs if run["arm"] == "sft"}
-    order = {arm: i for i, arm in enumerate(ARMS)}
     tasks = list(dict.fromkeys(run["task"] for run in runs))
     keys = {(run["task"], started(run), run["arm"]) for run in runs}
-    for task, way, arm in sorted(keys, key=lambda key: (tasks.index(key[0]), key[1], order[key[2]])):
+    for task, way, arm in sorted(keys, key=lambda key: (tasks.index(key[0]), key[1], ARMS.index(key[2]))):
         some = [run for run in runs if (run["task"], started(run), run["arm"]) == (task, way, arm)]
         trained = arm in TRAINED
         gains = [run["score"] - start[task, way, run["seed"]] for run in some] if trained and arm != "sft" else []
-        cells = [
-            task,
-            arm,
-            way,
-            spread([run["score"] for run in some]),
-            spread(gains) if gains else "",
-            f"{mean(run['unparsable'] for run in some):.2f}",
-            f"{mean(run['lenient']['score'] for run in some):.3f}",
-            f"{mean(run['steps'] for run in some):.0f}" if trained else "",
-            f"{mean(run['train_s'][1] for run in some):.0f}" if trained else "",
-            ", ".join(str(run["seed"]) for run in some),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cells: list[Any] = [task, arm, way, shown(spread(run["score"] for run in some), 3)]
+        cells += [shown(spread(gains), 3) if gains else "", f"{mean(run['unparsable'] for run in some):.2f}"]
+        cells += [f"{mean(run['lenient']['score'] for run in some):.3f}"]
+        cells += [f"{mean(run['steps'] for run in some):.0f}" if trained else ""]
+        cells += [f"{mean(run['train_s'][1] for run in some):.0f}" if trained else ""]
+        lines.append([*cells, ", ".join(str(run["seed"]) for run in some)])
+    return table(HEADER, lines, right=range(5, 9))
 
 
-def over_tasks(runs: list[dict[str, Any]]) -> str:
+def ranked(runs: list[Row]) -> str:
+    """The arms that all tasks have, from balanced rows where there are such runs."""
+    scores: dict[str, dict[str, float]] = {}
+    for task in dict.fromkeys(run["task"] for run in runs):
+        of_task = [run for run in runs if run["task"] == task]
+        even = any(run["balanced"] for run in of_task if run["arm"] in TRAINED)
+        for arm in ARMS:
+            found = [r["score"] for r in of_task if r["arm"] == arm and (arm not in TRAINED or r["balanced"] == even)]
+            if found:
+                scores.setdefault(task, {})[arm] = mean(found)
+    return borda_table(scores, digits=3) if len(scores) > 1 else ""
+
+
+def over_tasks(runs: list[Row]) -> str:
     """PPO less its start, in points: each task, and the mean of those that all seeds with several tasks have.
 
     From balanced rows where there are such runs.
@@ -73,16 +78,17 @@ def over_tasks(runs: list[dict[str, Any]]) -> str:
     tasks = list(dict.fromkeys(task for of_seed in gains.values() for task in of_seed))
     shared = [task for task in tasks if all(task in gains[seed] for seed in several)]
     means = {seed: mean(gains[seed][task] for task in shared) for seed in several}
-    lines = [f"| seed | {' | '.join(tasks)} | mean of {', '.join(shared)} |", "|---" * (len(tasks) + 2) + "|"]
+    lines = []
     for seed, of_seed in sorted(gains.items()):
         cells = [f"{of_seed[task]:+.1f}" if task in of_seed else "" for task in tasks]
-        lines.append(f"| {seed} | {' | '.join(cells)} | {f'{means[seed]:+.1f}' if seed in means else ''} |")
+        lines.append([seed, *cells, f"{means[seed]:+.1f}" if seed in means else ""])
+    text = table(["seed", *tasks, f"mean of {', '.join(shared)}"], lines)
     if len(means) > 1:
-        lines.append(f"\nMean over these seeds: {mean(means.values()):+.1f} ± {stdev(means.values()):.1f}")
-    return "\n".join(lines)
+        text += f"\n\nMean over these seeds: {shown(spread(means.values()), sign='+')}"
+    return text
 
 
-def plot(runs: list[dict[str, Any]]) -> None:
+def plot(runs: list[Row], context: Context) -> None:
     """A row per task, the balanced runs where there are such."""
     runs = [run for run in runs if run["arm"] == "ppo"]
     even = {run["task"] for run in runs if run["balanced"]}
@@ -96,18 +102,16 @@ def plot(runs: list[dict[str, Any]]) -> None:
                     values = [log[name] for log in run["curve"]]
                     axis.plot(range(1, len(values) + 1), values, marker=".", label=f"seed {run['seed']}")
             axis.set_title(f"{task} ({way}): {title}", fontsize=10)
-            axis.set_xlabel(f"rollout of {BATCH * ROLLOUT}")
+            axis.set_xlabel(f"rollout of {context.settings['batch'] * context.settings['rollout']}")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
         axes[0].legend(frameon=False, fontsize=8)
-    figure.savefig(HERE / "curves.png", dpi=130)
+    figure.savefig(context.folder / "curves.png", dpi=130)
 
 
-if __name__ == "__main__":
-    found = [{"balanced": False} | run for run in read(RUNS)]
-    # 16 steps: an earlier study, with another LoRA
-    found = [run for run in found if run["seed"] != TUNE_SEED and run["sft_steps"] != 16]
-    print(table(found), over_tasks(found), sep="\n\n")
-    if any(run["arm"] == "ppo" for run in found):
-        plot(found)
+def report(rows: list[Row], context: Context) -> str:
+    runs = context.study.lines_of(rows)
+    if any(run["arm"] == "ppo" for run in runs):
+        plot(runs, context)
+    return "\n\n".join([of_arms(runs), ranked(runs), over_tasks(runs)])

@@ -1,30 +1,25 @@
 """What leaving early saves: time for a token by exit, with adaptive decoding and with self-speculative decoding.
 
-    PYTHONPATH=. python benchmarks/soft_decoding/run.py --model DIR --data DATA --name soft [--batch 4]
-    PYTHONPATH=. python benchmarks/soft_decoding/run.py --plot
-
-DIR holds SmolLM2-135M-Instruct or what SoFT made of it (benchmarks/soft_quality/run.py --save), DATA the file
-e2e_nlg/validation.jsonl. Each round takes other prompts and runs every way of decoding on them in turn, greedily, to
-the end of the text; the order rotates. Time is the process's CPU time on one thread, per new token, the prompt's
-included, and is given over that of `generate` in the same round: the machine is noisy, so read the ratios. Thresholds
-are calibrated on other rows than those that are timed. `--ways` takes the beginnings of some names.
+Each round takes other prompts and runs every way of decoding on them in turn, greedily, to the end of the text; the
+order rotates. Time is the process's CPU time on one thread, per new token, the prompt's included, and is given over
+that of `generate` in the same round: the machine is noisy, so read the ratios. Thresholds are calibrated on other rows
+than those that are timed.
 """
 
-import argparse
-import json
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.study import Cell, Context
+from benchmarks.summary import table
 from benchmarks.tasks import read
 from peft_dynamic.trainers import (
     assisted_exit,
@@ -35,7 +30,6 @@ from peft_dynamic.trainers import (
     paper_thresholds,
 )
 
-RESULTS = Path(__file__).with_name("results.json")
 EXITS = [9, 12, 15, 18, 21, 24, 27]
 DRAFTS = [9, 15, 21, 24, 27]
 ASSISTED = [15, 24]
@@ -98,13 +92,13 @@ def ways(model: Any, thresholds: dict[str, dict[int, float]], batch: int) -> dic
     return found
 
 
-def timed(model: Any, tokenizer: Any, prompts: list[str], calls: dict[str, Decode], batch: int, seconds: float) -> Any:
-    """Milliseconds per new token, notes and texts of each way, for at least three rounds, until the time is up."""
+def timed(tokenizer: Any, prompts: list[str], calls: dict[str, Decode], batch: int, least: int, seconds: float) -> Any:
+    """Milliseconds per new token, notes and texts of each way, for `least` rounds and until the time is up."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     notes: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
     texts: dict[str, list[list[str]]] = {name: [] for name in calls}
     started, number = time.process_time(), 0
-    while number < WARM_UP + 3 or time.process_time() - started < seconds:
+    while number < WARM_UP + least or time.process_time() - started < seconds:
         chosen = [prompts[(number * batch + i) % len(prompts)] for i in range(batch)]
         inputs = dict(tokenizer(chosen, return_tensors="pt", padding=True))
         length = inputs["input_ids"].shape[1]
@@ -142,57 +136,50 @@ def summary(taken: Any, notes: Any, texts: Any) -> dict[str, Any]:
     return result
 
 
-def measured(args: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    rows, prompts = rows_of(args.data)
+def run(cell: Cell, context: Context) -> dict[str, Any]:
+    options, folder, batch = context.settings, context.paths["model"], cell["batch"]
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    rows, prompts = rows_of(context.paths["data"])
     thresholds: dict[str, dict[int, float]] = {"paper's thresholds": paper_thresholds(model)}
     calibrations = {}
     for agreement in AGREEMENTS:
-        batches = calibration_batches(rows, tokenizer)
+        batches = calibration_batches(rows[: options["calibrated"]], tokenizer)
         found = calibrate_thresholds(model, batches, exits=EXITS, agreement=agreement)
         calibrations[str(agreement)] = vars(found) | {"thresholds": {str(k): p for k, p in found.thresholds.items()}}
         thresholds[f"{agreement:.0%} agreement"] = found.thresholds
-    calls = ways(model, thresholds, args.batch)
-    if args.ways:
-        calls = {name: call for name, call in calls.items() if name.startswith(("generate", *args.ways))}
-    taken, notes, texts = timed(model, tokenizer, prompts, calls, args.batch, args.seconds)
+    calls = ways(model, thresholds, batch)
+    if chosen := options["ways"][str(batch)]:
+        calls = {name: call for name, call in calls.items() if name.startswith(("generate", *chosen))}
+    seconds = options["seconds"][str(batch)]
+    taken, notes, texts = timed(tokenizer, prompts, calls, batch, options["rounds"], seconds)
     layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
-    record = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    record[f"{args.name}, batch {args.batch}"] = {
-        "machine": {"cpu": platform.processor() or platform.machine(), "threads": 1},
-        "versions": {name: version(name) for name in ("torch", "transformers")},
+    measured = {
         "rounds": len(taken["generate"]),
         "depth": model.config.num_hidden_layers,
         "head_in_layers": model.lm_head.weight.numel() / layer,
         "calibration": calibrations,
         "ways": summary(taken, notes, texts),
     }
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(table(record[f"{args.name}, batch {args.batch}"]))
+    return {f"{options['name']}, batch {batch}": measured}
 
 
-def table(result: dict[str, Any]) -> str:
-    lines = [
-        "| | CPU time per token over `generate`'s | quartiles | same text | mean exit | acceptance |",
-        "|---" * 6 + "|",
-    ]
+def shown_ways(title: str, result: dict[str, Any]) -> str:
+    lines = []
     for name, each in result["ways"].items():
         low, _, high = each["ratio_quartiles"]
         extra = [
             f"{each[key]:{form}}" if key in each else "" for key, form in (("mean_exit", ".1f"), ("acceptance", ".2f"))
         ]
-        cells = [name, f"{each['ratio_median']:.2f}", f"{low:.2f} to {high:.2f}", f"{each['same_text']:.0%}", *extra]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(
+            [name, f"{each['ratio_median']:.2f}", f"{low:.2f} to {high:.2f}", f"{each['same_text']:.0%}", *extra]
+        )
+    header = [title, "CPU time per token over `generate`'s", "quartiles", "same text", "mean exit", "acceptance"]
+    return table(header, lines)
 
 
-def plot() -> None:
+def plot(record: dict[str, Any], context: Context) -> None:
     """Time by exit beside the ideal, and the other ways as levels."""
-    from matplotlib.figure import Figure
-
-    record = json.loads(RESULTS.read_text())
     figure = Figure(figsize=(5.2 * len(record), 4.4), layout="constrained")
     axes = figure.subplots(1, len(record), squeeze=False, sharey=True)[0]
     for axis, (title, result) in zip(axes, record.items(), strict=True):
@@ -221,26 +208,10 @@ def plot() -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("CPU time per token over generate's")
     axes[0].legend(frameon=False, fontsize=8)
-    figure.savefig(RESULTS.with_name("latency.png"), dpi=150)
+    figure.savefig(context.folder / "latency.png", dpi=150)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--name", default="soft")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=220)
-    parser.add_argument("--ways", nargs="+", help="generate and those that begin so")
-    parser.add_argument("--plot", action="store_true")
-    args = parser.parse_args()
-    if args.plot:
-        plot()
-    elif args.model is None or args.data is None:
-        parser.error("--model and --data are needed, or --plot alone")
-    else:
-        measured(args)
-
-
-if __name__ == "__main__":
-    main()
+def report(record: dict[str, Any], context: Context) -> str:
+    record = {title: result for title, result in record.items() if "ways" in result}
+    plot(record, context)
+    return "\n\n".join(shown_ways(title, result) for title, result in record.items())

@@ -1,16 +1,12 @@
-"""Make results.json, a table and losses.png from runs.jsonl: means and standard deviations over seeds, by exit.
-
-PYTHONPATH=. python benchmarks/soft_quality/report.py
-"""
+"""The tables of runs.jsonl, results.json and losses.png: means and standard deviations over seeds, by exit."""
 
 import json
-import statistics
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.soft_quality.run import RUNS, STEPS
+from benchmarks.study import Context, Row
+from benchmarks.summary import shown, spread, table
 
 NAMES = {
     "soft": "SoFT",
@@ -22,9 +18,8 @@ NAMES = {
 }
 
 
-def collect() -> dict[str, Any]:
-    """metric -> method -> exit -> {mean, sd, seeds}; exits that a method was not measured at are missing."""
-    rows = [row for row in map(json.loads, RUNS.read_text().splitlines()) if not row["tune"] and row["steps"] == STEPS]
+def collect(rows: list[Row]) -> dict[str, Any]:
+    """metric -> method -> exit -> {mean, std, seeds}; exits that a method was not measured at are missing."""
     found: dict[str, Any] = {}
     for metric in ("loss", "rouge_l"):
         for kind in NAMES:
@@ -33,31 +28,22 @@ def collect() -> dict[str, Any]:
                 if row["kind"] == kind:
                     for k, value in row.get(metric, {}).items():
                         values.setdefault(int(k), []).append(value)
-            found.setdefault(metric, {})[kind] = {
-                k: {
-                    "mean": statistics.mean(each),
-                    "sd": statistics.stdev(each) if len(each) > 1 else None,
-                    "seeds": len(each),
-                }
-                for k, each in sorted(values.items())
-            }
+            cells = {k: spread(each) for k, each in sorted(values.items())}
+            found.setdefault(metric, {})[kind] = cells
     return found
 
 
-def table(found: dict[str, Any], metric: str) -> str:
+def shown_metric(found: dict[str, Any], metric: str) -> str:
     exits = sorted({k for cells in found[metric].values() for k in cells})
-    lines = [f"| {metric} after | " + " | ".join(map(str, exits)) + " |", "|---" * (len(exits) + 1) + "|"]
-    for kind, name in NAMES.items():
-        cells = found[metric][kind]
-        if not cells:
-            continue
-        lines.append(f"| {name} | " + " | ".join(f"{cells[k]['mean']:.3f}" if k in cells else "" for k in exits) + " |")
-    return "\n".join(lines)
+    lines = [
+        [name, *(shown(found[metric][kind].get(k), 3) for k in exits)]
+        for kind, name in NAMES.items()
+        if found[metric][kind]
+    ]
+    return table([f"{metric} after", *exits], lines)
 
 
-def main() -> None:
-    found = collect()
-    Path(__file__).with_name("results.json").write_text(json.dumps(found, indent=2) + "\n")
+def plot(found: dict[str, Any], context: Context) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axis, metric, label in zip(figure.subplots(1, 2), found, ("loss on E2E NLG", "ROUGE-L"), strict=True):
         for kind, name in NAMES.items():
@@ -67,7 +53,7 @@ def main() -> None:
             axis.errorbar(
                 list(cells),
                 [cell["mean"] for cell in cells.values()],
-                [cell["sd"] or 0 for cell in cells.values()],
+                [cell["std"] or 0 for cell in cells.values()],
                 marker="o",
                 label=name,
                 capsize=2,
@@ -80,9 +66,11 @@ def main() -> None:
     figure.axes[0].set_yticks([1.5, 2, 3, 5, 10, 20], ["1.5", "2", "3", "5", "10", "20"], minor=False)
     figure.axes[0].minorticks_off()
     figure.axes[1].legend(frameon=False, fontsize=8, loc="upper left")
-    figure.savefig(Path(__file__).with_name("losses.png"), dpi=150)
-    print(table(found, "loss"), table(found, "rouge_l"), sep="\n\n")
+    figure.savefig(context.folder / "losses.png", dpi=150)
 
 
-if __name__ == "__main__":
-    main()
+def report(rows: list[Row], context: Context) -> str:
+    found = collect(context.study.lines_of(rows))
+    (context.folder / "results.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    plot(found, context)
+    return shown_metric(found, "loss") + "\n\n" + shown_metric(found, "rouge_l")

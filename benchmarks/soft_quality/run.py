@@ -1,23 +1,13 @@
 """SoFT by depth, beside what else one could do: SFT, SFT with a head per exit, and fine-tuned models cut to a depth.
 
-    PYTHONPATH=. python benchmarks/soft_quality/run.py --data DATA --models MODELS [--only soft] [--seed 0]
-
-DATA holds e2e_nlg/train.jsonl and e2e_nlg/validation.jsonl, MODELS the folder smollm2 (SmolLM2-135M-Instruct, 30
-layers). All parameters are trained. "soft" has equal weights, as in the paper; "soft-half" and "soft-most" give the
-full depth half and nine tenths of the weight. Each run is one line of runs.jsonl, written when it ends; what is there
-is skipped. report.py makes results.json, the table and the plot from that file. `--save DIR` keeps a SoFT model.
+All parameters are trained.
 """
 
-import argparse
-import importlib.metadata
-import json
-import os
 import random
 import tempfile
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from datasets import Dataset
@@ -26,53 +16,47 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
+from benchmarks.study import Cell, Context
 from benchmarks.tasks import read
+from benchmarks.training import adamw, descended, fit
 from peft_dynamic.functional.exit_loss import exit_losses
+from peft_dynamic.hosts.decoder import Decoder, find_decoder, layer_state
 from peft_dynamic.trainers import SoFTConfig, SoFTTrainer
-from peft_dynamic.trainers.soft.structure import Decoder, find_decoder, layer_state
 
-RUNS = Path(__file__).with_name("runs.jsonl")
-EXITS = [9, 12, 15, 18, 21, 24, 27, 30]  # SoFTConfig's own for 30 layers
-CUT = [15]  # depths of the models that are cut first and then fine-tuned
-GENERATED = [9, 15, 21, 27, 30]
-HEADS = [9, 15, 21, 27]  # exits that get a head of their own
-SEEDS = [0, 1, 2]
-TUNE_SEED = 7
-STEPS, BATCH, LENGTH = 60, 4, 128
-LAST = {"soft": 1 / 8, "soft-half": 0.5, "soft-most": 0.9}  # the share of the loss that the full depth has
-EVALUATED, TUNED, WRITTEN = 64, 32, 16  # rows: evaluated, for the choice of learning rates, continued by generation
-LR = {"sft": 3e-4, "soft": 3e-4, "soft-half": 3e-4, "soft-most": 3e-4, "cut": 3e-4, "heads": 1e-3}
+Examples = list[dict[str, Any]]
 
 
-def examples(data: Path, tune: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training rows, and rows to evaluate: the first of the validation file, or others kept out of training."""
+@lru_cache(maxsize=2)
+def examples(context: Context, tune: bool) -> tuple[Examples, Examples]:
+    """Training rows, and rows to evaluate: some of the validation file, or others kept out of training."""
+    data, tuned = context.paths["data"], context.settings["tuned"]
     rows = read(data / "e2e_nlg/train.jsonl")
     random.Random(123).shuffle(rows)
     train = [{"prompt": row["mr"] + "\n", "completion": row["ref"]} for row in rows]
     if tune:
-        return train[TUNED:][:1000], [row | {"refs": [row["completion"]]} for row in train[:TUNED]]
-    held = random.Random(5).sample(read(data / "e2e_nlg/validation.jsonl"), EVALUATED)
-    return train[TUNED:][:1000], [
+        return train[tuned:][:1000], [row | {"refs": [row["completion"]]} for row in train[:tuned]]
+    held = random.Random(5).sample(read(data / "e2e_nlg/validation.jsonl"), context.settings["evaluated"])
+    return train[tuned:][:1000], [
         {"prompt": r["mr"] + "\n", "completion": r["refs"][0], "refs": r["refs"]} for r in held
     ]
 
 
-def settings(lr: float, seed: int, folder: str, **more: Any) -> dict[str, Any]:
+def settings(cell: Cell, context: Context, folder: str, **more: Any) -> dict[str, Any]:
     return {
         "output_dir": folder,
-        "max_steps": STEPS,
-        "per_device_train_batch_size": BATCH,
-        "learning_rate": lr,
+        "max_steps": cell["steps"],
+        "per_device_train_batch_size": context.settings["batch"],
+        "learning_rate": cell["lr"],
         "lr_scheduler_type": "cosine",
-        "warmup_steps": round(0.1 * STEPS),
-        "max_length": LENGTH,
-        "seed": seed,
+        "warmup_steps": round(0.1 * cell["steps"]),
+        "max_length": context.settings["length"],
+        "seed": cell["seed"],
         "use_cpu": True,
         "bf16": True,  # autocast; the weights are float32
         "gradient_checkpointing": False,
         "save_strategy": "no",
         "report_to": [],
-        "logging_steps": STEPS,
+        "logging_steps": cell["steps"],
         "disable_tqdm": True,
         **more,
     }
@@ -84,13 +68,13 @@ def cut_to(model: Any, depth: int) -> Any:
     return model
 
 
-def batches(rows: list[dict[str, Any]], tokenizer: Any, size: int = 12) -> list[dict[str, torch.Tensor]]:
+def batches(rows: Examples, tokenizer: Any, length: int, size: int = 12) -> list[dict[str, torch.Tensor]]:
     """Padded batches of prompts with their completions, rows of like length together."""
     encoded = []
     for row in rows:
         prompt = tokenizer(row["prompt"])["input_ids"]
         answer = tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id]
-        encoded.append(((prompt + answer)[:LENGTH], ([-100] * len(prompt) + answer)[:LENGTH]))
+        encoded.append(((prompt + answer)[:length], ([-100] * len(prompt) + answer)[:length]))
     encoded.sort(key=lambda pair: len(pair[0]))
     found = []
     for start in range(0, len(encoded), size):
@@ -122,11 +106,11 @@ def states(decoder: Decoder, batch: dict[str, torch.Tensor], exits: list[int]) -
 
 
 @torch.no_grad()
-def losses(model: Any, rows: list[dict[str, Any]], tokenizer: Any, exits: list[int], heads: Any = None) -> dict:
+def losses(model: Any, batched: list[Any], exits: list[int], heads: Any = None) -> dict[str, float]:
     """Mean loss by exit, with the model's head, or with one of its own for those exits that have one."""
     decoder = find_decoder(model.eval())
     sums, count = dict.fromkeys(exits, 0.0), 0
-    for batch in batches(rows, tokenizer):
+    for batch in batched:
         hidden, labels = states(decoder, batch, exits)
         count += len(labels)
         for k, state in zip(exits, hidden, strict=True):
@@ -151,7 +135,7 @@ def rouge_l(text: str, references: list[str]) -> float:
 
 
 @torch.no_grad()
-def written(model: Any, rows: list[dict[str, Any]], tokenizer: Any, depth: int, head: Any = None) -> float:
+def written(model: Any, rows: Examples, tokenizer: Any, new_tokens: int, depth: int, head: Any = None) -> float:
     """Mean ROUGE-L of what the model, left after `depth` layers, writes greedily."""
     layers, own = model.model.layers, model.lm_head.weight
     model.eval()
@@ -162,7 +146,9 @@ def written(model: Any, rows: list[dict[str, Any]], tokenizer: Any, depth: int, 
         tokenizer.padding_side = "left"
         inputs = tokenizer([row["prompt"] for row in rows], return_tensors="pt", padding=True)
         with torch.autocast("cpu", torch.bfloat16):
-            ids = model.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+            ids = model.generate(
+                **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            )
     finally:
         model.model.layers, model.lm_head.weight = layers, own
         model.config.num_hidden_layers = len(layers)
@@ -172,117 +158,81 @@ def written(model: Any, rows: list[dict[str, Any]], tokenizer: Any, depth: int, 
 
 
 def train_heads(
-    model: Any, rows: list[dict[str, Any]], tokenizer: Any, lr: float, seed: int, exits: list[int]
+    model: Any, rows: Examples, tokenizer: Any, exits: list[int], cell: Cell, context: Context
 ) -> dict[int, torch.Tensor]:
     """A head per exit, started as the model's, trained on its frozen states (the paper's SFT+ICT).
 
     As many steps of as many rows as the model had, of the states that are computed once for all exits.
     """
+    seed, size = cell["seed"], context.settings["batch"]
     torch.manual_seed(seed)
     decoder = find_decoder(model.eval())
-    chosen = random.Random(seed).sample(rows, STEPS * BATCH)
-    cached = [states(decoder, batch, exits) for batch in batches(chosen, tokenizer, BATCH)]
+    chosen = random.Random(seed).sample(rows, cell["steps"] * size)
+    cached = [states(decoder, b, exits) for b in batches(chosen, tokenizer, context.settings["length"], size)]
     random.Random(seed).shuffle(cached)
+
+    def backward(head: torch.Tensor, index: int, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
+        hidden, labels = batch
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = exit_losses(hidden[index : index + 1], labels, head).loss / len(labels)
+        return descended(loss)
+
     heads = {}
     for index, k in enumerate(exits):
-        head = decoder.head.weight.detach().clone().requires_grad_()
-        optimizer = torch.optim.AdamW([head], lr=lr, weight_decay=0.0)
+        head = nn.Parameter(decoder.head.weight.detach().clone())
+        optimizer = adamw([head], cell["lr"])
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(cached))
-        for hidden, labels in cached:
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = exit_losses(hidden[index : index + 1], labels, head).loss / len(labels)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
+        fit(optimizer, schedule, cached, partial(backward, head, index), clip=None)
         heads[k] = head.detach()
     return heads
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--only", choices=["sft", *LAST, "cut"])
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--lr", type=float, help="with --tune: the learning rate to try")
-    parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--save", type=Path)
-    options = parser.parse_args()
+@lru_cache(maxsize=1)  # the heads of a seed come after its SFT
+def trained(kind: str, seed: int, lr: float, steps: int, context: Context) -> tuple[Any, Any, float]:
+    """The model, its tokenizer, and the seconds that its training took."""
     transformers_logging.set_verbosity_error()
-    done = {row["name"] for row in map(json.loads, RUNS.read_text().splitlines())} if RUNS.exists() else set()
-    seeds = [TUNE_SEED] if options.tune else SEEDS if options.seed is None else [options.seed]
-    jobs = [(kind, 0) for kind in (*LAST, "sft")] + [("cut", k) for k in CUT]
-    for seed in seeds:
-        for kind, depth in jobs:
-            lr = options.lr if options.lr is not None else LR[kind]
-            name = f"{kind}{depth or ''}/{'tune' if options.tune else seed}/{lr:g}/{STEPS}"
-            if name not in done and options.only in (None, kind):
-                run(name, kind, depth, seed, lr, options)
-
-
-def run(name: str, kind: str, depth: int, seed: int, lr: float, options: argparse.Namespace) -> None:
-    rows, held = examples(options.data, options.tune)
-    tokenizer = AutoTokenizer.from_pretrained(options.models / "smollm2")
-    model = AutoModelForCausalLM.from_pretrained(
-        options.models / "smollm2", dtype=torch.float32, attn_implementation="eager"
-    )
+    cell, folder = {"seed": seed, "lr": lr, "steps": steps}, context.paths["models"] / "smollm2"
+    rows, _ = examples(context, seed == context.settings["tune_seed"])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     if kind == "cut":
-        cut_to(model, depth)
-    dataset = Dataset.from_list(rows)
-    with tempfile.TemporaryDirectory() as folder:
+        cut_to(model, context.settings["cut"])
+    dataset, last = Dataset.from_list(rows), context.settings["last"].get(kind)
+    with tempfile.TemporaryDirectory() as out:
         common = {"train_dataset": dataset, "processing_class": tokenizer}
-        if kind in LAST:
-            others = len(EXITS) - 1
-            weights = [1.0] * others + [others * LAST[kind] / (1 - LAST[kind])]
-            trainer: Any = SoFTTrainer(model, SoFTConfig(exit_weights=weights, **settings(lr, seed, folder)), **common)
+        if last is not None:
+            exits = context.settings["exits"]
+            others = len(exits) - 1
+            weights = [1.0] * others + [others * last / (1 - last)]
+            config = SoFTConfig(exits=exits, exit_weights=weights, **settings(cell, context, out))
+            trainer: Any = SoFTTrainer(model, config, **common)
         else:
-            trainer = SFTTrainer(model, SFTConfig(**settings(lr, seed, folder)), **common)
+            trainer = SFTTrainer(model, SFTConfig(**settings(cell, context, out)), **common)
         result = trainer.train()
-    del trainer
-    exits = [depth] if kind == "cut" else EXITS
-
-    def record(**fields: Any) -> dict[str, Any]:
-        return {
-            "name": name,
-            "kind": kind,
-            "seed": seed,
-            "lr": lr,
-            "steps": STEPS,
-            "tune": options.tune,
-            "train_seconds": round(result.metrics["train_runtime"]),
-            "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "trl")},
-            **fields,
-        }
-
-    keep(record(loss=losses(model, held, tokenizer, exits)) | rouge_of(model, held, tokenizer, exits, options.tune))
-    if options.save and kind in LAST:
-        model.save_pretrained(options.save)
-        tokenizer.save_pretrained(options.save)
-    if kind != "sft":
-        return
-    for rate in (3e-4, 1e-3) if options.tune else (LR["heads"],):
-        places = [15] if options.tune else HEADS
-        heads = train_heads(model, rows, tokenizer, rate, seed, places)
-        line = record(loss=losses(model, held, tokenizer, places, heads))
-        if not options.tune:
-            some = held[:WRITTEN]
-            line["rouge_l"] = {str(k): written(model, some, tokenizer, k, heads[k]) for k in HEADS}
-        named = f"heads/{'tune' if options.tune else seed}/{rate:g}/{STEPS}"
-        keep(line | {"name": named, "kind": "heads", "lr": rate})
+    if last is not None and context.settings["save"]:
+        model.save_pretrained(Path(context.settings["save"]))
+        tokenizer.save_pretrained(Path(context.settings["save"]))
+    return model, tokenizer, result.metrics["train_runtime"]
 
 
-def rouge_of(model: Any, rows: list[dict[str, Any]], tokenizer: Any, exits: list[int], tune: bool) -> dict[str, Any]:
-    if tune:
-        return {}
-    return {"rouge_l": {str(k): written(model, rows[:WRITTEN], tokenizer, k) for k in exits if k in GENERATED}}
-
-
-def keep(line: dict[str, Any]) -> None:
-    with RUNS.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    print(json.dumps(line), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def run(cell: Cell, context: Context) -> dict[str, Any]:
+    kind, tune, options = cell["kind"], cell["seed"] == context.settings["tune_seed"], context.settings
+    rows, held = examples(context, tune)
+    base, lr = ("sft", options["sft_lr"]) if kind == "heads" else (kind, cell["lr"])
+    model, tokenizer, seconds = trained(base, cell["seed"], lr, cell["steps"], context)
+    heads: dict[int, torch.Tensor] = {}
+    exits, texts = options["exits"], options["generated"]
+    if kind == "cut":
+        exits, texts = [options["cut"]], [options["cut"]]
+    if kind == "heads":
+        exits = options["tuned_heads"] if tune else options["heads"]
+        texts, heads = exits, train_heads(model, rows, tokenizer, exits, cell, context)
+    found = {
+        "tune": tune,
+        "train_seconds": round(seconds),
+        "loss": losses(model, batches(held, tokenizer, options["length"]), exits, heads),
+    }
+    if not tune:
+        some, new = held[: options["written"]], options["new_tokens"]
+        found["rouge_l"] = {str(k): written(model, some, tokenizer, new, k, heads.get(k)) for k in texts}
+    return found

@@ -1,31 +1,26 @@
 """One token through feed-forward blocks whose inactive neurons are skipped, against the dense model, by density.
 
-    PYTHONPATH=. python benchmarks/sparse_inference/run.py [--rounds 15] [--threads 1] [--out FILE] [--plot FILE]
-
 Random weights in the shapes of SmolLM2-135M (gated, 576 x 1536) and OPT-1.3B (2048 x 8192): "projections" are those
 that skip neurons, alone; "model" is a whole forward pass of one token through some layers with a small vocabulary,
 dense layers and attention included, under `sparse_inference`. The activation is a ReLU behind a fixed mask, which sets
 the density. Dense and sparse calls are taken in turn in one process: read the ratios.
 """
 
-import argparse
-import json
-import platform
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.functional import linear
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from benchmarks.study import Cell, Context
+from benchmarks.summary import table
 from benchmarks.timing import in_turn, ratios
 from peft_dynamic import sparse_inference
 from peft_dynamic.density.sparse import break_even, some_rows, weighted_rows
 
-DENSITIES = [0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Shape -> outputs, neurons, gated, layers of the model
 SHAPES = {"SmolLM2-135M": (576, 1536, True, 12), "OPT-1.3B": (2048, 8192, False, 2)}
@@ -96,9 +91,7 @@ def whole_model(name: str, dtype: torch.dtype, density: float, rounds: int) -> d
     return timed | {"difference": float((found - expected).abs().max() / expected.abs().max())}
 
 
-def plot(record: dict[str, Any], path: Path) -> None:
-    from matplotlib.figure import Figure
-
+def plot(record: dict[str, Any], context: Context) -> None:
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, what in zip(axes, ("projections", "model"), strict=True):
@@ -119,44 +112,29 @@ def plot(record: dict[str, Any], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("speed against dense")
     axes[0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    figure.savefig(context.folder / "speed.png", dpi=150)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--densities", nargs="+", type=float, default=DENSITIES)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"))
-    parser.add_argument("--plot", type=Path, default=Path(__file__).with_name("speed.png"))
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    record: dict[str, Any] = {
-        "what": "one token, sparse time over dense time",
-        "machine": {"cpu": platform.processor() or platform.machine(), "threads": args.threads},
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-        "rounds": args.rounds,
-        "shapes": {},
+@torch.no_grad()
+def run(cell: Cell, context: Context) -> dict[str, Any]:
+    name, dtype, rounds = cell["shape"], DTYPES[cell["dtype"]], context.settings["rounds"]
+    outputs, neurons, gated, _ = SHAPES[name]
+    densities = context.settings["densities"]
+    found = {
+        "break_even": break_even(neurons, outputs, dtype, gated),
+        "projections": {str(d): projections(name, dtype, d, rounds) for d in densities},
+        "model": {str(d): whole_model(name, dtype, d, rounds) for d in densities},
     }
-    with torch.no_grad():
-        for name in args.shapes:
-            outputs, neurons, gated, _ = SHAPES[name]
-            for label, dtype in DTYPES.items():
-                record["shapes"].setdefault(name, {})[label] = {
-                    "break_even": break_even(neurons, outputs, dtype, gated),
-                    "projections": {str(d): projections(name, dtype, d, args.rounds) for d in args.densities},
-                    "model": {str(d): whole_model(name, dtype, d, args.rounds) for d in args.densities},
-                }
-                args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print("| shape | dtype | break-even | " + " | ".join(f"{100 * d:g} %" for d in args.densities) + " |")
+    return {"rounds": rounds, "shapes": {name: {cell["dtype"]: found}}}
+
+
+def report(record: dict[str, Any], context: Context) -> str:
+    plot(record, context)
+    lines, densities = [], []
     for name, results in record["shapes"].items():
         for label, found in results.items():
             for what in ("projections", "model"):
-                speeds = " | ".join(f"{1 / each['ratio_median']:.2f}x" for each in found[what].values())
-                print(f"| {name}, {what} | {label} | {found['break_even']:.2f} | {speeds} |")
-    plot(record, args.plot)
-
-
-if __name__ == "__main__":
-    main()
+                densities = [f"{100 * float(d):g} %" for d in found[what]]
+                speeds = [f"{1 / each['ratio_median']:.2f}x" for each in found[what].values()]
+                lines.append([f"{name}, {what}", label, f"{found['break_even']:.2f}", *speeds])
+    return table(["shape", "dtype", "break-even", *densities], lines)

@@ -1,16 +1,9 @@
 """What DyLoRA costs beside PEFT's LoRA of the same r: step time, peak memory, inference at a rank, compilations.
 
-    PYTHONPATH=. python benchmarks/step_cost/run.py --model DIR [--repeats 40] [--out benchmarks/step_cost/results.json]
-
-Times are taken interleaved, one step of each in turn in one process, since the machine is noisy: read the ratios. Peak
-memory is each variant's own process: the highest resident size during the steps less that before the first.
+Times are taken interleaved, one step of each in turn in one process. Peak memory is each variant's own process.
 """
 
-import argparse
-import json
-import platform
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +11,19 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from benchmarks.timing import batch, in_turn, peak_memory, printed_by, ratios, step, with_optimizer
+from benchmarks.study import Cell, Context
+from benchmarks.summary import table
+from benchmarks.timing import (
+    batch,
+    in_turn,
+    memory_of,
+    peak_memory,
+    ratios,
+    shown_quartiles,
+    shown_ratio,
+    step,
+    with_optimizer,
+)
 from peft_dynamic import DyLoRAConfig
 
 RANKS = [1, 2, 4, 8, 16, 32]
@@ -102,36 +107,32 @@ def compilations(folder: Path) -> dict[str, int]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--repeats", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"))
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.memory_of:
-        ids = batch(args.model, BATCH, LENGTH)
-        trained = prepared(args.model, variants()[args.memory_of])
-        print(peak_memory(lambda: [step(*trained, ids) for _ in range(5)]))
-        return
-    ids = batch(args.model, BATCH, LENGTH)
-    memory = {name: printed_by(__file__, "--model", str(args.model), "--memory-of", name) for name in variants()}
-    record = {
-        "what": f"SmolLM2-135M, float32, {len(TARGETS)} targets per layer, r={RANKS[-1]}, batch {BATCH} x {LENGTH}",
-        "machine": {"cpu": platform.processor() or platform.machine(), "threads": args.threads},
-        "versions": {name: version(name) for name in ("torch", "peft", "transformers")},
-        "repeats": args.repeats,
-        "training_step": step_times(args.model, ids, args.repeats),
-        "peak_memory_mib": {name: {"mib": mib, "ratio": mib / memory["lora"]} for name, mib in memory.items()},
-        "inference": inference_times(args.model, ids, args.repeats),
-    }
-    args.out.write_text(json.dumps(record, indent=1) + "\n")  # what is there, should the last part fail
-    record["compile"] = compilations(args.model)
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record, indent=1))
+def grown(variant: str, folder: Path) -> float:
+    """MiB that five steps need."""
+    ids, trained = batch(folder, BATCH, LENGTH), prepared(folder, variants()[variant])
+    return peak_memory(lambda: [step(*trained, ids) for _ in range(5)])
 
 
-if __name__ == "__main__":
-    main()
+def run(cell: Cell, context: Context) -> dict[str, Any]:
+    folder, rounds = context.paths["models"] / "smollm2", context.settings["rounds"]
+    if cell["part"] == "memory":
+        return {"peak_memory_mib": memory_of(grown, variants(), "lora", folder)}
+    if cell["part"] == "compile":
+        return {"compile": compilations(folder)}
+    ids = batch(folder, BATCH, LENGTH)
+    if cell["part"] == "inference":
+        return {"inference": inference_times(folder, ids, rounds)}
+    return {"training_step": step_times(folder, ids, rounds)}
+
+
+def report(record: dict[str, Any], context: Context) -> str:
+    steps, memory, graphs = (record.get(part, {}) for part in ("training_step", "peak_memory_mib", "compile"))
+    lines = []
+    for name in list(steps or memory or graphs):
+        compiled = graphs.get(name)
+        made = f"{compiled['graphs']} for {compiled['ranks_drawn']} ranks" if compiled else ""
+        taken = steps.get(name)
+        lines.append([name, shown_ratio(taken), shown_quartiles(taken), shown_ratio(memory.get(name), "ratio"), made])
+    text = table(["over LoRA", "step", "quartiles", "peak memory", "graphs"], lines)
+    inference = [[name, shown_ratio(each), shown_quartiles(each)] for name, each in record.get("inference", {}).items()]
+    return text + "\n\n" + table(["inference over a LoRA of that rank", "time", "quartiles"], inference)

@@ -1,23 +1,19 @@
 """Ways to apply a tensor train to a batch, by number of tokens; and what AdamW takes for cores kept apart or together.
 
-    PYTHONPATH=. python benchmarks/tensor_train/run.py [--rounds 60] [--out FILE]
-
 Microseconds, the median over rounds in which the ways take turns, forward and forward with backward: the authors' way
 (all cores to the whole tensor one after another, then one product; written here from its description), the dense
 matrix contracted from both ends, two thin matrices, and core by core with nothing built.
 """
 
-import argparse
-import json
-import platform
 import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
+from benchmarks.study import Cell, Context
+from benchmarks.summary import table
 from peft_dynamic.functional.tensor_train import apply_split, contract, core_shapes, factorize, init_cores, split
 
 SIZES = [(768, 64, 5), (4096, 64, 8)]  # in, out, rank: RoBERTa-base's and LLaMA-2-7B's adapters
@@ -96,37 +92,24 @@ def optimizer_step(together: bool, rounds: int, adapters: int = 120, rank: int =
     return round(1e3 * median(times), 2)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"))
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    record = {
-        "what": "microseconds, medians, one thread, float32",
-        "machine": platform.processor() or platform.machine(),
-        "torch": version("torch"),
-        "rounds": args.rounds,
-        "contraction": {
-            f"{rows} -> {columns}, r = {rank}": {
-                tokens: timed(rows, columns, rank, tokens, args.rounds) for tokens in TOKENS
-            }
-            for rows, columns, rank in SIZES
-        },
-        "adamw_step_ms": {
-            "a parameter for each core": optimizer_step(False, args.rounds),
-            "one for all cores of a train": optimizer_step(True, args.rounds),
-        },
+def run(cell: Cell, context: Context) -> dict[str, Any]:
+    rounds = context.settings["rounds"]
+    if cell["part"] == "adamw":
+        apart, together = (optimizer_step(at_once, rounds) for at_once in (False, True))
+        return {"adamw_step_ms": {"a parameter for each core": apart, "one for all cores of a train": together}}
+    found = {
+        f"{rows} -> {columns}, r = {rank}": {str(n): timed(rows, columns, rank, n, rounds) for n in TOKENS}
+        for rows, columns, rank in SIZES
     }
-    args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print("| layer | tokens | " + " | ".join(WAYS) + " |")
-    print("|---" * (len(WAYS) + 2) + "|")
-    for layer, by_tokens in record["contraction"].items():
-        for tokens, each in by_tokens.items():
-            cells = [f"{each[name]['forward']:.0f} / {each[name]['with_backward']:.0f}" for name in WAYS]
-            print(f"| {layer} | {tokens} | {' | '.join(cells)} |")
-    print(record["adamw_step_ms"])
+    return {"rounds": rounds, "contraction": found}
 
 
-if __name__ == "__main__":
-    main()
+def report(record: dict[str, Any], context: Context) -> str:
+    lines = [
+        [layer, tokens, *(f"{each[name]['forward']:.0f} / {each[name]['with_backward']:.0f}" for name in WAYS)]
+        for layer, by_tokens in record.get("contraction", {}).items()
+        for tokens, each in by_tokens.items()
+    ]
+    steps = [[name, ms] for name, ms in record.get("adamw_step_ms", {}).items()]
+    ways = table(["layer", "tokens", *(f"{way}, μs" for way in WAYS)], lines)
+    return ways + "\n\n" + table(["AdamW, 120 adapters", "ms a step"], steps)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tasks import read
+from peft_dynamic.citations.text import split_sentences
 from peft_dynamic.trainers.citation.data import build_citation_dataset
-from peft_dynamic.trainers.citation.text import split_sentences
 
 Row = dict[str, Any]
 PASSAGES, WINDOW, LONGEST = 3, 60, 80  # passages of a row; words of an NQ passage; words of an answer
