@@ -1,14 +1,13 @@
 """The density loss under other adapters, and over quantised layers."""
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
-from peft_dynamic import DyLoRAConfig, LorettaAdpConfig, LorettaRepConfig, MoSLoRAConfig
 from peft_dynamic.density import calibrate_cut, cut_activations, measure_density
+from tests import methods
 from tests.density.models import (
     WEIGHT,
     assert_same,
@@ -22,24 +21,22 @@ from tests.density.models import (
     task,
 )
 
+TASK = {"task_type": "CAUSAL_LM"}
+ADAPTERS: dict[str, Any] = {
+    "LoRA": lambda: LoraConfig(r=4, target_modules="all-linear", **TASK),
+    "IA3": lambda: IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], **TASK
+    ),
+    "IA3 on the gate": lambda: IA3Config(target_modules=["gate_proj"], feedforward_modules=[], **TASK),
+    **methods.configs("all-linear", own={"dylora": {"ranks": [4]}}, **TASK),
+}
+del ADAPTERS["density-lora"]  # it has this loss itself
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        LoraConfig(r=4, target_modules="all-linear"),
-        IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
-        IA3Config(target_modules=["gate_proj"], feedforward_modules=[]),
-        DyLoRAConfig(r=4, ranks=[4], target_modules="all-linear"),
-        MoSLoRAConfig(r=4, target_modules="all-linear"),
-        LorettaAdpConfig(bottleneck=8, tensor_rank=2),
-        LorettaRepConfig(bottleneck=8, tensor_rank=2),
-    ],
-    ids=["LoRA", "IA3", "IA3 on the gate", "DyLoRA", "MoSLoRA", "LoRETTA_adp", "LoRETTA_rep"],
-)
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("before", [False, True], ids=["after", "before get_peft_model"])
-def test_adapters(config: Any, before: bool) -> None:
-    config = copy.deepcopy(config)
-    config.task_type = "CAUSAL_LM"
+def test_adapters(adapter: str, before: bool) -> None:
+    config = ADAPTERS[adapter]()
     base, batch = build("Llama"), batch_for("Llama")
     density = attached(base) if before else None
     model = perturbed(get_peft_model(base, config))
