@@ -11,7 +11,7 @@ import torch
 
 from peft_dynamic.cli import models as models_module
 from tests.cli import common
-from tests.cli.common import ROWS, command, invoke, message, run_train, write
+from tests.cli.common import ROWS, command, forked, invoke, message, run_train, write
 
 elsewhere, tiny = common.elsewhere, common.tiny  # fixtures
 
@@ -148,7 +148,7 @@ def test_a_run_goes_on_from_its_checkpoint(trained: Path, tiny: Path, tmp_path: 
     shutil.copytree(trained / "out" / "checkpoints" / "checkpoint-3", tmp_path / "out" / "checkpoints" / "checkpoint-3")
     shutil.copy(trained / "out" / "run.yaml", tmp_path / "out")
     options = ["--model", tiny, "--data", trained / "data.jsonl", "--ranks", "1,2,4", "--batch-size", 4, "--steps", 6]
-    run_train(*options, "--resume", "--output", tmp_path / "out")
+    run_train(*options, "--resume", "--output", tmp_path / "out", run=forked)
     whole, resumed = (
         load_file(folder / "out" / "adapter" / "adapter_model.safetensors") for folder in (trained, tmp_path)
     )
@@ -160,7 +160,7 @@ def test_a_run_goes_on_from_its_checkpoint(trained: Path, tiny: Path, tmp_path: 
 def test_a_run_over_four_bits(trained: Path, tiny: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     options = ["--model", tiny, "--data", trained / "data.jsonl", "--ranks", "1,4", "--steps", 2, "--4bit"]
-    run_train(*options, "--output", tmp_path / "out")
+    run_train(*options, "--output", tmp_path / "out", run=forked)
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "QDYLORA"
 

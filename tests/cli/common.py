@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from peft_dynamic.cli import app
+from tests.processes import Started
 
 ROWS = [{"prompt": f"Say {word}.", "completion": f"{word}!"} for word in ("one", "two", "three", "four", "five", "six")]
 HERE = Path(__file__).parents[2]
@@ -62,10 +64,30 @@ def command(*arguments: object, cwd: Path | None = None, **more: str) -> subproc
     )
 
 
-def run_train(*options: object) -> str:
+FORKED = """
+import sys
+from transformers.utils import logging
+logging.disable_progress_bar()  # by a variable that the command sets, which is read when the hosts are imported
+sys.argv[0] = "bin/peft-dynamic"
+from peft_dynamic.cli import main
+main()
+"""
+
+
+def start(*arguments: object, cwd: Path | None = None, **more: str) -> Started:
+    """The same in a process that has imported the hosts."""
+    return Started("-c", (FORKED, *arguments), cwd or Path.cwd(), environment(**more))
+
+
+def forked(*arguments: object, cwd: Path | None = None, **more: str) -> subprocess.CompletedProcess:
+    """What came of it."""
+    return start(*arguments, cwd=cwd, **more).ended(timeout=280)
+
+
+def run_train(*options: object, run: Callable[..., subprocess.CompletedProcess] = command) -> str:
     """The output of `peft-dynamic train` in a process of its own."""
     folder = Path(str(options[options.index("--output") + 1])).parent
-    done = command("train", *options, cwd=folder)
+    done = run("train", *options, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""  # nothing that hosts say, and no bars
     return done.stdout

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from peft_dynamic import LorettaAdpConfig
 from tests import methods
 from tests.cli import common
-from tests.cli.common import command, invoke, message
+from tests.cli.common import command, forked, invoke, message
 
 elsewhere, tiny = common.elsewhere, common.tiny  # fixtures
 
@@ -89,7 +89,7 @@ def test_the_class_is_taken_from_the_base_model_with_a_warning(tiny: Path, tmp_p
     path = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text()) | {"auto_mapping": None}
     path.write_text(json.dumps(config))
-    done = command("export", tmp_path / "adapter", tmp_path / "lora")
+    done = forked("export", tmp_path / "adapter", tmp_path / "lora")
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("Warning: the adapter says neither its task_type nor its model's class; it is taken")
     assert done.stderr.count("\n") == 1
