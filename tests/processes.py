@@ -72,7 +72,7 @@ def _child(code: str, words: list[str], cwd: str, env: dict[str, str], out: str,
         traceback.print_exc()
         status = 1
     sys.stdout.flush()
-    os._exit(status)  # as it is: what an interpreter does at its end would be done for the imports of the first process
+    sys.exit(status)  # to multiprocessing, which ends it without what an interpreter does for the first one's imports
 
 
 class Started:

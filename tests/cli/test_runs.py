@@ -17,7 +17,7 @@ import torch
 from peft_dynamic.cli import _identity
 from peft_dynamic.cli._interrupt import Interrupted, Interruption
 from tests.cli import common
-from tests.cli.common import ROWS, environment, invoke, message, start, write
+from tests.cli.common import AGREED, CHECK, ROWS, environment, invoke, message, start, write
 
 elsewhere, tiny = common.elsewhere, common.tiny  # fixtures
 
@@ -25,9 +25,8 @@ elsewhere, tiny = common.elsewhere, common.tiny  # fixtures
 @pytest.fixture(scope="module", autouse=True)
 def no_second_process() -> Iterator[None]:
     """What stock PEFT says in a process of its own is asked for in tests/test_cli.py; here it would only cost time."""
-    agreed = {"equal": True, "difference": 0.0, "scale": 1.0, "loss": 1.0, "rank": 1}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("peft_dynamic.cli._run.check_in_stock_peft", lambda *a, **k: agreed)
+        patch.setattr(CHECK, lambda *a, **k: AGREED)
         yield
 
 
