@@ -24,6 +24,6 @@ REFUSES_REENTRANT = {"density-lora"}
 COMPILES_IN_PARTS = {"density-lora"}
 
 
-def with_method(name: str) -> Any:
+def with_method(name: str, layers: int = 2) -> Any:
     """A PeftModel of the tiny Llama."""
-    return get_peft_model(tiny_llama(), METHODS[name]())
+    return get_peft_model(tiny_llama(layers=layers), METHODS[name]())
