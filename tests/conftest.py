@@ -3,6 +3,7 @@
 
 import os
 import random
+import sys
 from pathlib import Path
 from zlib import crc32
 
@@ -45,6 +46,12 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
 def pytest_runtest_call(item: pytest.Item) -> None:
     """A test has the same random numbers whatever ran before it."""
     _seed(item.nodeid)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Where processes of their own will be needed, what they are forked from gets ready while other tests run."""
+    if "tests.processes" in sys.modules and not session.config.option.collectonly:
+        sys.modules["tests.processes"].prepare()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

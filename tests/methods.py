@@ -3,10 +3,10 @@
 A new method is one row here. A suite that needs other settings passes them on; it never lists the methods itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 
 from peft_dynamic.methods import METHODS, Method
 
@@ -21,6 +21,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 # The same with another rule: what is computed differs, what must hold does not.
 VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dylora-paper": ("DYLORA", {"truncation": "prefix", "scaling": "alpha/b", "rank_sampling": "uniform"}),
     "dylora-frozen": ("DYLORA", {"truncation": "prefix", "update": "frozen"}),
     "dylora-mixer": ("DYLORA", {"use_mixer": True}),
     "loretta-rep-noise": ("LORETTA_REP", {"init_weights": "noise_removal"}),
@@ -34,31 +35,45 @@ def word(method: Method) -> str:
 
 
 def configs(
-    targets: Any = ("q_proj", "v_proj"), *, variations: bool = False, lora: bool | None = None, **settings: Any
+    targets: Any = ("q_proj", "v_proj"),
+    *,
+    variations: Iterable[str] = (),
+    lora: bool | None = None,
+    quantised: bool = False,
+    small: bool = True,
+    own: Mapping[str, Mapping[str, Any]] | None = None,
+    **settings: Any,
 ) -> dict[str, Callable[..., PeftConfig]]:
     """Name -> a function that makes the configuration, with further settings.
 
     Args:
-        targets: `target_modules` of the methods that have to be told.
-        variations: also those of `VARIATIONS`.
+        targets: `target_modules` of the methods that have to be told; None to leave them out.
+        variations: those of `VARIATIONS` to have as well.
         lora: those that are a LoRA with something more, or those that are not; None for all.
+        quantised: also those that are for a quantised base model.
+        small: with what makes them small; else at their defaults.
+        own: name -> settings of one method and its variations, or of one variation.
         settings: of all.
     """
-    wanted = {word(method): (name, {}) for name, method in METHODS.items() if name not in QUANTISED}
-    if variations:
-        wanted |= VARIATIONS
+    own = own or {}
+    wanted: dict[str, tuple[str, dict[str, Any]]] = {
+        word(method): (name, {}) for name, method in METHODS.items() if quantised or name not in QUANTISED
+    }
+    wanted |= {key: VARIATIONS[key] for key in variations}
+    assert own.keys() <= wanted.keys()
     return {
-        key: _maker(METHODS[name], targets, SMALL[name] | more | settings)
-        for key, (name, more) in wanted.items()
+        key: _maker(
+            METHODS[name],
+            targets,
+            (SMALL[name] if small else {}) | rule | settings | {**own.get(word(METHODS[name]), {}), **own.get(key, {})},
+        )
+        for key, (name, rule) in wanted.items()
         if lora is None or bool(METHODS[name].engines) == lora
     }
 
 
 def _maker(method: Method, targets: Any, settings: dict[str, Any]) -> Callable[..., PeftConfig]:
-    where = {"target_modules": targets if isinstance(targets, str) else list(targets)} if method.engines else {}
+    where = (
+        {"target_modules": targets if isinstance(targets, str) else list(targets)} if method.engines and targets else {}
+    )
     return lambda **more: method.config(**(where | settings | more))
-
-
-def adapted(model: Any, config: PeftConfig) -> Any:
-    """The model with the adapter."""
-    return get_peft_model(model, config)

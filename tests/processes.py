@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +31,19 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+def _context() -> multiprocessing.context.BaseContext:
+    known = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
+    context.set_forkserver_preload(HOSTS)
+    return context
+
+
+def prepare() -> None:
+    """Start the process that others are forked from; it imports while tests run."""
+    if _context().get_start_method() == "forkserver":
+        multiprocessing.forkserver.ensure_running()
+
+
 def _child(code: str, words: list[str], cwd: str, env: dict[str, str], out: str, err: str) -> None:
     """Become `python code words...`, where code is a script's path or, after -c, its text."""
     for number, path in ((1, out), (2, err)):
@@ -38,10 +53,12 @@ def _child(code: str, words: list[str], cwd: str, env: dict[str, str], out: str,
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    sys.path[:0] = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
     status = 0
     try:
         if code == "-c":
             sys.argv = ["-c", *words[1:]]
+            sys.path.insert(0, "")
             exec(compile(words[0], "<string>", "exec"), {"__name__": "__main__"})
         else:
             sys.argv = [code, *words]
@@ -55,24 +72,36 @@ def _child(code: str, words: list[str], cwd: str, env: dict[str, str], out: str,
         traceback.print_exc()
         status = 1
     sys.stdout.flush()
-    os._exit(status)  # as it is: what an interpreter does at its end would be done for the imports of the first process
+    sys.exit(status)  # to multiprocessing, which ends it without what an interpreter does for the first one's imports
 
 
 class Started:
     """A process that runs `python code words...`; its output goes to files."""
 
     def __init__(self, code: object, words: tuple[object, ...], cwd: Path, env: Mapping[str, str]) -> None:
-        known = multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
-        context.set_forkserver_preload(HOSTS)
         self.args = [str(code), *map(str, words)]
         self.folder = tempfile.TemporaryDirectory()
         self.files = [os.path.join(self.folder.name, name) for name in ("out", "err")]
         for file in self.files:
             Path(file).touch()
         given = (self.args[0], self.args[1:], str(cwd), dict(env), *self.files)
-        self.process = context.Process(target=_child, args=given)
+        self.process = _context().Process(target=_child, args=given)
         self.process.start()
+
+    def lines(self, timeout: float) -> Iterator[str]:
+        """What it prints, line by line, until it ends or the time is up."""
+        end = time.monotonic() + timeout
+        with open(self.files[0], encoding="utf-8") as file:
+            part = ""
+            while ((alive := self.process.is_alive()) and time.monotonic() < end) or part != "":
+                part += file.readline()
+                if part.endswith("\n"):
+                    yield part
+                    part = ""
+                elif not alive:
+                    return
+                else:
+                    time.sleep(0.01)
 
     def ended(self, timeout: float) -> subprocess.CompletedProcess:
         """What came of it.

@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 from peft_dynamic.cli import models as models_module
 from tests.cli import common
-from tests.cli.common import ROWS, command, invoke, message, run_train, write
+from tests.cli.common import ROWS, command, forked, invoke, message, run_train, write
 
 elsewhere, tiny = common.elsewhere, common.tiny  # fixtures
 
@@ -112,22 +114,35 @@ def test_the_papers_rules_are_an_option_and_the_packages_the_default(four_bit: b
         assert config.peft_type == ("QDYLORA" if four_bit else "DYLORA")
 
 
+def train(tiny: Path, folder: Path, run: Callable[..., subprocess.CompletedProcess]) -> str:
+    """What a run prints whose output is `folder / "out"`."""
+    data = write(folder / "data.jsonl", ROWS * 4)
+    options = ["--model", tiny, "--data", data, "--ranks", "1,2,4", "--batch-size", 4, "--output", folder / "out"]
+    return run_train(*options, "--steps", 6, "--save-steps", 3, run=run)
+
+
 @pytest.fixture(scope="module")
 def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one run leaves."""
     folder = tmp_path_factory.mktemp("trained")
-    data = write(folder / "data.jsonl", ROWS * 4)
-    options = ["--model", tiny, "--data", data, "--ranks", "1,2,4", "--batch-size", 4, "--output", folder / "out"]
-    printed = run_train(*options, "--steps", 6, "--save-steps", 3)
-    assert "Recommended: rank" in printed
-    assert "computes the same logits bit for bit" in " ".join(printed.split())
+    train(tiny, folder, partial(forked, check=False))
     return folder
 
 
-def test_a_run_leaves_what_it_says(trained: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """What one leaves and prints that is run as a user runs it."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, train(tiny, folder, command)
+
+
+def test_a_run_leaves_what_it_says(whole: tuple[Path, str]) -> None:
     from peft_dynamic.ranks import RankCurve
 
-    out = trained / "out"
+    folder, printed = whole
+    assert "Recommended: rank" in printed
+    assert "computes the same logits bit for bit" in " ".join(printed.split())
+    out = folder / "out"
     curve = RankCurve.from_json(out / "curve.json")
     assert [row.rank for row in curve.rows] == [None, 1, 2, 4]
     assert curve.metrics == ["loss", "perplexity"]
@@ -148,7 +163,7 @@ def test_a_run_goes_on_from_its_checkpoint(trained: Path, tiny: Path, tmp_path: 
     shutil.copytree(trained / "out" / "checkpoints" / "checkpoint-3", tmp_path / "out" / "checkpoints" / "checkpoint-3")
     shutil.copy(trained / "out" / "run.yaml", tmp_path / "out")
     options = ["--model", tiny, "--data", trained / "data.jsonl", "--ranks", "1,2,4", "--batch-size", 4, "--steps", 6]
-    run_train(*options, "--resume", "--output", tmp_path / "out")
+    run_train(*options, "--resume", "--output", tmp_path / "out", run=partial(forked, check=False))
     whole, resumed = (
         load_file(folder / "out" / "adapter" / "adapter_model.safetensors") for folder in (trained, tmp_path)
     )
@@ -160,7 +175,7 @@ def test_a_run_goes_on_from_its_checkpoint(trained: Path, tiny: Path, tmp_path: 
 def test_a_run_over_four_bits(trained: Path, tiny: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     options = ["--model", tiny, "--data", trained / "data.jsonl", "--ranks", "1,4", "--steps", 2, "--4bit"]
-    run_train(*options, "--output", tmp_path / "out")
+    run_train(*options, "--output", tmp_path / "out", run=forked)
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "QDYLORA"
 

@@ -1,6 +1,7 @@
 """Files for engines that know one rank and one scale: read as they read them, they are the model's adapter."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_dynamic import DensityLoRAConfig, DyLoRAConfig, LorettaRepConfig, MoSLoRAConfig, export_lora
+from peft_dynamic import DyLoRAConfig, LorettaRepConfig, MoSLoRAConfig, export_lora
+from tests import methods
 from tests.conformance.cases import CASES, perturb
 from tests.conformance.test_conformance import compute
 from tests.tuners.common import adapted, rows, tiny_llama
@@ -48,46 +50,42 @@ def read_by(engine: str, folder: Path) -> nn.Module:
     return model
 
 
-SETTINGS: dict[str, Any] = {
-    "dylora": lambda: DyLoRAConfig(r=8, ranks=[1, 2, 4, 8], lora_alpha=16, target_modules="all-linear"),
-    "dylora-paper": lambda: DyLoRAConfig.paper(r=8, ranks=[1, 2, 4, 8], lora_alpha=16, target_modules="all-linear"),
-    "dylora-patterns": lambda: DyLoRAConfig(
-        r=8,
+PATTERNS = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}
+RANKED = {"r": 8, "ranks": [1, 2, 4, 8], "lora_alpha": 16}
+SETTINGS = methods.configs(
+    "all-linear",
+    variations=("dylora-paper", "loretta-rep-noise"),
+    lora=True,
+    own={
+        "dylora": RANKED,
+        "moslora": {"r": 8, **PATTERNS},
+        "density-lora": {"r": 8, "rank_pattern": {"q_proj": 3}},
+        "loretta-rep": {
+            "train_layer_norms": False,
+            "rank_pattern": {"q_proj": 2},
+            "target_modules": ["q_proj", "v_proj"],
+        },
+        "loretta-rep-noise": {"rank_pattern": {}},
+    },
+    task_type="CAUSAL_LM",
+)
+SETTINGS |= {
+    "dylora-patterns": partial(
+        SETTINGS["dylora"],
+        ranks=None,
+        lora_alpha=8,
         rank_pattern={"q_proj": 2, "up_proj": 4},
         alpha_pattern={"v_proj": 3, "q_proj": 5},
-        target_modules="all-linear",
         scaling="alpha/sqrt(b)",
     ),
-    "moslora": lambda: MoSLoRAConfig(
-        r=8, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3}, target_modules="all-linear"
-    ),
-    "moslora-rslora": lambda: MoSLoRAConfig(
-        r=8, rank_pattern={"q_proj": 2}, use_rslora=True, target_modules="all-linear"
-    ),
-    "density": lambda: DensityLoRAConfig(r=8, rank_pattern={"q_proj": 3}, target_modules="all-linear"),
-    "loretta-rep": lambda: LorettaRepConfig(
-        bottleneck=4,
-        tensor_rank=2,
-        train_layer_norms=False,
-        rank_pattern={"q_proj": 2},
-        target_modules=["q_proj", "v_proj"],
-    ),
-    "loretta-rep-noise": lambda: LorettaRepConfig(
-        bottleneck=4,
-        tensor_rank=2,
-        train_layer_norms=False,
-        init_weights="noise_removal",
-        target_modules=["q_proj", "v_proj"],
-    ),
+    "moslora-rslora": partial(SETTINGS["moslora"], alpha_pattern={}, use_rslora=True),
 }
 
 
 @pytest.mark.parametrize("engine", ["vllm", "llama.cpp"])
 @pytest.mark.parametrize("method", SETTINGS)
 def test_an_engine_without_patterns_computes_the_adapter(method: str, engine: str, tmp_path: Path) -> None:
-    config = SETTINGS[method]()
-    config.task_type = "CAUSAL_LM"
-    model = get_peft_model(tiny_llama(), config)
+    model = get_peft_model(tiny_llama(), SETTINGS[method]())
     perturb(model)
     if hasattr(model, "set_rank") and method != "dylora-patterns":
         model.set_rank({r".*layers\.0\..*": 2, r".*layers\.1\.mlp.*": 1} if method == "dylora" else 2)

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 
-from peft_dynamic import DensityLoRAConfig, DyLoRAConfig, LorettaRepConfig, MoSLoRAConfig, QDyLoRAConfig, export_lora
+from peft_dynamic import export_lora
+from tests import methods
 from tests.conformance.cases import perturb
 from tests.examples import at_most
 
@@ -75,16 +76,12 @@ BASES: dict[str, tuple[Callable[[], Any], str, list[Any]]] = {
     "classifier": (classifier, "SEQ_CLS", ["all-linear", ["query", "value"], ["word_embeddings", "query"]]),
     "four-bit": (four_bit, "CAUSAL_LM", ["all-linear", ["q_proj", "down_proj"]]),
 }  # fmt: skip
-METHODS: dict[str, Callable[..., Any]] = {
-    "dylora": lambda **kw: DyLoRAConfig(r=4, **kw),
-    "dylora-paper": lambda **kw: DyLoRAConfig.paper(r=4, **kw),
-    "dylora-mixer": lambda **kw: DyLoRAConfig(r=4, use_mixer=True, scaling="alpha/sqrt(b)", **kw),
-    "moslora": lambda **kw: MoSLoRAConfig(r=4, **kw),
-    "density": lambda **kw: DensityLoRAConfig(r=4, **kw),
-    "loretta-rep": lambda **kw: LorettaRepConfig(bottleneck=4, tensor_rank=2, **kw),
-    "loretta-rep-noise": lambda **kw: LorettaRepConfig(bottleneck=4, tensor_rank=2, init_weights="noise_removal", **kw),
-    "qdylora": lambda **kw: QDyLoRAConfig(r=4, **kw),
-}
+METHODS = methods.configs(
+    variations=("dylora-paper", "dylora-mixer", "loretta-rep-noise"),
+    lora=True,
+    quantised=True,
+    own={"dylora": {"ranks": None}, "qdylora": {"ranks": None}, "dylora-mixer": {"scaling": "alpha/sqrt(b)"}},
+)
 PART = r".*\.0\..*"  # the first layer's
 FIELDS: dict[str, list[Any]] = {
     "use_rslora": [True],

@@ -6,20 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.utils.peft_types import PeftType
 
-from peft_dynamic import (
-    DensityLoRAConfig,
-    DyLoRAConfig,
-    LorettaAdpConfig,
-    LorettaRepConfig,
-    MoSLoRAConfig,
-    QDyLoRAConfig,
-)
+from peft_dynamic import DyLoRAConfig
 from peft_dynamic.export import export_lora
 from peft_dynamic.hosts.registry import is_ours
 from peft_dynamic.hub import push_adapter, write_model_card
+from tests import methods
 from tests.stock_cases import build
 
 
@@ -80,22 +74,19 @@ def test_push_of_a_named_adapter_and_of_an_added_one(pushed: dict) -> None:
 
 
 def test_the_tags_say_what_an_adapter_is(tmp_path: Path) -> None:
-    kinds = [
-        (DyLoRAConfig(r=2), ["lora", "dylora"]),
-        (QDyLoRAConfig(r=2), ["lora", "qdylora"]),
-        (MoSLoRAConfig(r=2), ["lora", "moslora"]),
-        (DensityLoRAConfig(r=2), ["lora", "density_lora"]),
-        (LorettaRepConfig(), ["lora", "loretta_rep"]),
-        (LorettaAdpConfig(), ["loretta_adp"]),  # small networks between the layers: no LoRA
-        (LoraConfig(r=2), ["lora"]),
-    ]
-    assert {config.peft_type for config, _ in kinds} >= {
+    made = methods.configs(quantised=True, task_type="CAUSAL_LM") | {"stock": lambda: LoraConfig(task_type="CAUSAL_LM")}
+    tags = {}
+    for name, make in made.items():
+        make().save_pretrained(str(tmp_path / name))
+        tags[name] = ModelCard.load(write_model_card(tmp_path / name)).data.tags
+    assert tags == {
+        name: ["lora"] * isinstance(make(), LoraConfig) + [name.replace("-", "_")] * (name != "stock")
+        for name, make in made.items()
+    }
+    assert tags["loretta-adp"] == ["loretta_adp"]  # small networks between the layers: no LoRA
+    assert {make().peft_type for make in made.values()} >= {
         kind for kind in PeftType if is_ours(SimpleNamespace(peft_type=kind))
     }
-    for config, tags in kinds:
-        config.task_type = "CAUSAL_LM"
-        config.save_pretrained(str(tmp_path / config.peft_type))
-        assert ModelCard.load(write_model_card(tmp_path / config.peft_type)).data.tags == tags
 
 
 def test_the_card_takes_the_class_from_what_peft_noted(tmp_path: Path) -> None:
@@ -122,16 +113,14 @@ def test_a_card_in_the_folder_where_we_are_has_its_name(tmp_path: Path, monkeypa
     assert 'PeftModel.from_pretrained(base, "poet")' in Path("README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "config",
-    [MoSLoRAConfig(r=2), LorettaRepConfig(), LorettaAdpConfig(bottleneck=8, tensor_rank=2)],
-    ids=lambda config: type(config).__name__,
-)
-def test_a_card_says_what_any_method_needs(pushed: dict, config: PeftConfig) -> None:
-    push_adapter(get_peft_model(build("llama")[0], config), "me/poet")
+@pytest.mark.parametrize("method", methods.configs())
+def test_a_card_says_what_any_method_needs(pushed: dict, method: str) -> None:
+    model = get_peft_model(build("llama")[0], methods.configs()[method]())
+    push_adapter(model, "me/poet")
     code = code_of(pushed["files"]["README.md"].decode())
-    assert f"import peft_dynamic  # registers {config.peft_type.value} with PEFT" in code
-    assert "set_rank" not in code
+    kind = model.peft_config["default"].peft_type.value
+    assert f"import peft_dynamic  # registers {kind} with PEFT" in code
+    assert ("set_rank" in code) == hasattr(model, "set_rank")
     compile(code, "card", "exec")
 
 

@@ -11,20 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
 
-from peft_dynamic import (
-    ActivationDensityLoss,
-    DensityLoRAConfig,
-    DyLoRAConfig,
-    LorettaAdpConfig,
-    LorettaRepConfig,
-    MoSLoRAConfig,
-    QDyLoRAConfig,
-)
+from peft_dynamic import ActivationDensityLoss
 from peft_dynamic.trainers import PPOConfig
 from peft_dynamic.tuners.lora_fields import RULES
+from tests import methods
 from tests.examples import at_most
 from tests.tuners.common import tiny_llama
 
@@ -35,14 +28,7 @@ ODD: list[Any] = [
     *([], [0], [1], [5], ["x"], [""], [None], [NAN], (1, 2), [[0, 1]]),
     *({}, {"a": 1}, {"q_proj": "x"}, {"q_proj": NAN}, {"q_proj": 0}, {"q_proj": 100}, {None: 1}),
 ]
-MADE: dict[str, Callable[..., PeftConfig]] = {
-    "dylora": lambda **kw: DyLoRAConfig(**{"target_modules": ["q_proj"], **kw}),
-    "qdylora": lambda **kw: QDyLoRAConfig(**{"target_modules": ["q_proj"], **kw}),
-    "moslora": lambda **kw: MoSLoRAConfig(**{"target_modules": ["q_proj"], **kw}),
-    "density": lambda **kw: DensityLoRAConfig(**{"target_modules": ["q_proj"], **kw}),
-    "loretta-rep": lambda **kw: LorettaRepConfig(**{"target_modules": ["q_proj"], **kw}),
-    "loretta-adp": lambda **kw: LorettaAdpConfig(**{"bottleneck": 8, **kw}),
-}
+MADE = methods.configs(["q_proj"], quantised=True, small=False, own={"loretta-adp": {"bottleneck": 8}})
 
 
 def named(error: Exception, name: str) -> bool:
@@ -111,7 +97,7 @@ def test_a_losss_setting_without_a_meaning_is_refused_by_its_name(name: str) -> 
     assert not found
 
 
-@pytest.mark.parametrize("method", [name for name in MADE if name != "qdylora"])
+@pytest.mark.parametrize("method", methods.configs())
 @at_most(60)
 @given(data=st.data())
 def test_what_is_accepted_trains_or_names_the_setting(method: str, data: st.DataObject) -> None:
@@ -132,11 +118,11 @@ def test_each_field_of_peft_has_a_rule() -> None:
     assert RULES.keys() | {"r", "peft_type"} == {field.name for field in fields(LoraConfig)}
 
 
-@pytest.mark.parametrize("method", [name for name in MADE if name != "loretta-adp"])
+@pytest.mark.parametrize("method", methods.configs(lora=True, quantised=True))
 @pytest.mark.parametrize("value", [{}, []])
 def test_an_empty_setting_of_a_variant_is_refused_too(method: str, value: Any) -> None:
     """PEFT makes the variant's defaults of an empty dict."""
-    names = ["arrow_config"] if method == "density" else ["use_bdlora", "kasa_config", "arrow_config"]
+    names = ["arrow_config"] if method == "density-lora" else ["use_bdlora", "kasa_config", "arrow_config"]
     for name in names:
         with pytest.raises((TypeError, ValueError), match=name):
             MADE[method](**{name: value})

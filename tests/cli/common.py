@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from peft_dynamic.cli import app
+from tests.processes import Started
 
 ROWS = [{"prompt": f"Say {word}.", "completion": f"{word}!"} for word in ("one", "two", "three", "four", "five", "six")]
 HERE = Path(__file__).parents[2]
@@ -62,10 +64,35 @@ def command(*arguments: object, cwd: Path | None = None, **more: str) -> subproc
     )
 
 
-def run_train(*options: object) -> str:
+FORKED = """
+import sys
+from transformers.utils import logging
+logging.disable_progress_bar()  # by a variable that the command sets, which is read when the hosts are imported
+sys.argv[0] = "bin/peft-dynamic"
+{before}
+from peft_dynamic.cli import main
+main()
+"""
+# What stock PEFT says of an export in a process of its own, for runs that are not about it: it takes seconds.
+CHECK = "peft_dynamic.cli._run.check_in_stock_peft"
+AGREED = {"equal": True, "difference": 0.0, "scale": 1.0, "loss": 1.0, "rank": 1}
+
+
+def start(*arguments: object, cwd: Path | None = None, check: bool = True, **more: str) -> Started:
+    """The same in a process that has imported the hosts."""
+    before = "" if check else f"import peft_dynamic.cli._run\n{CHECK} = lambda *a, **k: {AGREED}"
+    return Started("-c", (FORKED.format(before=before), *arguments), cwd or Path.cwd(), environment(**more))
+
+
+def forked(*arguments: object, cwd: Path | None = None, check: bool = True, **more: str) -> subprocess.CompletedProcess:
+    """What came of it."""
+    return start(*arguments, cwd=cwd, check=check, **more).ended(timeout=280)
+
+
+def run_train(*options: object, run: Callable[..., subprocess.CompletedProcess] = command) -> str:
     """The output of `peft-dynamic train` in a process of its own."""
     folder = Path(str(options[options.index("--output") + 1])).parent
-    done = command("train", *options, cwd=folder)
+    done = run("train", *options, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""  # nothing that hosts say, and no bars
     return done.stdout

@@ -13,24 +13,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from peft_dynamic import (
-    DensityLoRAConfig,
-    DyLoRAConfig,
-    LorettaAdpConfig,
-    LorettaRepConfig,
-    MoSLoRAConfig,
-)
+from peft_dynamic import LorettaAdpConfig
+from tests import methods
 from tests.cli import common
-from tests.cli.common import command, invoke, message
+from tests.cli.common import command, forked, invoke, message
 
 elsewhere, tiny = common.elsewhere, common.tiny  # fixtures
 
-METHODS = {
-    "dylora": lambda **more: DyLoRAConfig(r=4, ranks=[1, 2, 4], target_modules="all-linear", **more),
-    "moslora": lambda **more: MoSLoRAConfig(r=4, target_modules="all-linear", **more),
-    "loretta-rep": lambda **more: LorettaRepConfig(bottleneck=4, tensor_rank=2, **more),
-    "density": lambda **more: DensityLoRAConfig(r=4, target_modules="all-linear", **more),
-}
+METHODS = methods.configs("all-linear", lora=True)
 INPUTS = torch.tensor([[3, 4, 5, 6]])
 
 
@@ -50,7 +40,7 @@ def saved(tiny: Path, folder: Path, config: Any) -> nn.Module:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_that_a_lora_can_express(tiny: Path, tmp_path: Path, method: str, task_type: str | None) -> None:
     model = saved(tiny, tmp_path / "adapter", METHODS[method](task_type=task_type))
-    rank = ["--rank", 2] if method == "dylora" else []
+    rank = ["--rank", 2] if hasattr(model, "set_rank") else []
     result = invoke("export", tmp_path / "adapter", tmp_path / "lora", *rank)
     assert result.exit_code == 0, result.output
     assert "as a stock LoRA adapter." in message(result)
@@ -99,7 +89,7 @@ def test_the_class_is_taken_from_the_base_model_with_a_warning(tiny: Path, tmp_p
     path = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text()) | {"auto_mapping": None}
     path.write_text(json.dumps(config))
-    done = command("export", tmp_path / "adapter", tmp_path / "lora")
+    done = forked("export", tmp_path / "adapter", tmp_path / "lora")
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("Warning: the adapter says neither its task_type nor its model's class; it is taken")
     assert done.stderr.count("\n") == 1

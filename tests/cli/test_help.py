@@ -9,6 +9,7 @@ import pytest
 
 from tests.cli import common
 from tests.cli.common import ROWS, command, environment, invoke, message, write
+from tests.processes import python
 
 elsewhere, tiny = common.elsewhere, common.tiny  # fixtures
 
@@ -69,7 +70,7 @@ import peft_dynamic
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known
 assert {"DYLORA", "QDYLORA", "MOSLORA", "LORETTA_REP", "LORETTA_ADP", "DENSITY_LORA"} <= set(known), set(known)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment(), capture_output=True)
+    python("-c", code, env=environment())
 
 
 @pytest.mark.parametrize(

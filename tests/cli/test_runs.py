@@ -7,8 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import torch
 from peft_dynamic.cli import _identity
 from peft_dynamic.cli._interrupt import Interrupted, Interruption
 from tests.cli import common
-from tests.cli.common import ROWS, environment, invoke, message, write
+from tests.cli.common import AGREED, CHECK, ROWS, environment, invoke, message, start, write
 
 elsewhere, tiny = common.elsewhere, common.tiny  # fixtures
 
@@ -24,9 +25,8 @@ elsewhere, tiny = common.elsewhere, common.tiny  # fixtures
 @pytest.fixture(scope="module", autouse=True)
 def no_second_process() -> Iterator[None]:
     """What stock PEFT says in a process of its own is asked for in tests/test_cli.py; here it would only cost time."""
-    agreed = {"equal": True, "difference": 0.0, "scale": 1.0, "loss": 1.0, "rank": 1}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("peft_dynamic.cli._run.check_in_stock_peft", lambda *a, **k: agreed)
+        patch.setattr(CHECK, lambda *a, **k: AGREED)
         yield
 
 
@@ -240,45 +240,60 @@ def test_signals_stop_at_once_or_after_the_step() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-@pytest.mark.parametrize(("stop", "until"), [(signal.SIGINT, "step "), (signal.SIGTERM, "rank 1: measured")])
-def test_an_interruption_leaves_what_there_is_and_says_how_to_go_on(
-    tiny: Path, tmp_path: Path, stop: signal.Signals, until: str
-) -> None:
-    training = until.startswith("step")
-    data = write(tmp_path / "data.jsonl", ROWS * (3 if training else 100))
-    options = ["--model", tiny, "--data", data, "--ranks", "1,2", "--batch-size", 1, "--output", tmp_path / "out"]
-    options += ["--steps", 5000 if training else 2]
-    words = [sys.executable, "-m", "peft_dynamic.cli", "train", *map(str, options)]
-    process = subprocess.Popen(
-        words,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        env=environment(PYTHONUNBUFFERED="1"),
-        cwd=tmp_path,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith(until):
-            break
+def stopped(process: Any, lines: Iterable[str], until: str, stop: signal.Signals) -> None:
+    """Send the signal when a line begins so."""
+    assert any(line.startswith(until) for line in lines)
     os.kill(process.pid, stop)
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode == 128 + stop, errors
+
+
+def assert_left(folder: Path, status: int, errors: str, stop: signal.Signals) -> str:
+    """What an interruption leaves in the end, and the command that goes on."""
+    assert status == 128 + stop, errors
     assert "Traceback" not in errors
     assert "out has all up to step" in errors
     again = errors.partition("Go on with: ")[2].strip()
     assert again.endswith(" --resume")
-    assert (tmp_path / "out" / "run.yaml").is_file()
-    if not training:
-        rows = json.loads((tmp_path / "out" / "curve.json").read_text())["rows"]
-        assert rows[0]["rank"] == 1
-        assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()
-        words = shlex.split(again)
-        assert words[:4] == [sys.executable, "-m", "peft_dynamic.cli", "train"]
-        done = invoke(*words[3:])
-        assert done.exit_code == 0, done.output
-        assert (tmp_path / "out" / "report.md").is_file()
+    assert (folder / "out" / "run.yaml").is_file()
+    return again
+
+
+def test_an_interrupted_training_leaves_what_there_is_and_says_how_to_go_on(tiny: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", ROWS * 3)
+    options = ["--model", tiny, "--data", data, "--ranks", "1,2", "--batch-size", 1, "--output", tmp_path / "out"]
+    begun = start("train", *options, "--steps", 5000, cwd=tmp_path)
+    stopped(begun.process, begun.lines(timeout=200), "step ", signal.SIGINT)
+    done = begun.ended(timeout=100)
+    assert_left(tmp_path, done.returncode, done.stderr, signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def measured(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
+    """A run that was stopped while it measured its ranks, in an interpreter of its own: folder, status and errors."""
+    folder = tmp_path_factory.mktemp("measured")
+    data = write(folder / "data.jsonl", ROWS * 100)
+    options = ["--model", tiny, "--data", data, "--ranks", "1,2", "--batch-size", 1, "--output", folder / "out"]
+    words = [sys.executable, "-m", "peft_dynamic.cli", "train", *map(str, options), "--steps", "2"]
+    settings = {"env": environment(PYTHONUNBUFFERED="1"), "cwd": folder, "text": True, "encoding": "utf-8"}
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings)
+    assert process.stdout is not None
+    stopped(process, process.stdout, "rank 1: measured", signal.SIGTERM)
+    _, errors = process.communicate(timeout=100)
+    return folder, process.returncode, errors
+
+
+def test_an_interrupted_measurement_leaves_what_there_is_and_goes_on_as_it_says(
+    measured: tuple[Path, int, str],
+) -> None:
+    folder, status, errors = measured
+    again = assert_left(folder, status, errors, signal.SIGTERM)
+    rows = json.loads((folder / "out" / "curve.json").read_text())["rows"]
+    assert rows[0]["rank"] == 1
+    assert (folder / "out" / "adapter" / "adapter_config.json").is_file()
+    words = shlex.split(again)
+    assert words[:4] == [sys.executable, "-m", "peft_dynamic.cli", "train"]
+    done = invoke(*words[3:])
+    assert done.exit_code == 0, done.output
+    assert (folder / "out" / "report.md").is_file()
 
 
 def test_an_encoder_is_refused_before_training(tiny: Path, tmp_path: Path) -> None:

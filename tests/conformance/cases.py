@@ -12,7 +12,8 @@ import torch
 from peft import PeftConfig, get_peft_model
 from torch import nn
 
-from peft_dynamic import DensityLoRAConfig, DyLoRAConfig, LorettaRepConfig, MoSLoRAConfig
+from peft_dynamic.methods import method_of
+from tests import methods
 from tests.stock_cases import CASES as LAYER_KINDS
 from tests.stock_cases import build
 
@@ -76,33 +77,19 @@ def perturb(model: nn.Module, seed: int = 1) -> None:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
-def _dylora(**settings: Any) -> PeftConfig:
-    return DyLoRAConfig(**({"r": R, "ranks": [1, 2, 4, 8], "lora_alpha": 16} | settings))
-
-
-def _paper(**settings: Any) -> PeftConfig:
-    return DyLoRAConfig.paper(**({"r": R, "ranks": [1, 2, 4, 8], "lora_alpha": 16} | settings))
-
-
-def _mixed(**settings: Any) -> PeftConfig:
-    return _dylora(use_mixer=True, **settings)
-
-
-def _mixed_paper(**settings: Any) -> PeftConfig:
-    return _paper(use_mixer=True, mixer_init="orthogonal", **settings)
-
-
-def _moslora(**settings: Any) -> PeftConfig:
-    return MoSLoRAConfig(**({"r": R, "lora_alpha": 16} | settings))
-
-
-def _density(**settings: Any) -> PeftConfig:
-    # Weight 0: these models have no loss of their own, and a loss made from their outputs would lack the term
-    return DensityLoRAConfig(**({"r": R, "lora_alpha": 16, "density_weight": 0.0, "include_padding": True} | settings))
-
-
-def _rep(**settings: Any) -> PeftConfig:
-    return LorettaRepConfig(**({"bottleneck": 4, "tensor_rank": 2} | settings))
+_RANKED = {"r": R, "ranks": [1, 2, 4, 8], "lora_alpha": 16}
+_ONE_RANK = {"r": R, "lora_alpha": 16}
+MAKERS = methods.configs(
+    None,
+    variations=("dylora-paper", "dylora-mixer", "loretta-rep-noise"),
+    lora=True,
+    own={
+        "dylora": _RANKED,
+        "moslora": _ONE_RANK,
+        # Weight 0: these models have no loss of their own, and a loss made from their outputs would lack the term
+        "density-lora": _ONE_RANK | {"density_weight": 0.0, "include_padding": True},
+    },
+)
 
 
 _FACTS: dict[str, dict[str, Any]] = {
@@ -122,50 +109,57 @@ _FACTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _case(name: str, layers: str, config: Callable[..., PeftConfig], **facts: Any) -> Case:
-    facts = _FACTS.get(layers, {}) | facts
+# Linear layers only. Its layer norms are trained, of which PEFT does not take several in one batch.
+LINEAR_KINDS = ("linear", "modules_to_save", "bias", "lora_bias", "trainable_tokens", "patterns", "transposed", "llama")
+# A density loss counts the outputs of a named module where there are no feed-forward blocks.
+COUNTED = {"convolutions": "c2", "attention": "head", "experts": "first", "llama": None}
+
+
+# What differs between methods.
+_FACTS_OF_METHODS: dict[str, dict[str, Any]] = {
+    "dylora-paper": {"prefix": True},
+    "loretta-rep-noise": {"exact_start": False},
+}
+
+
+def _of_method(name: str, layers: str) -> dict[str, Any]:
+    """The facts of a method, and of a method on a kind of layer."""
+    row = method_of(MAKERS[name]())
+    facts = {"ranked": row.ranked} | _FACTS_OF_METHODS.get(name, {})
+    if row.name == "DENSITY_LORA":
+        facts["settings"] = {"activation_modules": COUNTED.get(layers, "a")}
+    if row.name == "LORETTA_REP" and layers == "llama":
+        facts["mixed_batches"] = False
+    return facts
+
+
+def _case(method: str, layers: str, name: str = "", **settings: Any) -> Case:
+    facts = _FACTS.get(layers, {}) | _of_method(method, layers)
     ranked = facts.get("ranked", True)
     if not ranked:
         facts["ranks"] = (R,)
     ranks = {"ranks": list(facts["ranks"])} if ranked and "ranks" in facts else {}
-    settings = LAYER_KINDS[layers].config | ranks | facts.pop("settings", {})
-    return Case(f"{name}-{layers}", layers, config, settings=settings, **facts)
+    settings = LAYER_KINDS[layers].config | ranks | facts.pop("settings", {}) | settings
+    return Case(f"{name or method}-{layers}", layers, MAKERS[method], settings=settings, **facts)
 
 
-CASES = [_case("dylora", layers, _dylora) for layers in LAYER_KINDS]
-CASES += [_case("dylora-paper", layers, _paper, prefix=True) for layers in LAYER_KINDS]
+CASES = [
+    _case(method, layers)
+    for method in MAKERS
+    for layers in (LINEAR_KINDS if method.startswith("loretta-rep") else LAYER_KINDS)
+]
 CASES += [
-    _case(f"dylora-{rule}", layers, _paper, prefix=True, settings={"scaling": rule})
+    _case("dylora-paper", layers, f"dylora-{rule}", scaling=rule)
     for rule in ("alpha/r", "alpha/sqrt(b)", "alpha/sqrt(r*b)")
     for layers in ("linear", "patterns")
 ]
-# The mixer, with DyLoRA's two truncations and alone.
-CASES += [_case("dylora-mixer", layers, _mixed) for layers in LAYER_KINDS]
-CASES += [_case("dylora-paper-mixer", layers, _mixed_paper, prefix=True) for layers in LAYER_KINDS]
-CASES += [_case("moslora", layers, _moslora, ranked=False) for layers in LAYER_KINDS]
+# The mixer with the paper's truncation too.
 CASES += [
-    _case(f"moslora-{init}", layers, _moslora, ranked=False, settings={"mixer_init": init})
-    for init in ("orthogonal", "identity", "butterfly")
-    for layers in ("linear", "patterns", "embedding", "convolutions", "experts")
-]
-# A density loss counts the outputs of a named module where there are no feed-forward blocks.
-COUNTED = {"convolutions": "c2", "attention": "head", "experts": "first", "llama": None}
-CASES += [
-    _case("density", layers, _density, ranked=False, settings={"activation_modules": COUNTED.get(layers, "a")})
+    _case("dylora-paper", layers, "dylora-paper-mixer", use_mixer=True, mixer_init="orthogonal")
     for layers in LAYER_KINDS
 ]
-# Linear layers only. Its layer norms are trained, of which PEFT does not take several in one batch.
-LINEAR_KINDS = ("linear", "modules_to_save", "bias", "lora_bias", "trainable_tokens", "patterns", "transposed", "llama")
 CASES += [
-    _case(
-        name,
-        layers,
-        _rep,
-        ranked=False,
-        settings=settings,
-        exact_start=not settings,
-        **({"mixed_batches": False} if layers == "llama" else {}),
-    )
-    for name, settings in (("loretta-rep", {}), ("loretta-rep-noise-removal", {"init_weights": "noise_removal"}))
-    for layers in LINEAR_KINDS
+    _case("moslora", layers, f"moslora-{init}", mixer_init=init)
+    for init in ("orthogonal", "identity", "butterfly")
+    for layers in ("linear", "patterns", "embedding", "convolutions", "experts")
 ]

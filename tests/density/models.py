@@ -9,6 +9,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import set_seed
 
+from peft_dynamic.density import ActivationDensityLoss
+
 VOCABULARY = 64
 EPS, WEIGHT = 1e-2, 3.0
 
@@ -228,3 +230,7 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor],
         torch.testing.assert_close(
             found[name], value, rtol=rtol, atol=1e-5 * scale, msg=lambda text, at=name: f"{at}: {text}"
         )
+
+
+def attached(model: Any, **settings: Any) -> ActivationDensityLoss:
+    return ActivationDensityLoss(**({"weight": WEIGHT, "eps": EPS} | settings)).attach(model)

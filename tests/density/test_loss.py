@@ -6,29 +6,24 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from peft_dynamic import DyLoRAConfig, LorettaAdpConfig, LorettaRepConfig, MoSLoRAConfig
-from peft_dynamic.density import ActivationDensityLoss, calibrate_cut, cut_activations, measure_density
+from peft_dynamic.density import ActivationDensityLoss
 from tests.density.models import (
     EPS,
     FAMILIES,
     WEIGHT,
     assert_same,
+    attached,
     batch_for,
     build,
     density_by_hand,
     gradients,
-    perturbed,
     reference,
     task,
     with_lora,
 )
-
-
-def attached(model: Any, **settings: Any) -> ActivationDensityLoss:
-    return ActivationDensityLoss(**({"weight": WEIGHT, "eps": EPS} | settings)).attach(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -313,182 +308,7 @@ def test_a_copied_model_has_a_loss_of_its_own() -> None:
     assert_same(gradients(other), wanted)
 
 
-# --- other adapters
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        LoraConfig(r=4, target_modules="all-linear"),
-        IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
-        IA3Config(target_modules=["gate_proj"], feedforward_modules=[]),
-        DyLoRAConfig(r=4, ranks=[4], target_modules="all-linear"),
-        MoSLoRAConfig(r=4, target_modules="all-linear"),
-        LorettaAdpConfig(bottleneck=8, tensor_rank=2),
-        LorettaRepConfig(bottleneck=8, tensor_rank=2),
-    ],
-    ids=["LoRA", "IA3", "IA3 on the gate", "DyLoRA", "MoSLoRA", "LoRETTA_adp", "LoRETTA_rep"],
-)
-@pytest.mark.parametrize("before", [False, True], ids=["after", "before get_peft_model"])
-def test_adapters(config: Any, before: bool) -> None:
-    config = copy.deepcopy(config)
-    config.task_type = "CAUSAL_LM"
-    base, batch = build("Llama"), batch_for("Llama")
-    density = attached(base) if before else None
-    model = perturbed(get_peft_model(base, config))
-    if density is None:
-        density = attached(model)
-    model(**batch).loss.backward()
-    found = gradients(model)
-    density.detach()
-    assert_same(found, reference(model, "Llama", batch))
-
-
-@pytest.mark.parametrize("family", ["Llama", "Bert", "T5"])
-@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
-def test_virtual_tokens_shift_the_mask(family: str, kind: Any) -> None:
-    torch.manual_seed(0)
-    model = get_peft_model(build(family), kind(num_virtual_tokens=3, task_type=task(family))).train()
-    batch = batch_for(family)
-    density = attached(model)
-    model(**batch).loss.backward()
-    found, value = gradients(model), float(density.value)
-    density.detach()
-    real = batch
-    if kind is PromptTuningConfig:  # the virtual tokens pass through the feed-forward too, and count
-        real = batch | {"attention_mask": torch.nn.functional.pad(batch["attention_mask"], (3, 0), value=1)}
-    output, by_hand = density_by_hand(model, family, real, lambda: model(**batch))
-    assert value == pytest.approx(float(by_hand.detach()), rel=1e-5)
-    (output.loss + WEIGHT * by_hand).backward()
-    assert_same(found, gradients(model))
-
-
-def four_bit(folder: Any) -> Any:
-    """A stock LoRA over a 4-bit Llama; on CPUs with AVX512-BF16 an evaluation would end its training."""
-    pytest.importorskip("bitsandbytes")
-    from peft import prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    from tests.stock_cases import tiny_llama
-
-    torch.manual_seed(0)
-    tiny_llama().save_pretrained(folder)
-    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=four, dtype=torch.float32)
-    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-    return perturbed(get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")))
-
-
-def test_four_bit_layers(tmp_path: Any) -> None:
-    model, batch = four_bit(tmp_path), batch_for("Llama")
-    wanted = reference(model, "Llama", batch)
-    attached(model)
-    with torch.no_grad():
-        model.eval()(**batch)
-    model.train()(**batch).loss.backward()
-    assert_same(gradients(model), wanted)
-
-
-@pytest.mark.parametrize("what", ["calibrate_cut", "cut_activations", "measure_density"])
-def test_four_bit_layers_go_on_training_after_a_look_at_the_activations(what: str, tmp_path: Any) -> None:
-    model, batch = four_bit(tmp_path), batch_for("Llama")
-    model.train()(**batch).loss.backward()
-    before = gradients(model)
-    if what == "calibrate_cut":
-        calibrate_cut(model, [batch], density=0.5)
-    elif what == "measure_density":
-        measure_density(model, [batch])
-    else:
-        with cut_activations(model, 0.1), torch.no_grad():
-            model.eval()(**batch)
-        model.train()
-    model(**batch).loss.backward()
-    assert_same(gradients(model), before)
-
-
-# --- refusals
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"weight": -1}, "weight must be a number of at least 0, got -1"),
-        ({"weight": True}, "weight must be a number"),
-        ({"eps": 0}, "eps must be a positive number, got 0"),
-        ({"surrogate": "l0"}, "surrogate must be one of"),
-        ({"activation_modules": []}, "activation_modules is empty"),
-        ({"activation_modules": 3}, "activation_modules must be"),
-        ({"layer_weights": [0.0, 0.0]}, "some of them above 0"),
-        ({"layer_weights": "all"}, "layer_weights must be a list"),
-    ],
-)
-def test_settings_without_a_meaning(settings: dict, message: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=message):
-        ActivationDensityLoss(**settings)
-
-
-def test_models_and_settings_that_do_not_fit() -> None:
-    model = build("Bert")
-    with pytest.raises(ValueError, match="one number for each of the 2 layers"):
-        attached(model, layer_weights=[1.0])
-    with pytest.raises(ValueError, match=r"'layer\.9', which is the name of no counted layer"):
-        attached(model, layer_weights={"layer.9": 1.0})
-    with pytest.raises(ValueError, match="activation_modules='nothing' matches no module"):
-        attached(model, activation_modules="nothing")
-    assert not any(module._forward_hooks for module in model.modules())
-    density = attached(model)
-    with pytest.raises(ValueError, match="attached already"):
-        density.attach(model)
-    with pytest.raises(ValueError, match="activation_modules=None needs a model with a list of blocks"):
-        attached(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    mixture = MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=2, num_local_experts=2,
-        )
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="mixture of experts"):
-        attached(mixture)
-
-
-@pytest.mark.parametrize(
-    "pattern", ["intermediate_act_fn", ["intermediate.intermediate_act_fn"], r".*layer\.\d\..*act_fn"]
-)
-def test_patterns(pattern: Any) -> None:
-    assert len(attached(build("Bert"), activation_modules=pattern).layers) == 2
-    assert attached(build("Bert"), activation_modules=r".*layer\.1\..*act_fn").layers == [
-        "bert.encoder.layer.1.intermediate.intermediate_act_fn"
-    ]
-
-
-def test_a_plain_model_with_a_pattern() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
-    x = torch.randn(7, 3)
-    a = torch.relu(model[0](x))
-    (model[2](a).pow(2).mean() + WEIGHT * (a**2 / (a**2 + EPS)).mean()).backward()
-    wanted = gradients(model)
-    density = attached(model, activation_modules="1")
-    (model(x).pow(2).mean() + density.penalty()).backward()
-    assert_same(gradients(model), wanted)
-
-
-def test_what_cannot_have_a_gradient_says_so() -> None:
-    batch = batch_for("Bert")
-    model = build("Bert").requires_grad_(False)
-    model.classifier.requires_grad_(True)
-    attached(model)
-    with pytest.raises(RuntimeError, match="nothing that is trained lies in front"):
-        model(**batch)
-    model = build("Bert")
-    attached(model, add_to_loss=False)
-    inner = model.bert.encoder
-    with pytest.raises(RuntimeError, match="outside of the model that the density loss is attached to"):
-        inner(torch.randn(2, 3, 32, requires_grad=True))
-    with pytest.raises(ValueError, match="the mask of shape"):
-        model(inputs_embeds=torch.randn(1, 3, 32), attention_mask=torch.ones(1, 3, 3))
+# --- what is kept, and what is made again
 
 
 @pytest.mark.parametrize("trained", ["all", "LoRA on the attention", "LoRA everywhere"])

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import processes
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -71,5 +73,15 @@ def python(installed: Path, tmp_path: Path) -> Callable[[str], str]:
 
     def execute(code: str) -> str:
         return run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(installed))
+
+    return execute
+
+
+@pytest.fixture
+def forked(installed: Path, tmp_path: Path) -> Callable[[str], str]:
+    """The same in a process that has imported the hosts."""
+
+    def execute(code: str) -> str:
+        return processes.python("-c", code, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(installed)}).strip()
 
     return execute

@@ -2,7 +2,6 @@
 
 import email
 import shutil
-import sys
 import tarfile
 import tomllib
 import zipfile
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from peft_dynamic import __version__
-from tests.packaging.conftest import run
+from tests.processes import python
 
 NOT_SHIPPED = {".pyc"}
 
@@ -66,12 +65,12 @@ def test_the_metadata(wheel: Path, wheel_names: set[str]) -> None:
     assert "peft-dynamic = peft_dynamic.cli:main" in entry_points
 
 
-def test_the_installed_wheel_is_whole(python: Callable[[str], str], installed: Path) -> None:
+def test_the_installed_wheel_is_whole(forked: Callable[[str], str], installed: Path) -> None:
     code = """
 import importlib.metadata, peft_dynamic.trainers
 print(importlib.metadata.version("peft-dynamic"), peft_dynamic.__version__, peft_dynamic.trainers.__file__)
 """
-    in_metadata, in_package, trainers = python(code).split(maxsplit=2)
+    in_metadata, in_package, trainers = forked(code).split(maxsplit=2)
     assert in_metadata == in_package == __version__
     assert Path(trainers).is_relative_to(installed)
     top_level = {path.name for path in installed.iterdir() if path.suffix != ".dist-info"}
@@ -85,7 +84,7 @@ try:
 except ImportError as error:
     print(error)
 """
-    out = run(sys.executable, "-c", code, cwd=checkout)
+    out = python("-c", code, cwd=checkout)
     assert "import peft_dynamic.trainers in its place" in out
 
 
@@ -96,6 +95,6 @@ def test_a_checkout_works_where_git_cannot_make_links(checkout: Path, tmp_path: 
     link.unlink()
     link.write_text("../trainers")  # as git writes it with core.symlinks=false
     code = "import peft_dynamic.trainers.rewards.nlu as nlu; print(nlu.__name__, nlu.__file__)"
-    name, file = run(sys.executable, "-c", code, cwd=tmp_path).split()
+    name, file = python("-c", code, cwd=tmp_path).split()
     assert name == "peft_dynamic.trainers.rewards.nlu"
     assert Path(file) == tmp_path / "trainers" / "rewards" / "nlu.py"

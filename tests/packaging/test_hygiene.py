@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from peft_dynamic.cli.models import KNOWN
+from peft_dynamic.methods import METHODS
 
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<body>.*?)^(?P=indent)```", re.M | re.S)
 
@@ -73,14 +74,7 @@ def test_the_commands_in_the_readme_are_commands(root: Path) -> None:
         assert set(re.findall(r"^make ([a-z]+)", script, flags=re.M)) <= targets, script
 
 
-CONFIGS = {
-    "DyLoRAConfig",
-    "QDyLoRAConfig",
-    "MoSLoRAConfig",
-    "LorettaRepConfig",
-    "LorettaAdpConfig",
-    "DensityLoRAConfig",
-}
+CONFIGS = {method.classes[0] for method in METHODS.values()}
 NO_TASK = {"plain_loop.py"}  # its model is none of transformers'
 
 

@@ -12,7 +12,8 @@ OPTIONAL = {"bitsandbytes", "datasets", "gguf", "matplotlib", "trl"}
 
 
 def test_importing_the_package_brings_in_nothing_optional(python: Callable[[str], str]) -> None:
-    # PEFT imports bitsandbytes itself where it is installed: only what we add counts.
+    # PEFT imports bitsandbytes itself where it is installed: only what we add counts. In an interpreter of its own:
+    # of a module of transformers that is there already it would not be seen what importing it brings along.
     code = "import sys, peft; before = set(sys.modules); import peft_dynamic; print(*set(sys.modules) - before)"
     added = {name.partition(".")[0] for name in python(code).split()}
     assert "peft_dynamic" in added

@@ -11,13 +11,13 @@ from peft_dynamic import DyLoRAConfig
 VOCABULARY = 64
 
 
-def tiny_llama(vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
+def tiny_llama(vocabulary: int = VOCABULARY, layers: int = 2) -> LlamaForCausalLM:
     set_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,

@@ -1,11 +1,13 @@
-"""Six steps of each method as one process, under accelerate's DDP, or under FSDP2; writes what came out.
+"""Six steps of each of the methods as one process, under accelerate's DDP, or under FSDP2; writes what came out.
 
-python distributed_script.py single|ddp|fsdp2 OUT
+python distributed_script.py single|ddp|fsdp2 OUT METHODS...
 """
 
 import gc
 import sys
 from typing import Any
+
+sys.modules.setdefault("bitsandbytes", None)  # nothing here is quantised, and importing it takes seconds
 
 import torch
 import torch.distributed as dist
@@ -13,7 +15,7 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import fully_shard
 
 from tests.tuners.common import optimizer_of, rows
-from tests.tuners.methods import METHODS, with_method
+from tests.tuners.methods import with_method
 
 
 def drawn_rank(model: Any) -> int | None:
@@ -66,11 +68,11 @@ def run(kind: str, method: str) -> dict[str, Any]:
     return {"state": state, "ranks": ranks, "processes": processes}
 
 
-def main(kind: str, out: str) -> None:
+def main(kind: str, out: str, *methods: str) -> None:
     if kind == "fsdp2":
         dist.init_process_group("gloo")
     results = {}
-    for method in METHODS:
+    for method in methods:
         results[method] = run(kind, method)
         gc.collect()
     if not dist.is_initialized() or dist.get_rank() == 0:

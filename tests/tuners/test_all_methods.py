@@ -75,7 +75,7 @@ def test_a_resumed_trainer_equals_the_uninterrupted_one_bit_for_bit(method: str,
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @every_method
 def test_compiled_training_equals_eager(method: str) -> None:
-    eager, compiled = with_method(method), with_method(method)
+    eager, compiled = with_method(method, layers=1), with_method(method, layers=1)  # tracing takes seconds a layer
     for model in (eager, compiled):
         perturb(model)
         # an optimizer step, here an empty one, is when DyLoRA makes anew what a compiled pass takes for constant

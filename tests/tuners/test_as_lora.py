@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 from peft.utils.hotswap import hotswap_adapter
 from peft.utils.save_and_load import get_peft_model_state_dict
@@ -22,14 +22,9 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from peft_dynamic import (
-    DensityLoRAConfig,
-    DyLoRAConfig,
-    LorettaAdpConfig,
-    LorettaRepConfig,
-    MoSLoRAConfig,
-    export_lora,
-)
+from peft_dynamic import DyLoRAConfig, export_lora
+from peft_dynamic.methods import method_of
+from tests import methods
 from tests.tuners.methods import METHODS, with_method
 
 # PEFT says so of each key that its own conversion puts in for a parameter: it looks among modules only.
@@ -142,16 +137,18 @@ MOE: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ["w1", "w2", "w3"],
     ),
 }
-LIKE_LORA: dict[str, Callable[..., PeftConfig]] = {
-    "dylora": lambda **kw: DyLoRAConfig(ranks=[1, 2, 4], **kw),
-    "dylora-paper": lambda **kw: DyLoRAConfig.paper(ranks=[1, 2, 4], **kw),
-    "density-lora": lambda **kw: DensityLoRAConfig(activation_modules=["act_fn"], include_padding=True, **kw),
-    "moslora": MoSLoRAConfig,
-}
-LINEAR_ONLY: dict[str, Callable[..., PeftConfig]] = {
-    "loretta-rep": lambda r, **kw: LorettaRepConfig(bottleneck=r, tensor_rank=2, **kw),
-    "loretta-adp": lambda r, **kw: LorettaAdpConfig(bottleneck=r, tensor_rank=2, **kw),
-}
+OURS = methods.configs(
+    variations=["dylora-paper"], own={"density-lora": {"activation_modules": ["act_fn"], "include_padding": True}}
+)
+
+
+def _takes_parameters(name: str) -> bool:
+    method = method_of(OURS[name]())
+    return bool(method.engines) and "target_parameters" not in method.refused
+
+
+LINEAR_ONLY = [name for name in OURS if not _takes_parameters(name)]
+LIKE_LORA = [name for name in OURS if name not in LINEAR_ONLY]
 
 
 def moe(name: str) -> Any:
@@ -184,7 +181,7 @@ def adapted_shapes(model: Any) -> dict[str, tuple[int, ...]]:
 def test_experts_are_adapted_as_stock_lora_adapts_them(method: str, name: str, how: str) -> None:
     settings = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": targets(name, how)}
     stock = get_peft_model(moe(name), LoraConfig(**settings))
-    ours = get_peft_model(moe(name), LIKE_LORA[method](**settings))
+    ours = get_peft_model(moe(name), OURS[method](**settings))
     assert adapted_shapes(ours) == adapted_shapes(stock)
     assert any(".experts." in key for key in adapted_shapes(ours))
     for (_, mine), (_, theirs) in zip(layers(ours), layers(stock), strict=True):
@@ -200,7 +197,7 @@ def layers(model: Any) -> list[tuple[str, Any]]:
 @pytest.mark.parametrize("method", LIKE_LORA)
 def test_an_adapter_of_experts_trains_is_saved_loaded_and_exported(method: str, name: str, tmp_path: Path) -> None:
     settings = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": targets(name, "list")}
-    model = get_peft_model(moe(name), LIKE_LORA[method](**settings))
+    model = get_peft_model(moe(name), OURS[method](**settings))
     ids = torch.arange(12).view(2, 6)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -223,7 +220,7 @@ def test_an_adapter_of_experts_trains_is_saved_loaded_and_exported(method: str, 
 @pytest.mark.parametrize("method", ["dylora", "dylora-paper"])
 def test_a_fused_projection_has_two_ranks_for_each_of_the_adapter(method: str, tmp_path: Path) -> None:
     """At every rank, in evaluation and in the training step that draws it; exported, stock PEFT computes the same."""
-    config = LIKE_LORA[method](task_type="CAUSAL_LM", r=4, target_modules=targets("qwen3", "list"))
+    config = OURS[method](task_type="CAUSAL_LM", target_modules=targets("qwen3", "list"))
     model = get_peft_model(moe("qwen3"), config)
     fused = next(module for module in model.modules() if getattr(module, "parameter_name", "") == "gate_up_proj")
     ids = torch.arange(12).view(2, 6)
@@ -271,7 +268,7 @@ def test_other_ranks_above_r_are_still_refused(value: int) -> None:
 def test_experts_are_refused_by_name_where_they_cannot_be_adapted(method: str, name: str, how: str) -> None:
     base = moe(name)
     before = list(base.named_modules())
-    config = LINEAR_ONLY[method](r=4, task_type="CAUSAL_LM", target_modules=targets(name, how))
+    config = OURS[method](task_type="CAUSAL_LM", target_modules=targets(name, how))
     with pytest.raises(ValueError, match=r"names the experts of \w+, which are 3-D parameters \(.*down_proj"):
         get_peft_model(base, config)
     assert list(base.named_modules()) == before
@@ -281,7 +278,7 @@ def test_experts_are_refused_by_name_where_they_cannot_be_adapted(method: str, n
 def test_half_a_fused_projection_is_refused(method: str) -> None:
     base = moe("qwen3")
     with pytest.raises(ValueError, match="gate_proj without also targeting up_proj"):
-        get_peft_model(base, LIKE_LORA[method](r=4, target_modules=["gate_proj"]))
+        get_peft_model(base, OURS[method](target_modules=["gate_proj"]))
     assert not hasattr(base, "peft_config")
 
 
@@ -294,18 +291,12 @@ def test_dense_models_keep_their_targets() -> None:
 
 
 @pytest.mark.parametrize("target", ["out_proj", "conv1d"])
-@pytest.mark.parametrize("method", [*LIKE_LORA, *LINEAR_ONLY])
+@pytest.mark.parametrize("method", OURS)
 def test_layers_that_mambas_kernels_read_without_calling_are_refused(method: str, target: str) -> None:
     base = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4))
-    settings = {"r": 4, "target_modules": [target]}
-    if method == "density-lora":  # its loss wants an activation by name
-        make: Callable[..., PeftConfig] = lambda **kw: DensityLoRAConfig(  # noqa: E731
-            activation_modules=["act"], include_padding=True, **kw
-        )
-    else:
-        make = (LIKE_LORA | LINEAR_ONLY)[method]
+    more = {"activation_modules": ["act"]} if method == "density-lora" else {}  # its loss wants one by name
     with pytest.raises(ValueError, match=rf"incompatible with Mamba-based|{target}.* is a Conv1d"):
-        get_peft_model(base, make(**settings))
+        get_peft_model(base, OURS[method](target_modules=[target], **more))
 
 
 LORA_LIKE_METHODS = [name for name in METHODS if name != "loretta-adp"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conformance.cases import CASES, Case
+from tests.conformance.cases import CASES, MAKERS, Case
 from tests.conformance.test_conformance import compute
 from tests.tuners.common import optimizer_of, rows
 from tests.tuners.methods import METHODS, with_method
@@ -17,10 +17,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd lay
 
 NAMES = [
     f"{method}-{layers}"
-    for method in ("dylora", "dylora-paper", "dylora-mixer", "dylora-paper-mixer", "moslora", "density")
+    for method in (*MAKERS, "dylora-paper-mixer")
     for layers in ("linear", "embedding", "convolutions", "experts", "attention", "transposed")
 ]
-NAMES += [f"{method}-linear" for method in ("loretta-rep", "loretta-rep-noise-removal")]
 CHOSEN = [case for case in CASES if case.name in NAMES]
 
 

@@ -16,16 +16,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from peft_dynamic import (
-    DensityLoRAConfig,
-    DyLoRAConfig,
-    LorettaAdpConfig,
-    LorettaRepConfig,
-    MoSLoRAConfig,
-    export_lora,
-    hotswap_adapter,
-)
+from peft_dynamic import export_lora, hotswap_adapter
 from peft_dynamic.tuners.checkpoint import adapter_tensors
+from tests import methods
 from tests.cli.test_export import damaged, mutated
 from tests.conformance.cases import perturb
 from tests.tuners.common import adapted, rows, tiny_llama
@@ -178,36 +171,32 @@ def test_resized_embeddings_may_come_along(tmp_path: Path) -> None:
     assert logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)).isfinite().all()
 
 
-CONFIGS = {
-    "dylora": lambda **kw: DyLoRAConfig(target_modules=["q_proj"], **kw),
-    "moslora": lambda **kw: MoSLoRAConfig(target_modules=["q_proj"], **kw),
-    "density": lambda **kw: DensityLoRAConfig(target_modules=["q_proj"], **kw),
-    "loretta-rep": lambda r=4, **kw: LorettaRepConfig(
-        bottleneck=r, tensor_rank=np.int32(2), target_modules=["q_proj"], **kw
-    ),
-    "loretta-adp": lambda r=4, **kw: LorettaAdpConfig(
-        bottleneck=r,
-        tensor_rank=np.int64(2),
-        scaling=np.float32(2.0),
-        **{k: v for k, v in kw.items() if k == "revision"},
-    ),
+OF_A_LORA: dict[str, Any] = {
+    "lora_alpha": np.float32(16),
+    "lora_dropout": np.float64(0.1),
+    "rank_pattern": {"layers.0.self_attn.q_proj": np.int16(2)},
+    "alpha_pattern": {"layers.0.self_attn.q_proj": np.float16(8)},
+    "layers_to_transform": [np.int64(0), np.int64(1)],
+}
+OF_ITS_OWN: dict[str, dict[str, Any]] = {
+    "dylora": {
+        "ranks": [np.int64(1), np.int32(4)],
+        "rank_seed": np.int64(3),
+        "geometric_p": np.float32(0.5),
+        "rank_sampling": [np.float32(1), np.int64(2)],
+    },
+    "loretta-rep": {"bottleneck": np.int64(4), "tensor_rank": np.int32(2)},
+    "loretta-adp": {"bottleneck": np.int64(4), "tensor_rank": np.int64(2), "scaling": np.float32(2.0)},
 }
 
 
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("method", methods.configs())
 def test_numbers_of_numpy_are_saved_as_numbers(method: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {
-        "r": np.int64(4),
-        "lora_alpha": np.float32(16),
-        "lora_dropout": np.float64(0.1),
-        "rank_pattern": {"layers.0.self_attn.q_proj": np.int16(2)},
-        "alpha_pattern": {"layers.0.self_attn.q_proj": np.float16(8)},
-        "layers_to_transform": [np.int64(0), np.int64(1)],
-    }
-    if method == "dylora":
-        settings |= {"ranks": [np.int64(1), np.int32(4)], "rank_seed": np.int64(3), "geometric_p": np.float32(0.5)}
-        settings["rank_sampling"] = [np.float32(1), np.int64(2)]
-    config = CONFIGS[method](**settings)
+    config = methods.configs(["q_proj"])[method]()
+    given = OF_ITS_OWN.get(method, {}) | (OF_A_LORA if isinstance(config, LoraConfig) else {})
+    if "bottleneck" not in given:
+        given = {"r": np.int64(4), **given}
+    config = methods.configs(["q_proj"])[method](**given)
     json.dumps(config.to_dict(), default=list)
     model = get_peft_model(tiny_llama(), config)
     model.save_pretrained(tmp_path)

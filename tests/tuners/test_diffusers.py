@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from torch import nn
 
-from peft_dynamic import DensityLoRAConfig, DyLoRAConfig, LorettaRepConfig, MoSLoRAConfig
 from peft_dynamic.tuners.dylora import set_rank
+from tests import methods
 from tests.conformance.cases import perturb
 
 
@@ -26,17 +26,18 @@ class Block(nn.Module):
 
 Denoiser = type("UNet2DConditionModel", (Block,), {"__module__": "diffusers.models.unets.unet_2d_condition"})
 LINEAR = ["to_q", "to_v"]
-CONFIGS: dict[str, Any] = {
-    "dylora": lambda: DyLoRAConfig(r=4, lora_alpha=8, target_modules=["conv", *LINEAR]),
-    "dylora-paper": lambda: DyLoRAConfig.paper(r=4, lora_alpha=8, target_modules=["conv", *LINEAR]),
-    "dylora-mixer": lambda: DyLoRAConfig(r=4, lora_alpha=4, use_mixer=True, target_modules=["conv", *LINEAR]),
-    "moslora": lambda: MoSLoRAConfig(r=4, lora_alpha=8, target_modules=["conv", *LINEAR]),
-    "density": lambda: DensityLoRAConfig(r=4, lora_alpha=8, target_modules=LINEAR, activation_modules=["to_q"]),
-    "loretta-rep": lambda: LorettaRepConfig(bottleneck=4, tensor_rank=2, target_modules=LINEAR),
-    "loretta-rep-noise": lambda: LorettaRepConfig(
-        bottleneck=4, tensor_rank=2, target_modules=LINEAR, init_weights="noise_removal"
-    ),
-}
+EVERYWHERE = {"lora_alpha": 8, "target_modules": ["conv", *LINEAR]}
+CONFIGS = methods.configs(
+    LINEAR,
+    variations=("dylora-paper", "dylora-mixer", "loretta-rep-noise"),
+    lora=True,
+    own={
+        "dylora": EVERYWHERE,
+        "dylora-mixer": {"lora_alpha": 4},
+        "moslora": EVERYWHERE,
+        "density-lora": {"lora_alpha": 8, "activation_modules": ["to_q"]},
+    },
+)
 
 
 def denoiser() -> Any:

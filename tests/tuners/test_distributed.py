@@ -27,32 +27,18 @@ main_process_port: {port}
 """
 
 
-def launch(kind: str, folder: Path) -> dict[str, Any]:
-    out = folder / f"{kind}.pt"
-    script, environment = Path(__file__).with_name("distributed_script.py"), os.environ | {"OMP_NUM_THREADS": "1"}
-    if kind == "single":
-        python(script, kind, out, env=environment)
-    elif kind == "fsdp2":
-        together(script, kind, out)
-    else:  # a real launcher, once
-        config = out.with_suffix(".yaml")
-        config.write_text(ACCELERATE_CONFIG.format(port=free_port()))
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, script, kind, out]
-        environment |= {"PYTHONPATH": str(ROOT)}
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-        assert result.returncode == 0, result.stderr[-3000:]
-    return torch.load(out)
+SCRIPT = Path(__file__).with_name("distributed_script.py")
+HALVES = {"first": list(METHODS)[::2], "second": list(METHODS)[1::2]}
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return launch("single", tmp_path_factory.mktemp("single"))
+    out = tmp_path_factory.mktemp("single") / "out.pt"
+    python(SCRIPT, "single", out, *METHODS, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return torch.load(out)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_equal_one(tmp_path: Path, single: dict[str, Any], kind: str) -> None:
-    results = launch(kind, tmp_path)
-    assert results.keys() == METHODS.keys()
+def assert_equal(results: dict[str, Any], single: dict[str, Any]) -> None:
     for method, result in results.items():
         assert result["processes"] == 2
         assert result["ranks"] == single[method]["ranks"]
@@ -60,6 +46,28 @@ def test_two_processes_equal_one(tmp_path: Path, single: dict[str, Any], kind: s
         for name, value in single[method]["state"].items():
             # the mean over two halves of a batch is rounded otherwise, and Adam divides small gradients by themselves
             assert torch.allclose(result["state"][name], value, atol=2e-4), (method, name)
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_equal_one(tmp_path: Path, single: dict[str, Any], kind: str, half: str) -> None:
+    together(SCRIPT, kind, tmp_path / "out.pt", *HALVES[half])
+    results = torch.load(tmp_path / "out.pt")
+    assert [*results] == HALVES[half]
+    assert_equal(results, single)
+
+
+def test_two_processes_of_accelerates_launcher_equal_one(tmp_path: Path, single: dict[str, Any]) -> None:
+    config, out = tmp_path / "config.yaml", tmp_path / "out.pt"
+    config.write_text(ACCELERATE_CONFIG.format(port=free_port()))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    words = [*launcher, SCRIPT, "ddp", out, "dylora"]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = torch.load(out)
+    assert [*results] == ["dylora"]
+    assert_equal(results, single)
 
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")

@@ -11,7 +11,8 @@ from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, 
 from safetensors.torch import load_model, save_model
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from peft_dynamic import DyLoRAConfig, LorettaAdpConfig, LorettaRepConfig, MoSLoRAConfig, get_rank, set_rank
+from peft_dynamic import DyLoRAConfig, get_rank, set_rank
+from tests import methods
 from tests.conformance.cases import perturb
 from tests.tuners.common import RankRecorder, a_layer, adapted, rows, schedule_of, tiny_llama, train, trainable_state
 from tests.tuners.methods import METHODS, with_method
@@ -118,12 +119,8 @@ def test_a_factor_set_on_a_layer_stays_through_ranks_and_rescaling() -> None:
     assert layer.scaling["default"] == 2.0
 
 
-SWITCHED = {
-    "loretta-rep": LorettaRepConfig(bottleneck=4, tensor_rank=2, target_modules=["q_proj"]),
-    "loretta-adp": LorettaAdpConfig(bottleneck=8, tensor_rank=2),
-    "dylora": DyLoRAConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
-    "moslora": MoSLoRAConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
-}
+HEAD = {"modules_to_save": ["lm_head"]}
+SWITCHED = methods.configs(["q_proj"], own={"dylora": HEAD, "moslora": HEAD})
 
 
 @pytest.mark.parametrize("method", SWITCHED)
@@ -131,7 +128,7 @@ def test_transformers_switches_all_of_an_adapter_off_and_on(method: str) -> None
     base = tiny_llama().eval()
     with torch.no_grad():
         plain = base(input_ids=rows(2)).logits
-        base.add_adapter(SWITCHED[method])
+        base.add_adapter(SWITCHED[method]())
         for parameter in base.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1)

@@ -1,18 +1,10 @@
 """Registration with PEFT: once, whenever it happens, and never over a name that PEFT has."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
-
-def run(code: str) -> str:
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout
+from tests.processes import python
 
 
 def test_the_members_are_real_and_registering_again_changes_nothing() -> None:
@@ -34,7 +26,9 @@ def test_the_members_are_real_and_registering_again_changes_nothing() -> None:
 
 
 def test_importing_after_peft_objects_exist_and_twice() -> None:
-    run("""
+    python(
+        "-c",
+        """
 import importlib, pickle, sys
 from peft import LoraConfig, get_peft_model, PeftType
 from torch import nn
@@ -46,12 +40,15 @@ again = get_peft_model(nn.Sequential(nn.Linear(4, 4)), DyLoRAConfig(r=2, target_
 assert again.peft_config["default"].peft_type is PeftType.DYLORA
 assert pickle.loads(pickle.dumps(PeftType.DYLORA)) is PeftType.DYLORA
 model.merge_and_unload()
-""")
+""",
+    )
 
 
 @pytest.mark.parametrize("name", ["DYLORA", "QDYLORA"])
 def test_a_peft_that_has_the_name_is_a_clear_error(name: str) -> None:
-    out = run(f"""
+    out = python(
+        "-c",
+        f"""
 import enum
 import peft.utils.peft_types as types
 class PeftType(str, enum.Enum):
@@ -62,7 +59,8 @@ try:
     import peft_dynamic
 except ImportError as error:
     print(error)
-""")
+""",
+    )
     assert f"PEFT already has a method named {name}" in out
     assert "Use PEFT's" in out
 
@@ -76,7 +74,9 @@ def test_another_plugin_with_the_name_is_a_clear_error() -> None:
 
 def test_an_adapter_without_our_import_names_the_type(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "DYLORA", "r": 2}')
-    out = run(f"""
+    out = python(
+        "-c",
+        f"""
 from peft import PeftConfig
 try:
     PeftConfig.from_pretrained({str(tmp_path)!r})
@@ -84,5 +84,6 @@ except KeyError as error:
     print("KeyError", error)
 import peft_dynamic
 print(type(PeftConfig.from_pretrained({str(tmp_path)!r})).__name__)
-""")
+""",
+    )
     assert out.split() == ["KeyError", "'DYLORA'", "DyLoRAConfig"]

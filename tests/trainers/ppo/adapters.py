@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig, VeraConfig
 
-from peft_dynamic import DensityLoRAConfig, DyLoRAConfig, LorettaAdpConfig, LorettaRepConfig, MoSLoRAConfig
+from tests import methods
 
 TASK = {"task_type": "CAUSAL_LM"}
 LINEAR = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
@@ -15,9 +15,9 @@ ADAPTERS: dict[str, Callable[[], PeftConfig]] = {
     "ia3": lambda: IA3Config(feedforward_modules=["down_proj"], **TASK, **LINEAR),
     "prompt-tuning": lambda: PromptTuningConfig(num_virtual_tokens=3, **TASK),
     "prefix-tuning": lambda: PrefixTuningConfig(num_virtual_tokens=3, **TASK),
-    "dylora": lambda: DyLoRAConfig(r=8, ranks=[2, 4, 8], **TASK, **LINEAR),
-    "moslora": lambda: MoSLoRAConfig(r=4, **TASK, **LINEAR),
-    "density-lora": lambda: DensityLoRAConfig(r=4, **TASK, **LINEAR),
-    "loretta-rep": lambda: LorettaRepConfig(bottleneck=4, tensor_rank=2, target_modules=["q_proj", "v_proj"], **TASK),
-    "loretta-adp": lambda: LorettaAdpConfig(bottleneck=8, tensor_rank=2, **TASK),
+    **methods.configs(
+        LINEAR["target_modules"],
+        own={"dylora": {"r": 8, "ranks": [2, 4, 8]}, "loretta-rep": {"target_modules": ["q_proj", "v_proj"]}},
+        **TASK,
+    ),
 }

@@ -113,13 +113,19 @@ def test_resuming_with_other_sizes_or_without_the_rollout_is_refused(tmp_path: P
 
 
 def test_a_second_call_of_train_starts_a_new_rollout(tmp_path: Path) -> None:
-    made = trainer(tmp_path, max_steps=2)
+    scored: list[list[list[int]]] = []
+
+    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        scored.append(completion_ids)
+        return [float(len(ids)) for ids in completion_ids]
+
+    made = trainer(tmp_path, max_steps=2, reward_funcs=reward)
+    assert made.args.steps_per_rollout > 2  # so that something would be left of the first
     made.train()
-    assert made._micro_step == 2
-    first = made._rollout
+    assert len(scored) == 1
     made.train()
-    assert made._micro_step == 2
-    assert made._rollout is not first
+    assert len(scored) == 2
+    assert scored[0] != scored[1]
 
 
 # ---- What is saved

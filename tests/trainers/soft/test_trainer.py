@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,9 @@ from datasets import Dataset
 from torch import nn
 from transformers import LlamaForCausalLM, TrainingArguments
 
-from peft_dynamic import (
-    ActivationDensityLoss,
-    DyLoRAConfig,
-    LorettaAdpConfig,
-    LorettaRepConfig,
-    MoSLoRAConfig,
-)
+from peft_dynamic import ActivationDensityLoss
 from peft_dynamic.trainers import SoFTConfig, SoFTTrainer, truncate_to_exit
+from tests import methods
 from tests.trainers.soft.common import (
     assert_losses_and_gradients,
     first_batch,
@@ -71,27 +67,28 @@ def test_every_kind_of_data(kind: str, tmp_path: Path) -> None:
     assert_losses_and_gradients(made, EXITS)
 
 
-ALL = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-ADAPTERS: dict[str, Any] = {
-    "lora": peft.LoraConfig(**ALL, init_lora_weights=False),
-    "trained head and norm": peft.LoraConfig(**ALL, modules_to_save=["lm_head", "norm"]),
-    "prompt tuning": peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
-    "p-tuning": peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, task_type="CAUSAL_LM"),
-    "prefix tuning": peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
-    "ia3": peft.IA3Config(
-        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+TASK = {"task_type": "CAUSAL_LM"}
+ALL = {"target_modules": "all-linear", **TASK}
+STARTED = {"init_lora_weights": False}
+ADAPTERS: dict[str, Callable[[], peft.PeftConfig]] = {
+    "lora": lambda: peft.LoraConfig(**ALL, **STARTED),
+    "trained head and norm": lambda: peft.LoraConfig(**ALL, modules_to_save=["lm_head", "norm"]),
+    "prompt tuning": lambda: peft.PromptTuningConfig(num_virtual_tokens=3, **TASK),
+    "p-tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, **TASK),
+    "prefix tuning": lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, **TASK),
+    "ia3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], **TASK),
+    **methods.configs(
+        "all-linear",
+        own={"dylora": STARTED, "moslora": STARTED, "density-lora": STARTED | {"density_weight": 0.0}},
+        **TASK,
     ),
-    "dylora": DyLoRAConfig(r=4, ranks=[1, 2, 4], init_lora_weights=False, **ALL),
-    "moslora": MoSLoRAConfig(r=4, init_lora_weights=False, **ALL),
-    "loretta_rep": LorettaRepConfig(**ALL),
-    "loretta_adp": LorettaAdpConfig(bottleneck=8, tensor_rank=2, task_type="CAUSAL_LM"),
 }
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning")
 def test_every_kind_of_adapter(adapter: str, tmp_path: Path) -> None:
-    made = trainer(tmp_path, peft_config=ADAPTERS[adapter])
+    made = trainer(tmp_path, peft_config=ADAPTERS[adapter]())
     assert_losses_and_gradients(made, EXITS)
     before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
     made.train()
@@ -175,7 +172,7 @@ def test_predictions_are_the_full_models(tmp_path: Path) -> None:
 def test_gradient_checkpointing(tmp_path: Path, reentrant: bool, adapter: str | None) -> None:
     found = []
     for on in (False, True):
-        more = {"peft_config": ADAPTERS[adapter]} if adapter else {}
+        more = {"peft_config": ADAPTERS[adapter]()} if adapter else {}
         kwargs = {"use_reentrant": reentrant} if on else None
         made = trainer(tmp_path, gradient_checkpointing=on, gradient_checkpointing_kwargs=kwargs, **more)
         made.train()
@@ -235,7 +232,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
 def test_the_density_term_is_added_in_full(tmp_path: Path) -> None:
     found = []
     for weight in (0.0, 3.0):
-        made = trainer(tmp_path, peft_config=ADAPTERS["lora"])
+        made = trainer(tmp_path, peft_config=ADAPTERS["lora"]())
         density = ActivationDensityLoss(weight=weight, eps=1.0).attach(made.model)
         batch = first_batch(made)
         made.training_step(made.model, dict(batch), (batch["labels"][:, 1:] != -100).sum())
