@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import wraps
 from typing import Any
 
@@ -92,14 +93,21 @@ def check_fits(model: nn.Module, config: Any, adapter_name: str, state_dict: dic
                 f"the checkpoint for the adapter {adapter_name!r} has NaN or infinite values in {name}: the run that "
                 "made it had diverged, or the file is damaged. Load an earlier checkpoint. Nothing was loaded."
             )
-    biases = getattr(config, "bias", "none") != "none"
-    names = [name for name in found if not (biases and name.endswith(".bias"))]
-    strange = _strange(model, expected, names)
+    # Biases that were trained are saved beside the adapter, and PEFT loads them whatever the configuration says.
+    strange = _strange(model, expected, [name for name in found if not name.endswith(".bias")])
     if strange:
         raise ValueError(
             f"the checkpoint for the adapter {adapter_name!r} has {strange[0]}, which is none of the adapter's tensors "
             f"but a weight of the model ({len(strange)} such). Loading it would change the base model for every "
             "adapter. Delete it from the file, or list the module in modules_to_save. Nothing was loaded."
+        )
+    biases = _strange(model, expected, [name for name in found if name.endswith(".bias")])
+    if biases and getattr(config, "bias", "none") == "none":
+        warnings.warn(
+            f"the checkpoint for the adapter {adapter_name!r} has trained biases of the model ({biases[0]} and "
+            f"{len(biases) - 1} more), and the adapter's configuration says bias='none'. They are loaded, and change "
+            "the base model for every adapter. Make the adapter with the bias that it was trained with.",
+            stacklevel=2,
         )
 
 

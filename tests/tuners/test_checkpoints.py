@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from peft_dynamic import export_lora, hotswap_adapter
+from peft_dynamic import DyLoRAConfig, export_lora, hotswap_adapter
 from peft_dynamic.tuners.checkpoint import adapter_tensors
 from tests import methods
 from tests.cli.test_export import damaged, mutated
 from tests.conformance.cases import perturb
+from tests.stock_cases import build
 from tests.tuners.common import adapted, rows, tiny_llama
 from tests.tuners.methods import METHODS, with_method
 
@@ -298,3 +300,20 @@ def test_a_missing_module_is_named_for_our_adapters_alone(load: str, tmp_path: P
             loading = partial(importlib.import_module(load).set_peft_model_state_dict, model, tensors)
         with pytest.raises(kind, match="lm_head"):
             loading()
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_are_loaded_and_told_where_the_configuration_has_none(bias: str) -> None:
+    """PEFT's own tests load such a checkpoint, made with a bias, into an adapter whose configuration says none."""
+    model = get_peft_model(build("linear")[0], DyLoRAConfig(r=2, target_modules=["a"], bias=bias))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.fill_(1.23)
+    state = get_peft_model_state_dict(model)
+    assert any(name.endswith(".bias") for name in state)
+    other = get_peft_model(build("linear")[0], DyLoRAConfig(r=2, target_modules=["a"]))
+    with pytest.warns(UserWarning, match="has trained biases of the model .* says bias='none'"):
+        set_peft_model_state_dict(other, state)
+    loaded = other.base_model.model.a.base_layer.bias
+    assert torch.equal(loaded, torch.full_like(loaded, 1.23))
