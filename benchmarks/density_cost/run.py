@@ -12,19 +12,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from benchmarks import timing
 from benchmarks.study import Cell, Context
 from benchmarks.summary import table
-from benchmarks.timing import (
-    batch,
-    in_turn,
-    memory_of,
-    peak_memory,
-    ratios,
-    shown_quartiles,
-    shown_ratio,
-    step,
-    with_optimizer,
-)
 from peft_dynamic import ActivationDensityLoss
 
 # Model -> batch size, tokens, what LoRA adapts
@@ -67,24 +57,26 @@ def prepared(name: str, variant: str, folder: Path) -> Any:
 
 def given(name: str, folder: Path) -> dict[str, torch.Tensor]:
     size, length, kind = MODELS[name]
-    ids = batch(folder / name, size, length)
+    ids = timing.batch(folder / name, size, length)
     return {"ids": ids, "labels": torch.arange(size) % 2} if kind == "SEQ_CLS" else {"ids": ids}
 
 
 def grown(variant: str, name: str, folder: Path) -> float:
     """MiB that five steps need."""
-    trained, inputs = with_optimizer(prepared(name, variant, folder)), given(name, folder)
-    return peak_memory(lambda: [step(*trained, **inputs) for _ in range(5)])
+    trained, inputs = timing.with_optimizer(prepared(name, variant, folder)), given(name, folder)
+    return timing.peak_memory(lambda: [timing.step(*trained, **inputs) for _ in range(5)])
 
 
 def run(cell: Cell, context: Context) -> dict[str, Any]:
     name, folder = cell["model"], context.paths["models"]
     if cell["part"] == "peak_memory":
-        return {"models": {name: {"peak_memory": memory_of(grown, VARIANTS, "lora", name, folder)}}}
-    models = {variant: with_optimizer(prepared(name, variant, folder)) for variant in VARIANTS}
+        return {"models": {name: {"peak_memory": timing.memory_of(grown, VARIANTS, "lora", name, folder)}}}
+    models = {variant: timing.with_optimizer(prepared(name, variant, folder)) for variant in VARIANTS}
     inputs = given(name, folder)
-    times = in_turn({v: partial(step, *each, **inputs) for v, each in models.items()}, context.settings["rounds"])
-    return {"models": {name: {"step": ratios(times, "lora")}}}
+    times = timing.in_turn(
+        {v: partial(timing.step, *each, **inputs) for v, each in models.items()}, context.settings["rounds"]
+    )
+    return {"models": {name: {"step": timing.ratios(times, "lora")}}}
 
 
 def report(record: dict[str, Any], context: Context) -> str:
@@ -92,6 +84,6 @@ def report(record: dict[str, Any], context: Context) -> str:
     for name, result in record["models"].items():
         for variant in VARIANTS[1:]:
             taken = result.get("step", {}).get(variant)
-            memory = shown_ratio(result.get("peak_memory", {}).get(variant), "ratio")
-            lines.append([f"{name}, {variant}", shown_ratio(taken), shown_quartiles(taken), memory])
+            memory = timing.shown_ratio(result.get("peak_memory", {}).get(variant), "ratio")
+            lines.append([f"{name}, {variant}", timing.shown_ratio(taken), timing.shown_quartiles(taken), memory])
     return table(["over LoRA alone", "step", "quartiles", "peak memory"], lines)

@@ -11,19 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from benchmarks import timing
 from benchmarks.study import Cell, Context
 from benchmarks.summary import table
-from benchmarks.timing import (
-    batch,
-    in_turn,
-    memory_of,
-    peak_memory,
-    ratios,
-    shown_quartiles,
-    shown_ratio,
-    step,
-    with_optimizer,
-)
 from peft_dynamic import DyLoRAConfig
 
 RANKS = [1, 2, 4, 8, 16, 32]
@@ -43,13 +33,15 @@ def variants() -> dict[str, Any]:
 
 def prepared(folder: Path, config: Any) -> tuple[Any, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    return with_optimizer(get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config))
+    return timing.with_optimizer(
+        get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
+    )
 
 
 def step_times(folder: Path, ids: torch.Tensor, repeats: int) -> dict[str, Any]:
     models = {name: prepared(folder, config) for name, config in variants().items()}
-    times = in_turn({name: partial(step, *each, ids) for name, each in models.items()}, repeats)
-    return ratios(times, "lora")
+    times = timing.in_turn({name: partial(timing.step, *each, ids) for name, each in models.items()}, repeats)
+    return timing.ratios(times, "lora")
 
 
 def inference_times(folder: Path, ids: torch.Tensor, repeats: int) -> dict[str, Any]:
@@ -66,8 +58,8 @@ def inference_times(folder: Path, ids: torch.Tensor, repeats: int) -> dict[str, 
         for what, part in (("forward", ids), ("one token", ids[:1, :1])):
             calls = {"lora": partial(stock, input_ids=part), "dylora": partial(dynamic, input_ids=part)}
             with torch.no_grad(), dynamic.at_rank(rank):
-                times = in_turn(calls, repeats)
-            result[f"{what} at rank {rank}"] = ratios(times, "lora")["dylora"]
+                times = timing.in_turn(calls, repeats)
+            result[f"{what} at rank {rank}"] = timing.ratios(times, "lora")["dylora"]
     return result
 
 
@@ -83,7 +75,7 @@ def compilations(folder: Path) -> dict[str, int]:
     from torch._dynamo.utils import counters
     from transformers import AutoConfig
 
-    found, ids = {}, batch(folder, BATCH, LENGTH)
+    found, ids = {}, timing.batch(folder, BATCH, LENGTH)
     for name, config in variants().items():
         torch._dynamo.reset()
         counters.clear()
@@ -109,17 +101,17 @@ def compilations(folder: Path) -> dict[str, int]:
 
 def grown(variant: str, folder: Path) -> float:
     """MiB that five steps need."""
-    ids, trained = batch(folder, BATCH, LENGTH), prepared(folder, variants()[variant])
-    return peak_memory(lambda: [step(*trained, ids) for _ in range(5)])
+    ids, trained = timing.batch(folder, BATCH, LENGTH), prepared(folder, variants()[variant])
+    return timing.peak_memory(lambda: [timing.step(*trained, ids) for _ in range(5)])
 
 
 def run(cell: Cell, context: Context) -> dict[str, Any]:
     folder, rounds = context.paths["models"] / "smollm2", context.settings["rounds"]
     if cell["part"] == "memory":
-        return {"peak_memory_mib": memory_of(grown, variants(), "lora", folder)}
+        return {"peak_memory_mib": timing.memory_of(grown, variants(), "lora", folder)}
     if cell["part"] == "compile":
         return {"compile": compilations(folder)}
-    ids = batch(folder, BATCH, LENGTH)
+    ids = timing.batch(folder, BATCH, LENGTH)
     if cell["part"] == "inference":
         return {"inference": inference_times(folder, ids, rounds)}
     return {"training_step": step_times(folder, ids, rounds)}
@@ -132,7 +124,18 @@ def report(record: dict[str, Any], context: Context) -> str:
         compiled = graphs.get(name)
         made = f"{compiled['graphs']} for {compiled['ranks_drawn']} ranks" if compiled else ""
         taken = steps.get(name)
-        lines.append([name, shown_ratio(taken), shown_quartiles(taken), shown_ratio(memory.get(name), "ratio"), made])
+        lines.append(
+            [
+                name,
+                timing.shown_ratio(taken),
+                timing.shown_quartiles(taken),
+                timing.shown_ratio(memory.get(name), "ratio"),
+                made,
+            ]
+        )
     text = table(["over LoRA", "step", "quartiles", "peak memory", "graphs"], lines)
-    inference = [[name, shown_ratio(each), shown_quartiles(each)] for name, each in record.get("inference", {}).items()]
+    inference = [
+        [name, timing.shown_ratio(each), timing.shown_quartiles(each)]
+        for name, each in record.get("inference", {}).items()
+    ]
     return text + "\n\n" + table(["inference over a LoRA of that rank", "time", "quartiles"], inference)

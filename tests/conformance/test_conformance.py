@@ -342,15 +342,20 @@ def test_save_and_load_keep_every_rank(case: Case, tmp_path: Any) -> None:
     assert all(torch.equal(value, saved[key]) for key, value in get_peft_model_state_dict(model).items())
 
 
-@every_case
-def test_two_adapters_have_ranks_of_their_own(case: Case) -> None:
-    if not case.second_adapter:
-        return
+def with_another(case: Case) -> tuple[Any, torch.Tensor]:
+    """The model with a second adapter, "other", which is active, and an input."""
     model, inputs = case.perturbed()
     model.add_adapter("other", case.config(**case.settings))
     model.set_adapter("other")
     perturb(model, seed=2)
-    model.eval()
+    return model.eval(), inputs
+
+
+@every_case
+def test_two_adapters_have_ranks_of_their_own(case: Case) -> None:
+    if not case.second_adapter:
+        return
+    model, inputs = with_another(case)
     low, high = case.ranks[0], case.ranks[-1]
     if case.ranked:
         model.set_rank(low, adapter_name="other")
@@ -373,11 +378,7 @@ def test_two_adapters_have_ranks_of_their_own(case: Case) -> None:
 def test_mixed_batches_use_each_adapters_rank(case: Case) -> None:
     if not case.mixed_batches:
         return
-    model, inputs = case.perturbed()
-    model.add_adapter("other", case.config(**case.settings))
-    model.set_adapter("other")
-    perturb(model, seed=2)
-    model.eval()
+    model, inputs = with_another(case)
     if case.ranked:
         model.set_rank(case.ranks[0], adapter_name="other")
         model.set_rank(case.ranks[1], adapter_name="default")

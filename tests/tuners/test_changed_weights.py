@@ -170,14 +170,20 @@ def test_a_training_pass_sees_a_change_too(method: str) -> None:
     torch.testing.assert_close(found, twin(input_ids=rows(2)).logits.detach())
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_what_is_merged_and_exported_is_what_is_there(method: str) -> None:
+def at_rank_two(method: str) -> tuple[Any, list[torch.Tensor]]:
+    """A model with random weights, at rank 2 where it has ranks, and what of it is trained."""
     model = with_method(method).eval()
     if hasattr(model, "set_rank"):
         model.set_rank(2)
     parameters = trained(model)
     generator = torch.Generator().manual_seed(2)
     by_copy(parameters, [0.3 * torch.randn(p.shape, generator=generator) for p in parameters])
+    return model, parameters
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_merged_and_exported_is_what_is_there(method: str) -> None:
+    model, parameters = at_rank_two(method)
     with torch.no_grad():
         model(input_ids=rows(2))
         by_new_data(parameters, changed([parameter.detach().clone() for parameter in parameters]))
@@ -193,12 +199,7 @@ def test_what_is_merged_and_exported_is_what_is_there(method: str) -> None:
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "density-lora"])
 def test_a_change_between_two_tokens_of_a_decoding(method: str, way: str) -> None:
     """Weights that are swapped as a whole are seen at the next token, and a single row within eight."""
-    model = with_method(method).eval()
-    if hasattr(model, "set_rank"):
-        model.set_rank(2)
-    parameters = trained(model)
-    generator = torch.Generator().manual_seed(2)
-    by_copy(parameters, [0.3 * torch.randn(p.shape, generator=generator) for p in parameters])
+    model, parameters = at_rank_two(method)
     token = rows(2)[:, :1]
     with torch.no_grad():
         model(input_ids=token)

@@ -38,12 +38,10 @@ def count(model: type, config: Any, **others: Any) -> int:
     return sum(parameter.numel() for parameter in trainable(get_peft_model(base, LorettaAdpConfig(**others))).values())
 
 
+BASE_SIZE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 DEBERTA_BASE = transformers.DebertaConfig(
     vocab_size=50265,
-    hidden_size=768,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    intermediate_size=3072,
+    **BASE_SIZE,
     type_vocab_size=0,
     relative_attention=True,
     max_relative_positions=-1,
@@ -52,10 +50,7 @@ DEBERTA_BASE = transformers.DebertaConfig(
 )
 ROBERTA_BASE = transformers.RobertaConfig(
     vocab_size=50265,
-    hidden_size=768,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    intermediate_size=3072,
+    **BASE_SIZE,
     max_position_embeddings=514,
     type_vocab_size=1,
 )

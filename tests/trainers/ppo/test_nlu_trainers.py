@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_dynamic.trainers import PPOConfig, PPOTrainer, nlu_prompt, nlu_reward
+from tests.trainers.ppo.common import QUIET
 from tests.trainers.ppo.nlu_words import tokenizer
 
 COMPLETIONS = 64  # of 4 of 6 words each, so that every reward is among them
@@ -16,12 +17,7 @@ COMMON = {
     "per_device_train_batch_size": COMPLETIONS,
     "max_completion_length": 4,
     "max_steps": 1,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": [],
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
+    **QUIET,
 }
 
 
