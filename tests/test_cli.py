@@ -105,10 +105,10 @@ def test_help_lists_the_options() -> None:
 
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_the_papers_rules_are_an_option_and_the_packages_the_default(four_bit: bool) -> None:
-    from peft_dynamic.cli.train import _config
+    from peft_dynamic.cli.train import dylora_config
 
     for paper, rules in ((False, ("svd", "alpha/r", "mostly_full")), (True, ("prefix", "alpha/b", "uniform"))):
-        config = _config(None, "1,2,4", 16, "q_proj, v_proj", 3, four_bit, paper)
+        config = dylora_config(None, "1,2,4", 16, "q_proj, v_proj", 3, four_bit, paper)
         assert (config.truncation, config.scaling, config.rank_sampling) == rules
         assert (config.r, config.ranks, config.lora_alpha, config.rank_seed) == (4, [1, 2, 4], 16, 3)
         assert config.peft_type == ("QDYLORA" if four_bit else "DYLORA")

@@ -28,7 +28,7 @@ from benchmarks.study import Cell, Context, Lines
 from benchmarks.tasks import Batch, collate, completed, read
 from benchmarks.training import adamw, descended, fit
 from peft_dynamic.trainers import PPOConfig, PPOTrainer, nlu_metrics, nlu_parse, nlu_prompt, nlu_reward, nlu_target
-from peft_dynamic.trainers.rewards.nlu_eval import _generate
+from peft_dynamic.trainers.rewards.nlu_eval import generate_answers
 
 
 class Job:
@@ -80,7 +80,7 @@ class Job:
         examples = self.train[:shots]
         prompts = [nlu_prompt(self.task, row, shots=examples) for row in self.evaluation]
         with torch.autocast("cpu", torch.bfloat16):
-            said = _generate(model, self.tokenizer, prompts, 32, 12, special=True)
+            said = generate_answers(model, self.tokenizer, prompts, 32, 12, special=True)
         answers = [nlu_parse(self.task, text) for text in said]
         lenient = [nlu_parse(self.task, text + "</Judgement>") for text in said]
         return {

@@ -115,7 +115,7 @@ def train(
                 examples=examples,
                 held_out=held_out,
                 unused=unused_columns(rows, columns),
-                config=_config(r, ranks, lora_alpha, target_modules, seed, four_bit, paper),
+                config=dylora_config(r, ranks, lora_alpha, target_modules, seed, four_bit, paper),
                 four_bit=four_bit,
                 steps=steps or (DEMO_STEPS if demo else -1),
                 epochs=epochs,
@@ -243,9 +243,14 @@ def _split(examples: list[Example], seed: int) -> tuple[list[Example], list[Exam
     return shuffled[held:], shuffled[:held]
 
 
-def _config(
+def dylora_config(
     r: int | None, ranks: str | None, lora_alpha: float, target_modules: str, seed: int, four_bit: bool, paper: bool
 ) -> Any:
+    """The adapter's configuration that the options ask for.
+
+    Raises:
+        typer.BadParameter: they fit no adapter.
+    """
     from peft_dynamic import DyLoRAConfig, QDyLoRAConfig
 
     listed = None

@@ -97,10 +97,10 @@ def calibrate_thresholds(
     right = torch.cat([each[1] for each in found], dim=1) if found else torch.empty(0, 0)
     if not sure.numel():
         raise ValueError("batches: there is no token to count in them.")
-    return _cheapest(sure, right, wanted, depth, agreement, head)
+    return cheapest(sure, right, wanted, depth, agreement, head)
 
 
-def _cheapest(
+def cheapest(
     sure: torch.Tensor, right: torch.Tensor, exits: list[int], depth: int, agreement: float, head: float
 ) -> Calibration:
     """Try subsets and levels; `sure` and `right` are (exits, tokens)."""
@@ -111,7 +111,7 @@ def _cheapest(
             if floor >= best.cost:
                 continue
             for level in _LEVELS:
-                trial = _at_level(sure, right, chosen, exits, depth, level, head)
+                trial = at_level(sure, right, chosen, exits, depth, level, head)
                 if trial.agreement < agreement:
                     break
                 if trial.thresholds and trial.cost < best.cost:
@@ -119,7 +119,7 @@ def _cheapest(
     return best
 
 
-def _at_level(
+def at_level(
     sure: torch.Tensor,
     right: torch.Tensor,
     chosen: Sequence[int],
@@ -128,13 +128,14 @@ def _at_level(
     level: float,
     head: float,
 ) -> Calibration:
+    """The thresholds of these exits at which a share `level` of the tokens that leave agrees with the full depth."""
     thresholds: dict[int, float] = {}
     inside = torch.ones(sure.shape[1], dtype=torch.bool)
     agreed, layers, cost = 0, 0.0, 0.0
     total = sure.shape[1]
     for number in chosen:
         p, hit = sure[number][inside], right[number][inside]
-        threshold = _lowest(p, hit, level)
+        threshold = lowest(p, hit, level)
         if threshold is None:
             continue  # no head is computed here
         thresholds[exits[number]] = threshold
@@ -151,7 +152,7 @@ def _at_level(
     return Calibration(thresholds, (agreed + rest) / total, layers / total, cost / total / (depth + head), total)
 
 
-def _lowest(p: torch.Tensor, hit: torch.Tensor, level: float) -> float | None:
+def lowest(p: torch.Tensor, hit: torch.Tensor, level: float) -> float | None:
     """The lowest threshold at which a share `level` of those at or above it hit; None if there is none."""
     order = p.argsort(descending=True)
     ranked, share = p[order], hit[order].double().cumsum(0) / torch.arange(1, len(p) + 1)

@@ -61,12 +61,14 @@ def evaluate_nlu(
     if chat:
         prompts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
     limit = max_new_tokens or (256 if chain_of_thought else 16)
-    completions = _generate(model, tokenizer, prompts, batch_size, limit, special=not chat)
+    completions = generate_answers(model, tokenizer, prompts, batch_size, limit, special=not chat)
     return nlu_metrics(task, [nlu_parse(task, text, chain_of_thought) for text in completions], rows)
 
 
 @torch.no_grad()
-def _generate(model: Any, tokenizer: Any, prompts: list[str], batch_size: int, limit: int, special: bool) -> list[str]:
+def generate_answers(
+    model: Any, tokenizer: Any, prompts: list[str], batch_size: int, limit: int, special: bool
+) -> list[str]:
     """A greedy continuation of each prompt; prompts of like length go together."""
     if tokenizer.pad_token_id is None:
         raise ValueError("tokenizer: it has no padding token. Set tokenizer.pad_token = tokenizer.eos_token.")

@@ -154,7 +154,7 @@ def test_batches_of_padded_prompts_get_the_answers_of_single_ones() -> None:
     model.train()
     model.model.layers[0].eval()
     for size in (1, 2, 5):
-        assert nlu_eval._generate(model, words, prompts, size, 6, special=True) == alone
+        assert nlu_eval.generate_answers(model, words, prompts, size, 6, special=True) == alone
     assert model.training
     assert not model.model.layers[0].training
     assert words.padding_side == "right"
@@ -172,7 +172,7 @@ def test_an_evaluation_asks_reads_and_scores(monkeypatch: pytest.MonkeyPatch) ->
         assert (batch_size, limit, special) == (3, 16, True)
         return [next(said for text, said in answers.items() if f'"{text}"\n\nA' in prompt[-70:]) for prompt in prompts]
 
-    monkeypatch.setattr(nlu_eval, "_generate", generate)
+    monkeypatch.setattr(nlu_eval, "generate_answers", generate)
     found = evaluate_nlu(model, words, "cola", data, batch_size=3, shots=shots)
     assert seen == [nlu_prompt("cola", row, shots=shots) for row in data]
     assert found == nlu_metrics("cola", [1, 1, None, 0], data)
@@ -181,13 +181,13 @@ def test_an_evaluation_asks_reads_and_scores(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_an_evaluation_by_the_chat_template(monkeypatch: pytest.MonkeyPatch) -> None:
     model, words = model_and_tokenizer()
-    generate, seen = nlu_eval._generate, []
+    generate, seen = nlu_eval.generate_answers, []
 
     def witness(model: Any, tokenizer: Any, prompts: list[str], *sizes: int, special: bool) -> list[str]:
         seen.append(special)
         return generate(model, tokenizer, prompts, *sizes, special=special)
 
-    monkeypatch.setattr(nlu_eval, "_generate", witness)
+    monkeypatch.setattr(nlu_eval, "generate_answers", witness)
     data = [{"sentence": text, "label": 1} for text in ("Yes", "No a", "a a a")]
     found = evaluate_nlu(model, words, "cola", data, chat=True, max_new_tokens=8)
     texts = [

@@ -11,7 +11,7 @@ from peft import get_peft_model
 
 from peft_dynamic import DyLoRAConfig
 from peft_dynamic.exits.adaptive import generate_adaptive
-from peft_dynamic.exits.calibrate import _at_level, _cheapest, _lowest, calibrate_thresholds
+from peft_dynamic.exits.calibrate import at_level, calibrate_thresholds, cheapest, lowest
 from peft_dynamic.exits.curve import ExitCurve, ExitRow, exit_curve
 from peft_dynamic.exits.layers import exit_at
 from tests.trainers.soft.families import DEPTH, build, cut, layers_of, tokens
@@ -132,33 +132,33 @@ def test_the_lowest_threshold_at_which_enough_agree() -> None:
     p = torch.tensor([0.2, 0.9, 0.6, 0.8, 0.4])
     hit = torch.tensor([False, True, True, False, True])
     # Falling: .9 yes 1/1, .8 no 1/2, .6 yes 2/3, .4 yes 3/4, .2 no 3/5
-    assert _lowest(p, hit, 1.0) == pytest.approx(0.85)
-    assert _lowest(p, hit, 0.75) == pytest.approx(0.3)
-    assert _lowest(p, hit, 0.7) == pytest.approx(0.3)
-    assert _lowest(p, hit, 0.6) == pytest.approx(0.2)
-    assert _lowest(p, ~hit, 1.0) is None
+    assert lowest(p, hit, 1.0) == pytest.approx(0.85)
+    assert lowest(p, hit, 0.75) == pytest.approx(0.3)
+    assert lowest(p, hit, 0.7) == pytest.approx(0.3)
+    assert lowest(p, hit, 0.6) == pytest.approx(0.2)
+    assert lowest(p, ~hit, 1.0) is None
     ties = torch.tensor([0.5, 0.5, 0.3])
-    assert _lowest(ties, torch.tensor([True, False, False]), 0.9) is None, "equals leave together"
-    assert _lowest(ties, torch.tensor([True, False, False]), 0.5) == pytest.approx(0.4)
+    assert lowest(ties, torch.tensor([True, False, False]), 0.9) is None, "equals leave together"
+    assert lowest(ties, torch.tensor([True, False, False]), 0.5) == pytest.approx(0.4)
 
 
 def test_costs_and_agreements_by_hand() -> None:
     sure = torch.tensor([[0.9, 0.8, 0.1, 0.2], [0.9, 0.9, 0.9, 0.1]])
     right = torch.tensor([[True, False, False, True], [True, True, False, True]])
-    one = _at_level(sure, right, [0], [2, 4], 6, 1.0, 1.0)
+    one = at_level(sure, right, [0], [2, 4], 6, 1.0, 1.0)
     assert one.thresholds == {2: pytest.approx(0.85)}
     # One token leaves after 2 layers and a head; three run 6 layers and two heads. A whole token is 7.
     assert (one.agreement, one.mean_exit) == (1.0, (2 + 3 * 6) / 4)
     assert one.cost == pytest.approx((2 + 1 + 3 * (6 + 2)) / 4 / 7)
-    both = _at_level(sure, right, [0, 1], [2, 4], 6, 0.5, 1.0)
+    both = at_level(sure, right, [0, 1], [2, 4], 6, 0.5, 1.0)
     # Level 0.5: falling .9 yes, .8 no, .2 yes, .1 no: all four leave after 2
     assert (both.agreement, both.mean_exit) == (0.5, 2.0)
     assert both.cost == pytest.approx(3 / 7)
-    assert _cheapest(sure, right, [2, 4], 6, 0.5, 1.0).mean_exit == 2.0
-    free = _cheapest(sure, right, [2, 4], 6, 1.0, 0.0)
+    assert cheapest(sure, right, [2, 4], 6, 0.5, 1.0).mean_exit == 2.0
+    free = cheapest(sure, right, [2, 4], 6, 1.0, 0.0)
     # With exit 4 alone .9 is right two times of three, so nobody may leave there but with what 2 leaves over: 1 of 2
     assert free.thresholds == {2: pytest.approx(0.85)}
-    dear = _cheapest(sure, right, [2, 4], 6, 1.0, 100.0)
+    dear = cheapest(sure, right, [2, 4], 6, 1.0, 100.0)
     assert (dear.thresholds, dear.cost, dear.agreement) == ({}, 1.0, 1.0), "no exit pays"
 
 
