@@ -1,4 +1,7 @@
 # The public names, and where each is: read by type checkers, and by __init__.py.
+from peft_dynamic.algebra import average_adapters as average_adapters
+from peft_dynamic.algebra import merge_adapters as merge_adapters
+from peft_dynamic.algebra import resize_adapter as resize_adapter
 from peft_dynamic.density import ActivationDensityLoss as ActivationDensityLoss
 from peft_dynamic.density import DensityReport as DensityReport
 from peft_dynamic.density import calibrate_cut as calibrate_cut

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from peft_dynamic.cli import export, models, train
+from peft_dynamic.cli import export, models, resize, train
 from peft_dynamic.cli._edge import Edge
 
 app = typer.Typer(
@@ -19,6 +19,8 @@ app = typer.Typer(
 app.command()(train.train)
 app.command()(export.export)
 app.command()(models.models)
+for verb in (resize.resize, resize.merge, resize.average, resize.inspect):
+    app.command()(verb)
 
 
 def main() -> None:

@@ -1,0 +1,6 @@
+"""Finished LoRA adapters as products: cut to any rank or budget, summed and averaged. No base model is loaded."""
+
+from peft_dynamic.algebra.merge import average_adapters, merge_adapters
+from peft_dynamic.algebra.resize import resize_adapter
+
+__all__ = ["average_adapters", "merge_adapters", "resize_adapter"]

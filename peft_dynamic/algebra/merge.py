@@ -1,0 +1,146 @@
+"""Weighted sums and means of finished LoRA adapters: of their products, not of their factors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from peft_dynamic.algebra.checkpoint import LoraCheckpoint, Product, read_checkpoint, write_checkpoint
+from peft_dynamic.export import PEFT_PREFIX
+from peft_dynamic.functional.products import cut, weighted_sum
+from peft_dynamic.rules import is_finite, is_int
+
+
+def merge_adapters(adapters: Mapping[str, float], out: str | os.PathLike[str], rank: int | None = None) -> Path:
+    """Write the weighted sum of LoRA adapters, sum_t w_t s_t B_t A_t, as one LoRA adapter.
+
+    The sum is exact at the rank that it has, at most the sum of the ranks; a smaller rank is the best approximation of
+    it. It is made of products through matrices of the size of the ranks: the scale of each adapter and of each module
+    counts, under rsLoRA too. A module that one adapter alone has counts for the others as 0.
+
+    Args:
+        adapters: folder, or name on the Hub -> its weight.
+        out: the folder to write.
+        rank: of each module of the result; None for the exact sum.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError, TypeError: there is no adapter, a weight or the rank has no meaning, the adapters are of different
+            base models or shapes, or one has trained modules or biases, of which there is no weighted sum.
+        FileNotFoundError: as in `read_checkpoint`.
+        FileExistsError, NotADirectoryError, PermissionError: as in `export_lora`. Nothing is written then.
+    """
+    if not isinstance(adapters, Mapping) or not adapters:
+        raise TypeError(f"adapters={adapters!r}: must be a dict from folders or names to weights.")
+    for name, weight in adapters.items():
+        if not is_finite(weight):
+            raise ValueError(f"adapters: the weight of {name!r} must be a finite number, got {weight!r}.")
+    read = [read_checkpoint(name) for name in adapters]
+    whole = [each.name for each in read if each.others]
+    if whole and len(read) > 1:
+        raise ValueError(
+            f"adapters: {whole[0]!r} has trained modules, biases or tokens beside its factors, of which there is no "
+            "weighted sum. Merge adapters without them, or average checkpoints of one run with average_adapters."
+        )
+    return write_checkpoint(_summed(read, [float(weight) for weight in adapters.values()], rank), out)
+
+
+def average_adapters(
+    adapters: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], rank: int | None = None
+) -> Path:
+    """Write the mean of LoRA adapters, e.g. of the last checkpoints of a run: the mean of their products.
+
+    The mean of the factors is another thing: its product has terms of one adapter's B with another's A.
+
+    Args:
+        adapters: folders, or names on the Hub.
+        out: the folder to write.
+        rank: of each module of the result; None for that of the first adapter.
+
+    Returns:
+        `out`. Biases, trained modules and trained tokens are averaged too.
+
+    Raises:
+        As `merge_adapters`; and ValueError where one has other trained modules than the first.
+    """
+    if isinstance(adapters, str | os.PathLike) or not isinstance(adapters, Sequence) or not adapters:
+        raise TypeError(f"adapters={adapters!r}: must be a list of folders or names.")
+    read = [read_checkpoint(name) for name in adapters]
+    first = read[0]
+    for each in read[1:]:
+        odd = sorted({*each.others} ^ {*first.others}) or [
+            key for key, value in first.others.items() if each.others[key].shape != value.shape
+        ]
+        if odd:
+            raise ValueError(
+                f"adapters: {each.name!r} and {first.name!r} differ in {odd[0]}, a tensor beside the factors. Average "
+                "checkpoints of one run."
+            )
+    made = _summed(read, [1 / len(read)] * len(read), rank if rank is not None else _ranks_of(first))
+    others = {
+        key: torch.stack([each.others[key].double() for each in read]).mean(0).to(value.dtype)
+        if value.is_floating_point()
+        else value
+        for key, value in first.others.items()
+    }
+    return write_checkpoint(replace(made, others=others), out)
+
+
+def _ranks_of(read: LoraCheckpoint) -> dict[str, int]:
+    return {module: product.rank for module, product in read.products.items()}
+
+
+def _summed(
+    read: Sequence[LoraCheckpoint], weights: Sequence[float], rank: int | dict[str, int] | None
+) -> LoraCheckpoint:
+    if rank is not None and not isinstance(rank, dict) and not (is_int(rank) and rank >= 1):
+        kind = ValueError if is_int(rank) else TypeError
+        raise kind(f"rank={rank!r}: must be a whole number of at least 1, or None.")
+    _check_together(read)
+    products = {}
+    for module in dict.fromkeys(module for each in read for module in each.products):
+        parts = [(each.products[module], w) for each, w in zip(read, weights, strict=True) if module in each.products]
+        products[module] = _sum_of(parts, rank.get(module) if isinstance(rank, dict) else rank)
+    first = read[0]
+    config = copy(first.config)
+    if products.keys() != first.products.keys():  # the rule that chose the first one's modules chooses too few
+        config.target_modules = [module.removeprefix(PEFT_PREFIX) for module in products]
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    return replace(first, config=config, products=products, others={})
+
+
+def _sum_of(parts: Sequence[tuple[Product, float]], rank: int | None) -> Product:
+    kind = parts[0][0]
+    a, b = weighted_sum([part.matrices for part, _ in parts], [part.scale * weight for part, weight in parts])
+    most = min(len(a), a.shape[1], len(b))
+    size = most if rank is None else min(rank, most)
+    if len(parts) > 1 or size < len(a):
+        a, b = cut(a, b, size)
+    return kind.with_factors(a, b, 1.0)
+
+
+def _check_together(read: Sequence[LoraCheckpoint]) -> None:
+    first = read[0]
+    for each in read[1:]:
+        bases = {str(x.config.base_model_name_or_path or "") for x in (first, each)} - {""}
+        if len(bases) > 1:
+            raise ValueError(
+                f"adapters: {each.name!r} is of the base model {each.config.base_model_name_or_path!r}, and "
+                f"{first.name!r} of {first.config.base_model_name_or_path!r}. Their updates have no sum."
+            )
+        for module, product in each.products.items():
+            other = first.products.get(module)
+            if other is not None and (
+                product.a.shape[1:] != other.a.shape[1:] or product.b.shape[0] != other.b.shape[0]
+            ):
+                raise ValueError(
+                    f"adapters: {module} is of another shape in {each.name!r} than in {first.name!r}: they are of "
+                    "different base models."
+                )

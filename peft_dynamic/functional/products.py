@@ -1,0 +1,99 @@
+"""Products B A of low rank: their singular values, cuts and sums, through matrices of the size of the rank.
+
+Equations, with A (r, in), B (out, r), s the scale of the product, and two positive semidefinite r x r matrices
+
+    (1)  K_A = A C A^T,  K_B = B^T G B            C = G = I unless weights are given
+    (2)  K_A = L L^T;  V the eigenvectors of L^T K_B L, largest first, sigma_i^2 its eigenvalues
+    (3)  E = L V,  F = V^T L^-1;   (B E[:, :b]) (F[:b] A) is the best product of rank b in the norm
+         |G^(1/2) (B A - X) C^(1/2)|_F, and its error is sqrt(sum_{i > b} sigma_i^2)
+    (4)  sum_t w_t s_t B_t A_t = [w_1 s_1 B_1, w_2 s_2 B_2, ...] [A_1; A_2; ...]
+    (5)  a component of layer l costs c_l and is worth (s_l sigma_{l,i})^2; components are taken in the order of worth
+         over cost until the first that a budget has no room for, so that a smaller budget's are among a larger one's
+
+Sources: (3) Eckart and Young, The approximation of one matrix by another of lower rank, Psychometrika 1, 1936, applied
+to L^-1 A C^(1/2), whose rows are orthonormal; E and F are those of `functional.ranks`. (5) is the greedy rule for one
+budget over all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from peft_dynamic.functional.ranks import bases_of, gram_matrices
+
+
+def singular_values(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The singular values of the product B A: sigma of equation (2).
+
+    Args:
+        a: (r, in).
+        b: (out, r).
+
+    Returns:
+        (r,) float64, largest first.
+    """
+    gram_a, gram_b = gram_matrices(a[None], b[None])
+    values, vectors = torch.linalg.eigh(gram_a[0])
+    # through the eigenvectors, not Cholesky's factor: rows of A may be dependent, or 0
+    left = vectors * values.clamp(min=0).sqrt()
+    return torch.linalg.eigvalsh(left.mT @ gram_b[0] @ left).flip(0).clamp(min=0).sqrt()
+
+
+def cut(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors of the best product of this rank: equation (3) with C = G = I.
+
+    Args:
+        a: (r, in).
+        b: (out, r).
+        rank: from 1 to r.
+
+    Returns:
+        (rank, in) and (out, rank), in the dtypes of the factors; computed in float64.
+    """
+    e, f = bases_of(*gram_matrices(a[None], b[None]))
+    return (f[0, :rank] @ a.double()).to(a.dtype), (b.double() @ e[0, :, :rank]).to(b.dtype)
+
+
+def weighted_sum(
+    factors: Sequence[tuple[torch.Tensor, torch.Tensor]], weights: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors of a weighted sum of products: equation (4), of the sum of the ranks, exactly.
+
+    Args:
+        factors: (A_t, B_t), each (r_t, in) and (out, r_t).
+        weights: w_t s_t.
+
+    Returns:
+        (sum r_t, in) and (out, sum r_t), float64.
+    """
+    a = torch.cat([each.double() for each, _ in factors])
+    b = torch.cat([each.double() * weight for (_, each), weight in zip(factors, weights, strict=True)], dim=1)
+    return a, b
+
+
+def allocate(values: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int) -> dict[str, int]:
+    """How many components each layer gets of one budget: equation (5).
+
+    Args:
+        values: layer -> s sigma_i, largest first.
+        costs: layer -> what a component costs.
+        budget: what all together may cost.
+
+    Returns:
+        layer -> rank, 0 among them.
+    """
+    items = [
+        (-(value**2) / costs[layer], layer, number)
+        for layer, row in values.items()
+        for number, value in enumerate(row)
+        if value > 0
+    ]
+    ranks = dict.fromkeys(values, 0)
+    for _, layer, _ in sorted(items, key=lambda item: (item[0], item[2], item[1])):
+        budget -= costs[layer]
+        if budget < 0:
+            break
+        ranks[layer] += 1
+    return ranks

@@ -1,0 +1,75 @@
+import itertools
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_dynamic.functional.products import allocate, cut, singular_values, weighted_sum
+
+
+def pair(seed: int, rank: int = 4, inputs: int = 7, outputs: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(rank, inputs, generator=generator, dtype=torch.float64),
+        torch.randn(outputs, rank, generator=generator, dtype=torch.float64),
+    )
+
+
+def test_a_cut_by_hand() -> None:
+    a, b = torch.eye(2), torch.diag(torch.tensor([2.0, 1.0]))
+    assert singular_values(a, b).tolist() == [2.0, 1.0]
+    cut_a, cut_b = cut(a, b, 1)
+    torch.testing.assert_close(cut_b @ cut_a, torch.diag(torch.tensor([2.0, 0.0])))
+
+
+def test_a_sum_by_hand() -> None:
+    """(1 0) and (0 1) with B of 1 and 3, weights one half: (0.5, 1.5). The mean of the factors would give (1, 1)."""
+    one, other = (T([[1.0, 0.0]]), T([[1.0]])), (T([[0.0, 1.0]]), T([[3.0]]))
+    a, b = weighted_sum([one, other], [0.5, 0.5])
+    assert (b @ a).tolist() == [[0.5, 1.5]]
+    mean_of_factors = (one[1] + other[1]) / 2 @ ((one[0] + other[0]) / 2)
+    assert mean_of_factors.tolist() == [[1.0, 1.0]]
+
+
+T = torch.tensor
+
+
+@given(st.integers(0, 10**6), st.integers(1, 4))
+def test_the_error_of_a_cut_is_the_tail_of_the_spectrum(seed: int, rank: int) -> None:
+    a, b = pair(seed)
+    values = singular_values(a, b)
+    torch.testing.assert_close(values, torch.linalg.svdvals(b @ a)[:4])
+    cut_a, cut_b = cut(a, b, rank)
+    assert (cut_a.shape, cut_b.shape) == ((rank, 7), (6, rank))
+    error = torch.linalg.matrix_norm(b @ a - cut_b @ cut_a)
+    torch.testing.assert_close(error, values[rank:].square().sum().sqrt(), atol=1e-9, rtol=1e-7)
+
+
+def test_dependent_rows_and_zeros_have_a_spectrum() -> None:
+    a, b = pair(1)
+    a[3] = a[2]
+    torch.testing.assert_close(singular_values(a, b), torch.linalg.svdvals(b @ a)[:4], atol=1e-6, rtol=1e-6)
+    assert singular_values(torch.zeros(2, 3), torch.zeros(4, 2)).tolist() == [0.0, 0.0]
+
+
+@given(
+    st.lists(st.lists(st.floats(0, 10), min_size=1, max_size=4), min_size=1, max_size=4),
+    st.integers(0, 60),
+    st.integers(0, 60),
+)
+def test_a_smaller_budget_s_ranks_are_within_a_larger_one_s(rows: list[list[float]], one: int, other: int) -> None:
+    values = {str(i): sorted(row, reverse=True) for i, row in enumerate(rows)}
+    costs = {name: 3 + int(name) for name in values}
+    small, large = (allocate(values, costs, budget) for budget in sorted((one, other)))
+    assert all(small[name] <= large[name] <= len(values[name]) for name in values)
+    assert sum(costs[name] * rank for name, rank in large.items()) <= max(one, other)
+
+
+def test_components_are_taken_by_worth_over_cost() -> None:
+    values, costs = {"wide": [3.0, 1.0], "narrow": [2.0, 2.0]}, {"wide": 9, "narrow": 2}
+    # worth over cost: wide 1 and 1/9, narrow 2 and 2
+    expected = {2: (0, 1), 4: (0, 2), 12: (0, 2), 13: (1, 2), 22: (2, 2)}
+    for budget, (wide, narrow) in expected.items():
+        assert allocate(values, costs, budget) == {"wide": wide, "narrow": narrow}
+    taken = [sum(allocate(values, costs, budget).values()) for budget in range(30)]
+    assert all(before <= after for before, after in itertools.pairwise(taken))
