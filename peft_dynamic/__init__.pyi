@@ -1,4 +1,6 @@
 # The public names, and where each is: read by type checkers, and by __init__.py.
+from peft_dynamic.algebra import AdapterMoments as AdapterMoments
+from peft_dynamic.algebra import adapter_moments as adapter_moments
 from peft_dynamic.algebra import average_adapters as average_adapters
 from peft_dynamic.algebra import merge_adapters as merge_adapters
 from peft_dynamic.algebra import resize_adapter as resize_adapter

@@ -13,8 +13,10 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from peft_dynamic.algebra.checkpoint import LoraCheckpoint, Product, read_checkpoint, write_checkpoint
+from peft_dynamic.algebra.moments import AdapterMoments
 from peft_dynamic.export import PEFT_PREFIX
-from peft_dynamic.functional.products import allocate, cut, singular_values
+from peft_dynamic.functional.products import allocate, singular_values
+from peft_dynamic.functional.products import cut as cut_to
 from peft_dynamic.rules import is_finite, is_int, is_number
 
 
@@ -25,6 +27,9 @@ def resize_adapter(
     rank: int | Mapping[str, int] | None = None,
     parameters: int | float | None = None,
     bytes: int | None = None,
+    moments: AdapterMoments | None = None,
+    damping: float = 0.1,
+    cut: str = "auto",
 ) -> Path | str:
     """Write a smaller LoRA adapter: each module's update cut to its best approximation of a lower rank.
 
@@ -41,6 +46,11 @@ def resize_adapter(
             ranks, 0 leaving a module out, for modules that match one.
         parameters: the budget in numbers; a share of those that there are, from 0 to 1, if it is a float.
         bytes: the budget in bytes.
+        moments: what `adapter_moments` measured of this adapter; components are then those that matter most on these
+            data. None for a cut by the weights alone.
+        damping: how much of the plain cut is in a calibrated one, see `functional.products.grams`.
+        cut: "inputs" weighs by what the modules see, so that their outputs change least; "loss" also by the gradients,
+            so that the loss does, to second order; "plain" by neither; "auto" takes what the moments have.
 
     Returns:
         `out`.
@@ -51,10 +61,12 @@ def resize_adapter(
         FileExistsError, NotADirectoryError, PermissionError: as in `export_lora`. Nothing is written then.
     """
     if isinstance(adapter, nn.Module):
-        return _resize_loaded(adapter, str(out), rank=rank, parameters=parameters, bytes=bytes)
+        budget = {"rank": rank, "parameters": parameters, "bytes": bytes}
+        return _resize_loaded(adapter, str(out), **budget, moments=moments, damping=damping, cut=cut)
     read = read_checkpoint(adapter)
-    ranks = wanted_ranks(read, rank, parameters, bytes)
-    products = {module: _cut(product, ranks[module]) for module, product in read.products.items()}
+    weights = _weights(read, moments, damping, cut)
+    ranks = wanted_ranks(read, rank, parameters, bytes, weights)
+    products = {module: _cut(product, ranks[module], weights[module]) for module, product in read.products.items()}
     return write_checkpoint(replace(read, products=products), out)
 
 
@@ -77,18 +89,48 @@ def _resize_loaded(model: Any, name: str, **budget: Any) -> str:
     return name
 
 
-def _cut(product: Product, rank: int) -> Product:
+def _weights(
+    read: LoraCheckpoint, moments: AdapterMoments | None, damping: float, how: str
+) -> dict[str, tuple[Any, ...]]:
+    """Module -> the further arguments of `functional.products.grams`."""
+    if how not in ("auto", "plain", "inputs", "loss"):
+        raise ValueError(f"cut={how!r}: must be 'auto', 'plain', 'inputs' or 'loss'.")
+    _check(is_number(damping) and damping >= 0 and is_finite(damping), "damping", damping, "a number of at least 0")
+    if how == "auto":
+        how = "plain" if moments is None else "loss" if moments.losses else "inputs"
+    if how == "plain":
+        return dict.fromkeys(read.products, ())
+    if moments is None or (how == "loss" and not moments.losses):
+        raise ValueError(f"cut={how!r} needs moments" + (" with loss=True." if how == "loss" else ": pass moments."))
+    weights: dict[str, tuple[Any, ...]] = {}
+    for module, product in read.products.items():
+        pair = (moments.inputs.get(module), moments.losses.get(module) if how == "loss" else None)
+        sizes = [len(moment) for moment in pair if moment is not None]
+        if pair[0] is None or any(size != product.rank for size in sizes):
+            raise ValueError(
+                f"moments: they are of another adapter, and have none of rank {product.rank} for {module}. Measure "
+                "them of this adapter with adapter_moments."
+            )
+        if not all(bool(moment.isfinite().all()) for moment in pair if moment is not None):
+            raise ValueError(
+                f"moments: those of {module} are not finite. Measure again, without the batch that did it."
+            )
+        weights[module] = (pair, float(damping))
+    return weights
+
+
+def _cut(product: Product, rank: int, weights: tuple[Any, ...]) -> Product:
     if rank == product.rank:
         return product
     if not rank:
         return product.with_factors(product.matrices[0][:0], product.matrices[1][:, :0], product.scale)
-    return product.with_factors(*cut(*product.matrices, rank), product.scale)
+    return product.with_factors(*cut_to(*product.matrices, rank, *weights), product.scale)
 
 
-def spectra(read: LoraCheckpoint) -> dict[str, list[float]]:
-    """Module -> the singular values of its s B A, largest first."""
+def spectra(read: LoraCheckpoint, weights: Mapping[str, tuple[Any, ...]] | None = None) -> dict[str, list[float]]:
+    """Module -> the singular values of its s B A, largest first; weighted where weights are given."""
     return {
-        module: (abs(product.scale) * singular_values(*product.matrices)).tolist()
+        module: (abs(product.scale) * singular_values(*product.matrices, *(weights or {}).get(module, ()))).tolist()
         for module, product in read.products.items()
     }
 
@@ -98,6 +140,7 @@ def wanted_ranks(
     rank: int | Mapping[str, int] | None,
     parameters: int | float | None,
     bytes: int | None,
+    weights: Mapping[str, tuple[Any, ...]] | None = None,
 ) -> dict[str, int]:
     """Module -> the rank that the arguments of `resize_adapter` ask for."""
     given = {"rank": rank, "parameters": parameters, "bytes": bytes}
@@ -110,13 +153,15 @@ def wanted_ranks(
     if bytes is not None:
         _check(is_int(bytes) and bytes > 0, "bytes", bytes, "a whole number of at least 1")
         sizes = {module: product.a.element_size() for module, product in read.products.items()}
-        return allocate(spectra(read), {module: cost * sizes[module] for module, cost in costs.items()}, int(bytes))
+        return allocate(
+            spectra(read, weights), {module: cost * sizes[module] for module, cost in costs.items()}, int(bytes)
+        )
     if isinstance(parameters, float):
         _check(is_finite(parameters) and 0 < parameters <= 1, "parameters", parameters, "a share above 0 and at most 1")
-        return allocate(spectra(read), costs, int(parameters * read.size))
+        return allocate(spectra(read, weights), costs, int(parameters * read.size))
     count = parameters if is_int(parameters) and parameters is not None else 0
     _check(count > 0, "parameters", parameters, "a count of at least 1, or a share as a float up to 1.0")
-    return allocate(spectra(read), costs, int(count))
+    return allocate(spectra(read, weights), costs, int(count))
 
 
 def _by_rank(read: LoraCheckpoint, rank: int | Mapping[str, int]) -> dict[str, int]:

@@ -18,41 +18,71 @@ budget over all layers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from peft_dynamic.functional.ranks import bases_of, gram_matrices
 
 
-def singular_values(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The singular values of the product B A: sigma of equation (2).
+def grams(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    moments: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    damping: float = 0.1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K_A and K_B of equation (1), (r, r) float64.
 
     Args:
         a: (r, in).
         b: (out, r).
+        moments: E[z z^T] with z = A x, and E[d d^T] / s^2 with d = dL/dz, each (r, r); None for C = I or G = I.
+        damping: lambda of K + lambda (tr K / tr K') K', with K' that of C = G = I. Moments of few rows are near
+            singular, and a cut would trust directions that they have not seen. Infinite is the plain cut.
+    """
+    plain = gram_matrices(a[None], b[None])
+    found = []
+    for own, moment in zip(plain, moments, strict=True):
+        if moment is None:
+            found.append(own[0])
+            continue
+        wide, trace = moment.double(), own[0].trace()
+        found.append(wide + damping * wide.trace() / trace.clamp(min=1e-300) * own[0])
+    return found[0], found[1]
+
+
+def singular_values(a: torch.Tensor, b: torch.Tensor, *moments: Any) -> torch.Tensor:
+    """The singular values of the product B A, in the norm of equation (3): sigma of equation (2).
+
+    Args:
+        a: (r, in).
+        b: (out, r).
+        moments: further arguments of `grams`.
 
     Returns:
         (r,) float64, largest first.
     """
-    gram_a, gram_b = gram_matrices(a[None], b[None])
-    values, vectors = torch.linalg.eigh(gram_a[0])
+    gram_a, gram_b = grams(a, b, *moments)
+    values, vectors = torch.linalg.eigh(gram_a)
     # through the eigenvectors, not Cholesky's factor: rows of A may be dependent, or 0
     left = vectors * values.clamp(min=0).sqrt()
-    return torch.linalg.eigvalsh(left.mT @ gram_b[0] @ left).flip(0).clamp(min=0).sqrt()
+    return torch.linalg.eigvalsh(left.mT @ gram_b @ left).flip(0).clamp(min=0).sqrt()
 
 
-def cut(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factors of the best product of this rank: equation (3) with C = G = I.
+def cut(a: torch.Tensor, b: torch.Tensor, rank: int, *moments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors of the best product of this rank: equation (3).
 
     Args:
         a: (r, in).
         b: (out, r).
         rank: from 1 to r.
+        moments: further arguments of `grams`.
 
     Returns:
         (rank, in) and (out, rank), in the dtypes of the factors; computed in float64.
     """
-    e, f = bases_of(*gram_matrices(a[None], b[None]))
+    gram_a, gram_b = grams(a, b, *moments)
+    e, f = bases_of(gram_a[None], gram_b[None])
     return (f[0, :rank] @ a.double()).to(a.dtype), (b.double() @ e[0, :, :rank]).to(b.dtype)
 
 

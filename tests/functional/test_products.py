@@ -5,6 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_dynamic.functional.products import allocate, cut, singular_values, weighted_sum
+from peft_dynamic.functional.ranks import gram_matrices
+
+T = torch.tensor
 
 
 def pair(seed: int, rank: int = 4, inputs: int = 7, outputs: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,7 +20,7 @@ def pair(seed: int, rank: int = 4, inputs: int = 7, outputs: int = 6) -> tuple[t
 
 def test_a_cut_by_hand() -> None:
     a, b = torch.eye(2), torch.diag(torch.tensor([2.0, 1.0]))
-    assert singular_values(a, b).tolist() == [2.0, 1.0]
+    torch.testing.assert_close(singular_values(a, b), T([2.0, 1.0], dtype=torch.float64))
     cut_a, cut_b = cut(a, b, 1)
     torch.testing.assert_close(cut_b @ cut_a, torch.diag(torch.tensor([2.0, 0.0])))
 
@@ -29,9 +32,6 @@ def test_a_sum_by_hand() -> None:
     assert (b @ a).tolist() == [[0.5, 1.5]]
     mean_of_factors = (one[1] + other[1]) / 2 @ ((one[0] + other[0]) / 2)
     assert mean_of_factors.tolist() == [[1.0, 1.0]]
-
-
-T = torch.tensor
 
 
 @given(st.integers(0, 10**6), st.integers(1, 4))
@@ -73,3 +73,36 @@ def test_components_are_taken_by_worth_over_cost() -> None:
         assert allocate(values, costs, budget) == {"wide": wide, "narrow": narrow}
     taken = [sum(allocate(values, costs, budget).values()) for budget in range(30)]
     assert all(before <= after for before, after in itertools.pairwise(taken))
+
+
+def test_a_calibrated_cut_by_hand() -> None:
+    """A = I, B = diag(2, 1), E[z z^T] = diag(1, 9): weighted, the singular values are 2 and 3; rank 1 is diag(0, 1)."""
+    a, b, inputs = torch.eye(2), torch.diag(T([2.0, 1.0])), torch.diag(T([1.0, 9.0]))
+    torch.testing.assert_close(singular_values(a, b, (inputs, None), 0.0), T([3.0, 2.0], dtype=torch.float64))
+    cut_a, cut_b = cut(a, b, 1, (inputs, None), 0.0)
+    torch.testing.assert_close(cut_b @ cut_a, torch.diag(T([0.0, 1.0])))
+    for damping in (1e6, 1e9):  # the plain cut
+        cut_a, cut_b = cut(a, b, 1, (inputs, None), damping)
+        torch.testing.assert_close(cut_b @ cut_a, torch.diag(T([2.0, 0.0])), atol=1e-4, rtol=1e-4)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 4))
+def test_the_weighted_error_is_the_tail_of_the_weighted_spectrum(seed: int, rank: int) -> None:
+    a, b = pair(seed)
+    x, g = pair(seed + 1, 30, 7)[0], pair(seed + 2, 25, 6)[0]
+    c, w = x.mT @ x / 30, g.mT @ g / 25
+    moments = (a @ c @ a.mT, b.mT @ w @ b)
+    values = singular_values(a, b, moments, 0.0)
+    cut_a, cut_b = cut(a, b, rank, moments, 0.0)
+    error = b @ a - cut_b @ cut_a
+    squared = torch.trace(w @ error @ c @ error.mT)
+    torch.testing.assert_close(squared, values[rank:].square().sum(), atol=1e-8, rtol=1e-6)
+    plain = b @ a - (lambda pair: pair[1] @ pair[0])(cut(a, b, rank))
+    assert squared <= torch.trace(w @ plain @ c @ plain.mT) + 1e-8
+
+
+def test_the_moments_of_white_data_give_today_s_cut_to_the_bit() -> None:
+    a, b = pair(3)
+    gram_a, gram_b = gram_matrices(a[None], b[None])
+    for found, expected in zip(cut(a, b, 2, (gram_a[0], gram_b[0]), 0.0), cut(a, b, 2), strict=True):
+        assert torch.equal(found, expected)
