@@ -325,3 +325,20 @@ def test_the_energy_of_each_rank_is_shown(tmp_path: Path) -> None:
     text = energy_table(read)
     assert text.startswith("LORA, 2 modules, largest rank 8, ")
     assert "100.0%" in text
+
+
+def test_a_budget_counts_the_scale_of_each_module(tmp_path: Path) -> None:
+    """Equal factors in all layers: the module whose alpha is larger gets all of a budget for one module."""
+    model = get_peft_model(
+        tiny_llama(),
+        LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"], alpha_pattern={r"layers\.1\..*": 20}),
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.eye(*parameter.shape))
+    model.save_pretrained(tmp_path / "whole")
+    resize_adapter(tmp_path / "whole", tmp_path / "half", parameters=0.5)
+    (name,) = read_checkpoint(tmp_path / "half").products
+    assert "layers.1." in name
+    assert torch.equal(deltas(tmp_path / "half")[name], deltas(tmp_path / "whole")[name])

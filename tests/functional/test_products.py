@@ -106,3 +106,9 @@ def test_the_moments_of_white_data_give_today_s_cut_to_the_bit() -> None:
     gram_a, gram_b = gram_matrices(a[None], b[None])
     for found, expected in zip(cut(a, b, 2, (gram_a[0], gram_b[0]), 0.0), cut(a, b, 2), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_a_component_s_worth_is_the_square_of_its_value() -> None:
+    """9 / 4 for the wide layer's, 1 for the narrow one's; by the values themselves it would be 3 / 4 and 1."""
+    values, costs = {"wide": [3.0], "narrow": [1.0]}, {"wide": 4, "narrow": 1}
+    assert allocate(values, costs, 4) == {"wide": 1, "narrow": 0}
