@@ -234,6 +234,21 @@ def part_of(batch: dict, rows: slice) -> dict:
     return {key: value[rows] for key, value in batch.items()}
 
 
+def test_a_penalty_of_several_passes_counts_their_samples() -> None:
+    """Three samples and one: the mean over four, not over two passes; and the gradient is that of the sum."""
+    model, batch = with_lora("Llama"), batch_for("Llama")
+    density, values, outputs = attached(model, add_to_loss=False), [], []
+    for rows in (slice(0, 3), slice(3, 4)):
+        outputs.append(model(**part_of(batch, rows)))  # a pass whose outputs are dropped takes its term along
+        assert density.value is not None
+        values.append(float(density.value))
+    assert abs(values[0] - values[1]) > 1e-3
+    penalty = density.penalty()
+    torch.testing.assert_close(float(penalty.detach()), WEIGHT * (3 * values[0] + values[1]) / 4, rtol=1e-5, atol=0)
+    penalty.backward()
+    assert any(gradient.abs().sum() > 0 for gradient in gradients(model).values())
+
+
 # --- when it does nothing
 
 
