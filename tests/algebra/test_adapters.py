@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_dynamic import average_adapters, merge_adapters, resize_adapter
+from peft_dynamic import DyLoRAConfig, average_adapters, merge_adapters, resize_adapter
 from peft_dynamic.algebra.checkpoint import read_checkpoint
 from peft_dynamic.algebra.inspect import energy_kept, energy_table
 from tests import methods
@@ -342,3 +342,26 @@ def test_a_budget_counts_the_scale_of_each_module(tmp_path: Path) -> None:
     (name,) = read_checkpoint(tmp_path / "half").products
     assert "layers.1." in name
     assert torch.equal(deltas(tmp_path / "half")[name], deltas(tmp_path / "whole")[name])
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("cap", [{}, {"q_proj": 3}], ids=["no cap", "a cap"])
+@pytest.mark.parametrize("rule", ["alpha/r", "alpha/b", "alpha/sqrt(b)", "alpha/sqrt(r*b)"])
+def test_dylora_s_rules_of_scale_are_read(rule: str, cap: dict[str, int], mixed: bool, tmp_path: Path) -> None:
+    config = DyLoRAConfig(
+        r=8,
+        lora_alpha=12,
+        scaling=rule,
+        rank_pattern=dict(cap),
+        alpha_pattern={"v_proj": 5},
+        use_mixer=mixed,
+        target_modules=["q_proj", "v_proj"],
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(tiny_llama(), config)
+    perturb(model)
+    model.save_pretrained(tmp_path / "ours")
+    resize_adapter(tmp_path / "ours", tmp_path / "stock", rank=8)
+    with torch.no_grad():
+        expected = model.eval()(input_ids=rows(2)).logits
+    torch.testing.assert_close(logits(tmp_path / "stock"), expected, atol=1e-5, rtol=1e-4)
