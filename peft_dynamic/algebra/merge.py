@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 
-from peft_dynamic.algebra.checkpoint import LoraCheckpoint, Product, read_checkpoint, write_checkpoint
-from peft_dynamic.export import PEFT_PREFIX
+from peft_dynamic.algebra.checkpoint import LoraCheckpoint, read_checkpoint, targets_of, write_checkpoint
+from peft_dynamic.algebra.experts import host_of
+from peft_dynamic.algebra.product import Product
+from peft_dynamic.algebra.resize import check_groups
 from peft_dynamic.functional.products import cut, weighted_sum
 from peft_dynamic.rules import is_finite, is_int
 
@@ -104,25 +106,44 @@ def _summed(
         kind = ValueError if is_int(rank) else TypeError
         raise kind(f"rank={rank!r}: must be a whole number of at least 1, or None.")
     _check_together(read)
-    products = {}
-    for module in dict.fromkeys(module for each in read for module in each.products):
-        parts = [(each.products[module], w) for each, w in zip(read, weights, strict=True) if module in each.products]
-        products[module] = _sum_of(parts, rank.get(module) if isinstance(rank, dict) else rank)
-    first = read[0]
-    config = copy(first.config)
-    if products.keys() != first.products.keys():  # the rule that chose the first one's modules chooses too few
-        config.target_modules = [module.removeprefix(PEFT_PREFIX) for module in products]
-        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    return replace(first, config=config, products=products, others={})
+    parts: dict[str, list[tuple[Product, float]]] = {}
+    for each, weight in zip(read, weights, strict=True):
+        for module, product in each.products.items():
+            parts.setdefault(module, []).append((product, weight))
+    # the kind of each sum; one file may tell apart what another does not
+    kinds = {module: min((p for p, _ in of_one), key=lambda p: len(p.keys)) for module, of_one in parts.items()}
+    kinds = {module: replace(kinds[module], a=of_one[0][0].a, b=of_one[0][0].b) for module, of_one in parts.items()}
+    made = replace(read[0], products=kinds, others={})
+    steps = _steps(made, parts, rank)
+    made.products = {module: _sum_of(of_one, kinds[module], steps[module]) for module, of_one in parts.items()}
+    if parts.keys() != read[0].products.keys():  # the rule that chose the first one's modules chooses too few
+        made.config = copy(made.config)
+        for name, value in targets_of(made.products).items():
+            setattr(made.config, name, value)
+    return made
 
 
-def _sum_of(parts: Sequence[tuple[Product, float]], rank: int | None) -> Product:
-    kind = parts[0][0]
+def _steps(
+    made: LoraCheckpoint, parts: dict[str, list[tuple[Product, float]]], rank: int | dict[str, int] | None
+) -> dict[str, int]:
+    """The rank of each module's sum, in steps: at most what it can have, and one for what shares a rank."""
+    ranks = {}
+    for group in made.shared:
+        most = 0
+        for module in group:
+            product, total = made.products[module], sum(part.steps for part, _ in parts[module])
+            (_, _, inputs), (_, outputs, _) = (matrices.shape for matrices in product.matrices)
+            most = max(most, min(total, inputs, outputs) * product.groups)
+        asked = next((rank[m] for m in group if m in rank), None) if isinstance(rank, dict) else rank
+        ranks |= dict.fromkeys(group, most if asked is None else min(asked, most))
+    check_groups(made.products, ranks, f"rank={rank!r}")
+    return {module: value // made.products[module].groups for module, value in ranks.items()}
+
+
+def _sum_of(parts: Sequence[tuple[Product, float]], kind: Product, steps: int) -> Product:
     a, b = weighted_sum([part.matrices for part, _ in parts], [part.scale * weight for part, weight in parts])
-    most = min(len(a), a.shape[1], len(b))
-    size = most if rank is None else min(rank, most)
-    if len(parts) > 1 or size < len(a):
-        a, b = cut(a, b, size)
+    if len(parts) > 1 or steps < a.shape[1]:
+        a, b = cut(a, b, steps)
     return kind.with_factors(a, b, 1.0)
 
 
@@ -137,10 +158,29 @@ def _check_together(read: Sequence[LoraCheckpoint]) -> None:
             )
         for module, product in each.products.items():
             other = first.products.get(module)
-            if other is not None and (
-                product.a.shape[1:] != other.a.shape[1:] or product.b.shape[0] != other.b.shape[0]
-            ):
+            if other is not None and product.kind != other.kind:
                 raise ValueError(
                     f"adapters: {module} is of another shape in {each.name!r} than in {first.name!r}: they are of "
                     "different base models."
                 )
+    wrapped: dict[str, tuple[str, object]] = {}  # module -> the first adapter of its parameters, and which they are
+    for each in read:
+        for host, found in _parameters(each).items():
+            name, known = wrapped.setdefault(host, (each.name, found))
+            if known != found:
+                raise ValueError(
+                    f"adapters: {each.name!r} and {name!r} adapt other parameters of {host}, whose tensors the files "
+                    "name by their order alone. Merge adapters with the same target_parameters."
+                )
+
+
+def _parameters(read: LoraCheckpoint) -> dict[str, tuple[int, list[str]]]:
+    """Wrapped module -> how many of its parameters are adapted, and which may be."""
+    found: dict[str, list[Product]] = {}
+    for module, product in read.products.items():
+        if product.of_parameter:
+            found.setdefault(host_of(module), []).append(product)
+    return {
+        host: (len(products), sorted({key for product in products for key in product.keys}))
+        for host, products in found.items()
+    }

@@ -31,12 +31,12 @@ def grams(
     moments: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     damping: float = 0.1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """K_A and K_B of equation (1), (r, r) float64.
+    """K_A and K_B of equation (1), (..., r, r) float64.
 
     Args:
-        a: (r, in).
-        b: (out, r).
-        moments: E[z z^T] with z = A x, and E[d d^T] / s^2 with d = dL/dz, each (r, r); None for C = I or G = I.
+        a: (..., r, in).
+        b: (..., out, r).
+        moments: E[z z^T] with z = A x, and E[d d^T] / s^2 with d = dL/dz, each (..., r, r); None for C = I or G = I.
         damping: lambda of K + lambda (tr K / tr K') K', with K' that of C = G = I. Moments of few rows are near
             singular, and a cut would trust directions that they have not seen. Infinite is the plain cut.
     """
@@ -46,44 +46,64 @@ def grams(
         if moment is None:
             found.append(own[0])
             continue
-        wide, trace = moment.double(), own[0].trace()
-        found.append(wide + damping * wide.trace() / trace.clamp(min=1e-300) * own[0])
+        found.append(damped(own[0], moment, damping))
     return found[0], found[1]
+
+
+def damped(plain: torch.Tensor, moment: torch.Tensor, damping: float) -> torch.Tensor:
+    """K + lambda (tr K / tr K') K', in float64.
+
+    Args:
+        plain: K', that of C = G = I, (..., r, r).
+        moment: K, of the same shape.
+        damping: lambda.
+    """
+    wide, plain = moment.double(), plain.double()
+    share = _traces(wide) / _traces(plain).clamp(min=1e-300)
+    return wide + damping * share * plain
+
+
+def _traces(matrices: torch.Tensor) -> torch.Tensor:
+    return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+
+
+def spectrum(gram_a: torch.Tensor, gram_b: torch.Tensor) -> torch.Tensor:
+    """Sigma of equation (2), (..., r), largest first, from K_A and K_B, (..., r, r) float64."""
+    values, vectors = torch.linalg.eigh(gram_a)
+    # through the eigenvectors, not Cholesky's factor: rows of A may be dependent, or 0
+    left = vectors * values.clamp(min=0).sqrt()[..., None, :]
+    return torch.linalg.eigvalsh(left.mT @ gram_b @ left).flip(-1).clamp(min=0).sqrt()
 
 
 def singular_values(a: torch.Tensor, b: torch.Tensor, *moments: Any) -> torch.Tensor:
     """The singular values of the product B A, in the norm of equation (3): sigma of equation (2).
 
     Args:
-        a: (r, in).
-        b: (out, r).
+        a: (..., r, in), a product or several at once.
+        b: (..., out, r).
         moments: further arguments of `grams`.
 
     Returns:
-        (r,) float64, largest first.
+        (..., r) float64, largest first.
     """
-    gram_a, gram_b = grams(a, b, *moments)
-    values, vectors = torch.linalg.eigh(gram_a)
-    # through the eigenvectors, not Cholesky's factor: rows of A may be dependent, or 0
-    left = vectors * values.clamp(min=0).sqrt()
-    return torch.linalg.eigvalsh(left.mT @ gram_b @ left).flip(0).clamp(min=0).sqrt()
+    return spectrum(*grams(a, b, *moments))
 
 
 def cut(a: torch.Tensor, b: torch.Tensor, rank: int, *moments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The factors of the best product of this rank: equation (3).
 
     Args:
-        a: (r, in).
-        b: (out, r).
+        a: (..., r, in), a product or several at once.
+        b: (..., out, r).
         rank: from 1 to r.
         moments: further arguments of `grams`.
 
     Returns:
-        (rank, in) and (out, rank), in the dtypes of the factors; computed in float64.
+        (..., rank, in) and (..., out, rank), in the dtypes of the factors; computed in float64.
     """
     gram_a, gram_b = grams(a, b, *moments)
     e, f = bases_of(gram_a[None], gram_b[None])
-    return (f[0, :rank] @ a.double()).to(a.dtype), (b.double() @ e[0, :, :rank]).to(b.dtype)
+    return (f[0, ..., :rank, :] @ a.double()).to(a.dtype), (b.double() @ e[0, ..., :rank]).to(b.dtype)
 
 
 def weighted_sum(
@@ -92,14 +112,14 @@ def weighted_sum(
     """The factors of a weighted sum of products: equation (4), of the sum of the ranks, exactly.
 
     Args:
-        factors: (A_t, B_t), each (r_t, in) and (out, r_t).
+        factors: (A_t, B_t), each (..., r_t, in) and (..., out, r_t).
         weights: w_t s_t.
 
     Returns:
-        (sum r_t, in) and (out, sum r_t), float64.
+        (..., sum r_t, in) and (..., out, sum r_t), float64.
     """
-    a = torch.cat([each.double() for each, _ in factors])
-    b = torch.cat([each.double() * weight for (_, each), weight in zip(factors, weights, strict=True)], dim=1)
+    a = torch.cat([each.double() for each, _ in factors], dim=-2)
+    b = torch.cat([each.double() * weight for (_, each), weight in zip(factors, weights, strict=True)], dim=-1)
     return a, b
 
 
