@@ -23,8 +23,9 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from peft_dynamic.algebra.experts import candidates, host_of, places
+from peft_dynamic.algebra.experts import Place, candidates, host_of, places
 from peft_dynamic.algebra.product import Product
+from peft_dynamic.algebra.trains import matrices_of_cores
 from peft_dynamic.export import FILES, PEFT_PREFIX, check_target
 from peft_dynamic.functional.ranks import alpha_at
 from peft_dynamic.hub import REPO_ID, write_model_card
@@ -39,8 +40,10 @@ _MORE = {
 }
 
 # What leaves updates products: a scale, a parallel layout, starts that set the factors alone, a product per expert.
-_HARMLESS = ("use_rslora", "megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
-_HARMLESS += ("target_parameters",)
+_HARMLESS = (
+    *("use_rslora", "megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    "target_parameters",
+)
 
 
 @dataclass
@@ -91,7 +94,7 @@ def read_checkpoint(adapter: str | os.PathLike[str]) -> LoraCheckpoint:
             raise FileNotFoundError(f"{name} has no {file}. {fix}")
     try:
         written = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        kind = written["peft_type"]
+        written["peft_type"]
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{name}: adapter_config.json cannot be read ({error!r}). Save the adapter again.") from error
     config = _config(written, folder, name)
@@ -102,7 +105,7 @@ def read_checkpoint(adapter: str | os.PathLike[str]) -> LoraCheckpoint:
     broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise ValueError(f"{name} has NaN or infinite values in {broken[0]}. Take an earlier checkpoint.")
-    return _parted(str(adapter), kind, config, tensors, name)
+    return _parted(str(adapter), config, tensors, name)
 
 
 def _folder(adapter: str | os.PathLike[str]) -> Path:
@@ -142,7 +145,9 @@ def _config(written: Mapping[str, Any], folder: Path, name: str) -> Any:
     return config
 
 
-def _parted(shown: str, kind: str, config: Any, tensors: dict[str, torch.Tensor], name: str) -> LoraCheckpoint:
+def _parted(shown: str, config: Any, tensors: dict[str, torch.Tensor], name: str) -> LoraCheckpoint:
+    if any(key.endswith(".lora_A.cores") for key in tensors):
+        tensors, config = matrices_of_cores(tensors, config, name, lambda key: int(_settings(config, key)[0]))
     found: dict[str, tuple[torch.Tensor, torch.Tensor, tuple[str, str]]] = {}
     others = dict(tensors)
     for key in tensors:
@@ -154,11 +159,6 @@ def _parted(shown: str, kind: str, config: Any, tensors: dict[str, torch.Tensor]
             if b is None:
                 raise ValueError(f"{name} has {key} and no {module}{ends[1]}. The file is incomplete.")
             found[module] = a, b, ends
-    if any(".cores" in key for key in others):
-        raise ValueError(
-            f"{name} is a {kind} adapter, whose factors are tensor trains of a shape that the file does not tell. Load "
-            "it on its base model, write it with export_lora, and pass that folder."
-        )
     if not found:
         raise ValueError(f"{name} has no LoRA factors in its file.")
     products = _products(found, config, name)
@@ -181,7 +181,7 @@ def _products(found: Mapping[str, tuple[Any, Any, tuple[str, str]]], config: Any
         # a name without a dot may be a parameter of any module, and a module of the right rank is one of itself
         if candidates(host, [target for target in targets if "." in target]) or not _fits(a, b, config, host):
             wrapped.setdefault(host, {})[module] = len(a)
-    told = {}
+    told: dict[str, Place] = {}
     for host, rows in wrapped.items():
         try:
             told |= places(rows, candidates(host, targets), lambda key: _settings(config, key))

@@ -127,7 +127,7 @@ def _steps(
     made: LoraCheckpoint, parts: dict[str, list[tuple[Product, float]]], rank: int | dict[str, int] | None
 ) -> dict[str, int]:
     """The rank of each module's sum, in steps: at most what it can have, and one for what shares a rank."""
-    ranks = {}
+    ranks: dict[str, int] = {}
     for group in made.shared:
         most = 0
         for module in group:

@@ -190,7 +190,7 @@ def _by_rank(read: LoraCheckpoint, rank: int | Mapping[str, int]) -> dict[str, i
         wanted = {module: min(int(rank), has) for module, has in ranks.items()}
         check_groups(read.products, wanted, f"rank={rank!r}")
         return wanted
-    used = set()
+    used: set[str] = set()
     for module, has in ranks.items():
         product = read.products[module]
         found = {key: get_pattern_key(list(rank), key) for key in product.keys}

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_dynamic import DyLoRAConfig, average_adapters, merge_adapters, resize_adapter
+from peft_dynamic import DyLoRAConfig, LorettaRepConfig, average_adapters, merge_adapters, resize_adapter
 from peft_dynamic.algebra.checkpoint import read_checkpoint
 from peft_dynamic.algebra.inspect import energy_kept, energy_table
 from tests import methods
@@ -117,7 +117,7 @@ def test_adapters_of_ours_are_read_or_refused_by_name(method: str, tmp_path: Pat
     with torch.no_grad():
         expected = model.eval()(input_ids=rows(2)).logits
     if method == "loretta-rep":
-        with pytest.raises(ValueError, match=r"tensor trains of a shape .* write it with export_lora"):
+        with pytest.raises(ValueError, match=r"has tensor_shape=None: .* write it with export_lora"):
             resize_adapter(tmp_path / "ours", tmp_path / "out", rank=4)
         assert not (tmp_path / "out").exists()
     else:
@@ -125,6 +125,36 @@ def test_adapters_of_ours_are_read_or_refused_by_name(method: str, tmp_path: Pat
         torch.testing.assert_close(logits(tmp_path / "out"), expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match=r"holds adapters of one type. Write it with export_lora"):
         resize_adapter(model, "small", rank=1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"init_weights": "noise_removal"},
+        {"init_weights": "noise_removal", "use_rslora": True, "alpha_pattern": {"q_proj": 5}},
+        {"rank_pattern": {"q_proj": 4}, "target_modules": ["q_proj"], "bottleneck": 16},
+        {"modules_to_save": ["lm_head"], "bias": "all"},
+    ],
+    ids=str,
+)
+def test_tensor_trains_whose_shape_is_given_are_read(settings: dict[str, Any], tmp_path: Path) -> None:
+    """A shape with a product of 256 and a bottleneck of 8 is that of layers of 32 inputs and outputs."""
+    defaults = {"bottleneck": 8, "tensor_rank": 3, "tensor_shape": [8, 4, 8], "target_modules": ["q_proj", "o_proj"]}
+    if "rank_pattern" in settings:
+        defaults["tensor_shape"] = [8, 4, 4]
+    model = get_peft_model(tiny_llama(), LorettaRepConfig(**(defaults | {"task_type": "CAUSAL_LM"} | settings)))
+    perturb(model)
+    model.save_pretrained(tmp_path / "ours", save_embedding_layers=False)
+    if settings.get("bias", "none") != "none":
+        with pytest.raises(ValueError, match="does not tell the modules that they belong to"):
+            resize_adapter(tmp_path / "ours", tmp_path / "out", rank=8)
+        return
+    most = max(product.rank for product in read_checkpoint(tmp_path / "ours").products.values())
+    resize_adapter(tmp_path / "ours", tmp_path / "out", rank=most)
+    with torch.no_grad():
+        expected = model.eval()(input_ids=rows(2)).logits
+    torch.testing.assert_close(logits(tmp_path / "out"), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_loaded_adapter_gets_a_smaller_one_beside_it(tmp_path: Path) -> None:
