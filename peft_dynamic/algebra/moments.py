@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
+from peft.tuners.lora.layer import ParamWrapper
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -48,18 +49,31 @@ class AdapterMoments:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: the file is none of it.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, or holds something else.
         """
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("adapter_moments", "null"))
-            if about is None:
-                raise ValueError(f"path={str(path)!r} holds no moments: pass what AdapterMoments.save wrote.")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+        fix = "Pass what AdapterMoments.save wrote, or measure again with adapter_moments."
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"path={str(path)!r} is no file. {fix}")
         parts: dict[str, dict[str, torch.Tensor]] = {"inputs": {}, "losses": {}}
-        for name, tensor in tensors.items():
-            kind, _, module = name.partition(".")
-            parts[kind][module] = tensor
-        return cls(parts["inputs"], parts["losses"], about["tokens"])
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads((file.metadata() or {}).get("adapter_moments", "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+            if about is None:
+                raise ValueError("there is no note of adapter_moments in it")
+            tokens = int(about["tokens"])
+            for name, tensor in tensors.items():
+                kind, _, module = name.partition(".")
+                parts[kind][module] = tensor
+            sizes = [{name: tuple(tensor.shape) for name, tensor in part.items()} for part in parts.values()]
+            if not sizes[0] or any(len(shape) != 2 or shape[0] != shape[1] for shape in sizes[0].values()):
+                raise ValueError("it has no square matrices of inputs")
+            if sizes[1] and sizes[1] != sizes[0]:
+                raise ValueError("its matrices of inputs and losses differ")
+        except (SafetensorError, ValueError, TypeError, KeyError, OSError) as error:
+            raise ValueError(f"path={str(path)!r} holds no moments ({error}). {fix}") from error
+        return cls(parts["inputs"], parts["losses"], tokens)
 
 
 def adapter_moments(
@@ -68,7 +82,8 @@ def adapter_moments(
     """Measure what an adapter's factors see of some batches: E[z z^T] of each module and, with `loss`, E[d d^T] / s^2.
 
     Both are sums in float64 over the tokens that `attention_mask` keeps. The model runs in eval mode, so that dropout
-    and gradient checkpointing are off. No gradient of a parameter is touched. Layers over a quantised base work too.
+    and gradient checkpointing are off. No gradient of a parameter is touched. Layers over a quantised base work too. A
+    module that runs several times in a pass has the sum of its uses. Of an embedding z is the column of A of the token.
 
     Args:
         model: a `PeftModel`, or a transformers model, with LoRA layers; a DyLoRA adapter is measured at the set rank.
@@ -80,20 +95,25 @@ def adapter_moments(
         The moments, for `resize_adapter(..., moments=)`.
 
     Raises:
-        ValueError: the model has no such adapter, or a LoRA on an embedding, whose z no module gives; there are no
-            batches; a batch has no loss; or a mask does not fit what a module sees.
+        ValueError: the model has no such adapter; it has a layer whose z no module gives, such as experts or a
+            convolution, or one that no batch reached; there are no batches; a batch has no loss; or a mask does not
+            fit what a module sees, as in the decoder of an encoder-decoder.
     """
     layers = _layers(model, adapter_name)
     prefix = "" if isinstance(model, PeftModel) else PEFT_PREFIX
     found = _Sums({prefix + name: layer.scaling[adapter] for name, (layer, adapter) in layers.items()})
     handles = []
     for name, (layer, adapter) in layers.items():
-        handles.append(layer.lora_A[adapter].register_forward_hook(found.hook(prefix + name)))
+        if adapter in layer.lora_embedding_A:
+            handles.append(layer.register_forward_hook(found.embedding_hook(prefix + name, adapter)))
+        else:
+            handles.append(layer.lora_A[adapter].register_forward_hook(found.hook(prefix + name)))
+    two_streams = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     unpack_bnb_4bit(model)
     try:
         with eval_mode(model), torch.set_grad_enabled(loss):
             for batch in batches:
-                found.begin(batch)
+                found.begin(batch, two_streams)
                 output = model(**batch)
                 if loss:
                     found.backward(getattr(output, "loss", None))
@@ -102,6 +122,12 @@ def adapter_moments(
             handle.remove()
     if not found.tokens:
         raise ValueError("batches is empty: pass at least one batch.")
+    unseen = [name for name in found.scales if name not in found.inputs]
+    if unseen:
+        raise ValueError(
+            f"{unseen[0]} ran in no batch: it is merged, its module computes with the factors in another way, or it is "
+            "an expert that got no token. Unmerge the adapter, pass more batches, or resize without moments."
+        )
     return found.moments(loss)
 
 
@@ -113,14 +139,17 @@ def _layers(model: nn.Module, adapter_name: str | None) -> dict[str, tuple[Any, 
             continue
         names = [adapter_name] if adapter_name is not None else list(layer.active_adapters)
         for adapter in names:
-            if adapter in layer.lora_embedding_A:
-                raise ValueError(
-                    f"{name} is an embedding, whose LoRA has no module that gives z. Leave it out of the adapter, or "
-                    "resize without moments."
-                )
-            if adapter in layer.lora_A:
-                layers[name] = (layer, adapter)
-                break
+            if adapter not in layer.lora_A and adapter not in layer.lora_embedding_A:
+                continue
+            reason = ""
+            if isinstance(layer, ParamWrapper):
+                reason = "adapts a parameter: PEFT adds the update to the weight, and no module gives z of an expert"
+            elif adapter in layer.lora_A and layer.lora_A[adapter].weight.dim() > 2:
+                reason = "is a convolution, which sees places and not tokens"
+            if reason:
+                raise ValueError(f"{name} {reason}. Leave it out of the adapter, or resize without moments.")
+            layers[name] = (layer, adapter)
+            break
     if not layers:
         raise ValueError(f"adapter_name={adapter_name!r}: the model has no LoRA layer with it, or with an active one.")
     return layers
@@ -134,31 +163,53 @@ class _Sums:
         self.inputs: dict[str, torch.Tensor] = {}
         self.losses: dict[str, torch.Tensor] = {}
         self.tokens = 0
-        self.seen: list[tuple[str, torch.Tensor]] = []
+        self.seen: list[tuple[str, torch.Tensor, torch.Tensor | None]] = []  # and what leads to d
         self.mask: torch.Tensor | None = None
 
-    def begin(self, batch: Mapping[str, torch.Tensor]) -> None:
+    def begin(self, batch: Mapping[str, torch.Tensor], two_streams: bool) -> None:
         self.seen, mask = [], batch.get("attention_mask")
-        self.mask = mask if mask is not None and mask.dim() == 2 and not bool(mask.all()) else None
-        first = next(iter(batch.values()))
-        self.tokens += int(mask.sum()) if mask is not None else first.numel()
+        self.mask = mask if mask is not None and mask.dim() == 2 else None
+        if self.mask is not None and two_streams:
+            raise ValueError(
+                "the model is an encoder-decoder, whose attention_mask is of the encoder's tokens alone, and the decoder's "
+                "are others. Pass batches without padding and without attention_mask."
+            )
+        first = batch.get("input_ids", next(iter(batch.values())))
+        self.tokens += first.numel() if self.mask is None else int(self.mask.sum())
 
     def hook(self, name: str) -> Any:
         def note(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            if torch.is_grad_enabled():
-                if not output.requires_grad:
-                    output.requires_grad_(True)  # nothing in front of it is trained
-                self.seen.append((name, output))
+            self._follow(name, output, None)
             self._add(self.inputs, name, output.detach(), 1.0)
 
         return note
 
+    def embedding_hook(self, name: str, adapter: str) -> Any:
+        """Of the layer itself: z is looked up, and d = s B^T g follows from the gradient g of the output."""
+
+        def note(layer: Any, args: Any, output: torch.Tensor) -> None:
+            scale = layer._get_embed_scale()  # which the base layer multiplies its output with, as Gemma's does
+            z = layer.lora_embedding_A[adapter].detach().mT[args[0]]
+            self._follow(name, output, layer.lora_embedding_B[adapter].detach() * float(self.scales[name]))
+            self._add(self.inputs, name, z if scale is None else z * scale.to(z), 1.0)
+
+        return note
+
+    def _follow(self, name: str, output: torch.Tensor, through: torch.Tensor | None) -> None:
+        if torch.is_grad_enabled():
+            if not output.requires_grad:
+                output.requires_grad_(True)  # nothing in front of it is trained
+            self.seen.append((name, output, through))
+
     def backward(self, loss: Any) -> None:
         if not isinstance(loss, torch.Tensor):
             raise ValueError("a batch gives no loss: pass labels in it, or loss=False to measure the inputs alone.")
-        gradients = torch.autograd.grad(loss, [output for _, output in self.seen], allow_unused=True)
-        for (name, output), gradient in zip(self.seen, gradients, strict=True):
+        if not self.seen:
+            return
+        gradients = torch.autograd.grad(loss, [output for _, output, _ in self.seen], allow_unused=True)
+        for (name, output, through), gradient in zip(self.seen, gradients, strict=True):
             d = torch.zeros_like(output) if gradient is None else gradient
+            d = d if through is None else d.to(through) @ through
             self._add(self.losses, name, d, 1 / float(self.scales[name]) ** 2)
         self.seen = []
 
@@ -167,7 +218,8 @@ class _Sums:
             if rows.shape[:-1].numel() != self.mask.numel():
                 raise ValueError(
                     f"the attention_mask of shape {tuple(self.mask.shape)} does not fit what {name} sees, "
-                    f"{tuple(rows.shape)}. Pass batches without padding."
+                    f"{tuple(rows.shape)}: other tokens, or one row of each text. Pass batches without padding and "
+                    "without attention_mask, or leave the module out of the adapter."
                 )
             rows = rows.reshape(self.mask.numel(), -1)[self.mask.flatten().to(rows.device) != 0]
         wide = rows.reshape(-1, rows.shape[-1]).double()

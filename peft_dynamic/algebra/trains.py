@@ -21,8 +21,8 @@ def matrices_of_cores(
     """The checkpoint with A and B in the place of the cores, and its configuration as that of a LoRA.
 
     With `tensor_shape` all targets have product / bottleneck inputs and outputs. Without it the shape follows from the
-    layer's sizes, and many sizes have equally many numbers: at bottleneck 8 and rank 5, 42 of 64 to 16384 have as many as
-    768.
+    layer's sizes, and many sizes have equally many numbers: at bottleneck 8 and tensor rank 5, those of 768 inputs are
+    those of 42 sizes from 64 to 16384.
 
     Args:
         tensors: of the file.
@@ -81,8 +81,9 @@ def _as_lora(tensors: dict[str, torch.Tensor], config: Any, name: str, noisy: bo
     beside = sorted(key for key in whole if not any(f".{key}.".find(f".{end}.") >= 0 for end in listed))
     plain = config.bias == "none" and config.task_type != "SEQ_CLS" and not config.trainable_token_indices
     if (beside and not plain) or any(key.endswith(".cores") for key in tensors):
+        odd = next(iter([*beside, *whole]))
         raise ValueError(
-            f"{name} has trained tensors such as {[*beside, *whole][0]!r} beside its factors, and the file does not tell the "
+            f"{name} has trained tensors such as {odd!r} beside its factors, and the file does not tell the "
             "modules that they belong to. Load it on its base model, write it with export_lora, and pass that folder."
         )
     made.modules_to_save = [*listed, *beside] or None
