@@ -171,8 +171,8 @@ class _Sums:
         self.mask = mask if mask is not None and mask.dim() == 2 else None
         if self.mask is not None and two_streams:
             raise ValueError(
-                "the model is an encoder-decoder, whose attention_mask is of the encoder's tokens alone, and the decoder's "
-                "are others. Pass batches without padding and without attention_mask."
+                "the model is an encoder-decoder, whose attention_mask is of the encoder's tokens alone. Pass batches "
+                "without padding and without attention_mask."
             )
         first = batch.get("input_ids", next(iter(batch.values())))
         self.tokens += first.numel() if self.mask is None else int(self.mask.sum())

@@ -65,7 +65,7 @@ def resize_adapter(
         budget = {"rank": rank, "parameters": parameters, "bytes": bytes}
         return _resize_loaded(adapter, str(out), **budget, moments=moments, damping=damping, cut=cut)
     read = read_checkpoint(adapter)
-    weights = _weights(read, moments, damping, cut)
+    weights = weights_of(read, moments, damping, cut)
     ranks = wanted_ranks(read, rank, parameters, bytes, weights)
     products = {module: _cut(product, ranks[module], weights[module]) for module, product in read.products.items()}
     return write_checkpoint(replace(read, products=products), out)
@@ -90,10 +90,10 @@ def _resize_loaded(model: Any, name: str, **budget: Any) -> str:
     return name
 
 
-def _weights(
-    read: LoraCheckpoint, moments: AdapterMoments | None, damping: float, how: str
+def weights_of(
+    read: LoraCheckpoint, moments: AdapterMoments | None, damping: float, how: str, name: str = "moments"
 ) -> dict[str, tuple[Any, ...]]:
-    """Module -> the further arguments of `functional.products.grams`."""
+    """Module -> the further arguments of `functional.products.grams`; `name` is what messages call the moments."""
     if how not in ("auto", "plain", "inputs", "loss"):
         raise ValueError(f"cut={how!r}: must be 'auto', 'plain', 'inputs' or 'loss'.")
     _check(is_number(damping) and damping >= 0 and is_finite(damping), "damping", damping, "a number of at least 0")
@@ -105,17 +105,20 @@ def _weights(
         raise ValueError(f"cut={how!r} needs moments" + (" with loss=True." if how == "loss" else ": pass moments."))
     weights: dict[str, tuple[Any, ...]] = {}
     for module, product in read.products.items():
+        if product.experts * product.groups > 1:
+            raise ValueError(
+                f"{name}: {module} has {product.experts * product.groups} experts or groups, of which there are no "
+                "moments. Cut this adapter without moments."
+            )
         pair = (moments.inputs.get(module), moments.losses.get(module) if how == "loss" else None)
         sizes = [len(moment) for moment in pair if moment is not None]
         if pair[0] is None or any(size != product.rank for size in sizes):
             raise ValueError(
-                f"moments: they are of another adapter, and have none of rank {product.rank} for {module}. Measure "
+                f"{name}: they are of another adapter, and have none of rank {product.rank} for {module}. Measure "
                 "them of this adapter with adapter_moments."
             )
         if not all(bool(moment.isfinite().all()) for moment in pair if moment is not None):
-            raise ValueError(
-                f"moments: those of {module} are not finite. Measure again, without the batch that did it."
-            )
+            raise ValueError(f"{name}: those of {module} are not finite. Measure again, without the batch that did it.")
         weights[module] = (pair, float(damping))
     return weights
 

@@ -9,6 +9,8 @@ Equations, with A (r, in), B (out, r), s the scale of the product, and two posit
     (4)  sum_t w_t s_t B_t A_t = [w_1 s_1 B_1, w_2 s_2 B_2, ...] [A_1; A_2; ...]
     (5)  a component of layer l costs c_l and is worth (s_l sigma_{l,i})^2; components are taken in the order of worth
          over cost until the first that a budget has no room for, so that a smaller budget's are among a larger one's
+    (6)  of a sum (4), with K_t = A_t C_t A_t^T known of each adapter on data of its own: K_A = mean_t A C_t A^T, where
+         C_t = A_t^+ K_t (A_t^+)^T + c_t (I - A_t^+ A_t) and c_t = tr K_t / tr(A_t A_t^T)
 
 Sources: (3) Eckart and Young, The approximation of one matrix by another of lower rank, Psychometrika 1, 1936, applied
 to L^-1 A C^(1/2), whose rows are orthonormal; E and F are those of `functional.ranks`. (5) is the greedy rule for one
@@ -121,6 +123,32 @@ def weighted_sum(
     a = torch.cat([each.double() for each, _ in factors], dim=-2)
     b = torch.cat([each.double() * weight for (_, each), weight in zip(factors, weights, strict=True)], dim=-1)
     return a, b
+
+
+def pooled(factors: Sequence[torch.Tensor], moments: Sequence[torch.Tensor]) -> torch.Tensor:
+    """K_A of a sum of products, from moments that each adapter has of its own data: equation (6).
+
+    Adapter t's moments K_t tell its data's covariance C_t in the directions of its own rows. In all others, in which
+    the other adapters may read, we take it as c_t I: that is our approximation. It is exact where the rows of all A_t
+    span the same space, and for one adapter. Rows that several adapters share count once, as in A C A^T.
+
+    Args:
+        factors: A_t, each (r_t, in).
+        moments: K_t = E[z z^T] with z = A_t x, each (r_t, r_t).
+
+    Returns:
+        (sum r_t, sum r_t) float64.
+    """
+    stack = torch.cat([a.double() for a in factors])
+    gram, total, first = stack @ stack.mT, torch.zeros(()), 0
+    for moment in moments:
+        own = slice(first, first + len(moment))
+        first += len(moment)
+        wide = moment.double().to(gram.device)
+        onto = gram[:, own] @ torch.linalg.pinv(gram[own, own], rtol=1e-12, hermitian=True)  # A A_t^+
+        level = wide.trace() / gram[own, own].trace().clamp(min=1e-300)
+        total = total + onto @ wide @ onto.mT + level * (gram - onto @ gram[own])
+    return total / len(moments)
 
 
 def allocate(values: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int) -> dict[str, int]:

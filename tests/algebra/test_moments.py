@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
-from peft_dynamic import AdapterMoments, adapter_moments, resize_adapter
+from peft_dynamic import AdapterMoments, adapter_moments, merge_adapters, resize_adapter
 from peft_dynamic.algebra.checkpoint import read_checkpoint
 from tests.conformance.cases import perturb
 from tests.stock_cases import CASES, build
@@ -267,3 +267,67 @@ def test_a_moments_file_that_is_damaged_names_itself(tmp_path: Path) -> None:
     refused("it has no square matrices of inputs")
     with pytest.raises(FileNotFoundError, match="is no file"):
         AdapterMoments.load(tmp_path / "nowhere")
+
+
+def tasks(folder: Path) -> tuple[dict[str, float], dict[str, AdapterMoments]]:
+    """Two adapters of other ranks and modules, each with the moments of its own data."""
+    weights, moments = {}, {}
+    for number, (weight, settings) in enumerate(((0.7, {}), (-0.4, {"r": 2, "target_modules": ["q_proj"]}))):
+        model = adapted(**settings)
+        perturb(model, number + 1)
+        model.save_pretrained(folder / str(number))
+        name = str(folder / str(number))
+        weights[name], moments[name] = weight, adapter_moments(model, batches(3)[number:], loss=False)
+    return weights, moments
+
+
+def test_a_merge_by_moments_is_the_best_in_the_norm_of_all_data(tmp_path: Path) -> None:
+    weights, moments = tasks(tmp_path)
+    merge_adapters(weights, tmp_path / "small", rank=2, moments=moments, damping=0.0)
+    small = read_checkpoint(tmp_path / "small").products
+    whole = {name: read_checkpoint(name).products for name in weights}
+    for module, product in small.items():
+        total, covariance = torch.zeros(()), torch.zeros(())
+        having = [name for name in weights if module in whole[name]]
+        for name in having:
+            part = whole[name][module]
+            a, b = (matrix[0].double() for matrix in part.matrices)
+            moment, inverse = moments[name].inputs[module], torch.linalg.pinv(a)
+            rest = torch.eye(a.shape[1]).double() - inverse @ a
+            covariance = covariance + inverse @ moment @ inverse.mT + moment.trace() / a.square().sum() * rest
+            total = total + weights[name] * part.scale * b @ a
+        root = torch.linalg.cholesky(covariance / len(having))
+        found = (product.scale * product.matrices[1] @ product.matrices[0])[0].double()
+        error = torch.linalg.matrix_norm((total - found) @ root)
+        best = torch.linalg.svdvals(total @ root)[2:].square().sum().sqrt()
+        torch.testing.assert_close(error, best, atol=1e-5, rtol=1e-5)
+
+
+def test_a_merge_of_one_adapter_by_moments_is_its_cut_by_inputs(tmp_path: Path) -> None:
+    weights, moments = tasks(tmp_path)
+    name = next(iter(weights))
+    merge_adapters({name: 1.0}, tmp_path / "one", rank=2, moments={name: moments[name]})
+    resize_adapter(name, tmp_path / "cut", rank=2, moments=moments[name], cut="inputs")
+    one, cut = (read_checkpoint(tmp_path / end).products for end in ("one", "cut"))
+    for module, product in cut.items():
+        a, b = product.matrices
+        other_a, other_b = one[module].matrices
+        torch.testing.assert_close(one[module].scale * other_b @ other_a, product.scale * b @ a, atol=1e-5, rtol=1e-4)
+
+
+def test_moments_that_do_not_fit_a_merge_are_refused(tmp_path: Path) -> None:
+    weights, moments = tasks(tmp_path)
+    one, other = weights
+
+    def refused(message: str, rank: Any = 2, **settings: Any) -> None:
+        with pytest.raises((ValueError, TypeError), match=message):
+            merge_adapters(weights, tmp_path / "out", rank, **settings)
+        assert not (tmp_path / "out").exists()
+
+    refused("moments: must be a dict with the keys of adapters", moments={one: moments[one]})
+    refused("moments: must be a dict with the keys of adapters", moments=moments[one])
+    refused("must be what adapter_moments or", moments={one: moments[one], other: "moments.safetensors"})
+    refused("rank=None, needs none", rank=None, moments=moments)
+    swapped = {one: moments[other], other: moments[one]}
+    refused(r"moments\['.*'\]: they are of another adapter", moments=swapped)
+    refused("damping=-1: must be a number", moments=moments, damping=-1)
