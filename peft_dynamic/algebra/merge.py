@@ -37,8 +37,8 @@ def merge_adapters(
     With `moments` the cut changes the modules' outputs least, on the data of all adapters, which count alike. This is
     an approximation: moments tell of an adapter's data what its own A sees, and the others' A see more. There we take
     the data as white, at the mean level of what A sees (equation 6 of `functional.products`). It is exact where all A
-    span one space. For an exact cut merge without a rank, load the sum, measure it with `adapter_moments` on data of all
-    tasks, and cut it with `resize_adapter`.
+    span one space. For an exact cut merge without a rank, load the sum, measure it with `adapter_moments` on data of
+    all tasks, and cut it with `resize_adapter`.
 
     Args:
         adapters: folder, or name on the Hub -> its weight.

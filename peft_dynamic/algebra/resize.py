@@ -14,6 +14,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from peft_dynamic.algebra.checkpoint import LoraCheckpoint, read_checkpoint, write_checkpoint
+from peft_dynamic.algebra.experts import host_of
 from peft_dynamic.algebra.moments import AdapterMoments
 from peft_dynamic.algebra.product import Product
 from peft_dynamic.functional.products import allocate, singular_values
@@ -40,8 +41,9 @@ def resize_adapter(
     none is left out of the targets. At the full rank the tensors stay as they are.
 
     Args:
-        adapter: a folder, or a name on the Hub, with a LoRA adapter (rsLoRA, `rank_pattern` and `alpha_pattern`
-            included), a DyLoRA or a MoSLoRA adapter; or a `PeftModel` whose active adapter is a LoRA.
+        adapter: a folder, or a name on the Hub, with a LoRA adapter (rsLoRA, `rank_pattern`, `alpha_pattern` and
+            `target_parameters` included), a DyLoRA or a MoSLoRA adapter, or a LoRETTA_rep adapter with a
+            `tensor_shape`; or a `PeftModel` whose active adapter is a LoRA.
         out: the folder to write; with a model, the name of a new adapter in it.
         rank: the rank of all modules, at most which they have; or a dict from patterns, as in `rank_pattern`, to
             ranks, 0 leaving a module out, for modules that match one. Of experts it is the rank of each.
@@ -67,8 +69,29 @@ def resize_adapter(
     read = read_checkpoint(adapter)
     weights = weights_of(read, moments, damping, cut)
     ranks = wanted_ranks(read, rank, parameters, bytes, weights)
-    products = {module: _cut(product, ranks[module], weights[module]) for module, product in read.products.items()}
+    scales = _scales(read, ranks)
+    products = {
+        module: _cut(product, ranks[module], scales[module], weights[module])
+        for module, product in read.products.items()
+    }
     return write_checkpoint(replace(read, products=products), out)
+
+
+def _scales(read: LoraCheckpoint, ranks: Mapping[str, int]) -> dict[str, float]:
+    """The scale that each module gets: its own, but for parameters of one module, which are cut to one of them.
+
+    At one rank and different scales no file tells which parameter is which.
+    """
+    scales = {module: product.scale for module, product in read.products.items()}
+    hosts: dict[str, list[str]] = {}
+    for module, product in read.products.items():
+        if product.of_parameter:
+            hosts.setdefault(host_of(module), []).append(module)
+    for modules in hosts.values():
+        uncut = [module for module in modules if ranks[module] == read.products[module].rank]
+        common = scales[(uncut or modules)[0]]
+        scales |= {module: common for module in modules if module not in uncut and common}
+    return scales
 
 
 def _resize_loaded(model: Any, name: str, **budget: Any) -> str:
@@ -123,13 +146,15 @@ def weights_of(
     return weights
 
 
-def _cut(product: Product, rank: int, weights: tuple[Any, ...]) -> Product:
+def _cut(product: Product, rank: int, scale: float, weights: tuple[Any, ...]) -> Product:
     if rank == product.rank:
         return product
     a, b = product.matrices
-    if not rank:
-        return product.with_factors(a[:, :0], b[:, :, :0], product.scale)
-    return product.with_factors(*cut_to(a, b, rank // product.groups, *weights), product.scale)
+    if rank:
+        a, b = cut_to(a, b, rank // product.groups, *weights)
+    else:
+        a, b = a[:, :0], b[:, :, :0]
+    return product.with_factors(a, b if scale == product.scale else b * (product.scale / scale), scale)
 
 
 def spectra(read: LoraCheckpoint, weights: Mapping[str, tuple[Any, ...]] | None = None) -> dict[str, list[float]]:

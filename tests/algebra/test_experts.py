@@ -119,6 +119,33 @@ def test_a_budget_counts_all_experts_and_parameters_that_nothing_tells_apart_kee
             torch.testing.assert_close(delta, best(full[key], taken[layer]), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kept", [2, 3])
+def test_what_is_written_can_be_read_again(kept: int, tmp_path: Path) -> None:
+    """Ranks of 3 and 4 tell the parameters apart. At one rank their scales must be one."""
+    whole = saved(tmp_path / "whole", rank_pattern={"gate_up_proj": 3}, alpha_pattern={"down_proj": 5}, use_rslora=True)
+    resize_adapter(whole, tmp_path / "small", rank=kept)
+    resize_adapter(tmp_path / "small", tmp_path / "smaller", rank=1)
+    full = deltas(loaded(whole))
+    for folder, rank in (("small", kept), ("smaller", 1)):
+        for key, delta in deltas(loaded(tmp_path / folder)).items():
+            torch.testing.assert_close(delta, best(full[key], rank), atol=2e-5, rtol=1e-4)
+
+
+def test_all_linear_layers_of_a_mixture_as_peft_converts_them(tmp_path: Path) -> None:
+    """PEFT gives the fused projection twice the rank, and takes the router's weight as a parameter."""
+    whole = saved(tmp_path / "whole", target_modules="all-linear", target_parameters=None, use_rslora=True)
+    full = deltas(loaded(whole))
+    ranks = {name.rpartition(".")[2]: p.rank for name, p in read_checkpoint(whole).products.items()}
+    assert (ranks["base_layer"], ranks["experts"], ranks["gate"]) == (8, 4, 4)
+    resize_adapter(whole, tmp_path / "small", parameters=0.4)
+    small, sizes = deltas(loaded(tmp_path / "small")), read_checkpoint(tmp_path / "small")
+    assert sizes.size <= 0.4 * read_checkpoint(whole).size
+    assert {*small} < {*full}
+    for key, delta in small.items():
+        found = torch.linalg.matrix_rank(delta, atol=1e-4).max()
+        torch.testing.assert_close(delta, best(full[key], int(found)), atol=2e-5, rtol=1e-4)
+
+
 def test_a_parameter_can_be_left_out_where_its_name_is_known(tmp_path: Path) -> None:
     whole = saved(tmp_path / "whole", rank_pattern={"gate_up_proj": 3})
     resize_adapter(whole, tmp_path / "gate", rank={"down_proj": 0, "gate_up_proj": 2, "q_proj": 0})
