@@ -19,9 +19,10 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its types are a pa
 from peft_dynamic.hosts.modes import adapters_disabled, evaluating
 from peft_dynamic.reports.curve import Curve, direction, measured_samples
 from peft_dynamic.rules import is_finite, is_number
-from peft_dynamic.tuners.dylora.budget import budget_ranks, parameters_in_use, weighed
+from peft_dynamic.tuners.dylora.budget import budget_ranks, parameters_in_use
 from peft_dynamic.tuners.dylora.layer import ranked_layers
 from peft_dynamic.tuners.dylora.model import active_ranked_adapter, at_rank, held
+from peft_dynamic.tuners.dylora.weigh import weighed
 
 
 @dataclass(frozen=True)
