@@ -1,0 +1,77 @@
+"""Ranks per module for one budget of an adapter in a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from peft_dynamic.functional.products import allocate, spectrum
+from peft_dynamic.rules import is_finite, is_int, is_number
+from peft_dynamic.tuners.dylora.layer import ranked_layers
+from peft_dynamic.tuners.dylora.model import active_ranked_adapter, held
+from peft_dynamic.tuners.dylora.ranks import AdapterRanks
+from peft_dynamic.tuners.dylora.weigh import check_svd
+
+
+def budget_ranks(model: nn.Module, parameters: int | float, adapter_name: str | None = None) -> dict[str, int]:
+    """The rank of each module for one budget of numbers: what `set_rank` and `at_rank` take.
+
+    Components of all modules are taken by squared singular value over size until the first that does not fit, as by
+    `resize_adapter`, so that those of a smaller budget are among those of a larger one. A module may get rank 0.
+
+    Args:
+        model: with a LoRA adapter, or a DyLoRA adapter of truncation="svd".
+        parameters: how many numbers A and B may have together; a share of those that there are, if it is a float.
+        adapter_name: the adapter; None for the first active one.
+
+    Returns:
+        A pattern that matches the module alone -> its rank.
+
+    Raises:
+        ValueError, TypeError: the budget has no meaning, or the adapter is cut to its first components.
+    """
+    name = active_ranked_adapter(model, adapter_name)
+    with held(model, [name]):
+        layers: dict[str, Any] = dict(ranked_layers(model, name))
+        states: dict[str, AdapterRanks] = {key: layer.lora_views[name] for key, layer in layers.items()}
+        check_svd(states, name, "a budget")
+        values, costs = {}, {}
+        for key, state in states.items():
+            unit = state.per_rank * state.parts[0][2].divisor
+            sigma = spectrum(*state.grams()).square().sum(0)[: state.max_rank // unit * state.per_rank]
+            scale = float(layers[key].scaling[name])
+            values[key] = (abs(scale) * sigma.view(-1, state.per_rank).sum(1).sqrt()).tolist()
+            costs[key] = sum(factor.numel() for factor in state.factors()) // len(values[key])
+        whole = sum(costs[key] * len(values[key]) for key in costs)
+        taken = allocate(values, costs, numbers_of_budget(parameters, whole))
+        return {exactly(key): steps * states[key].parts[0][2].divisor for key, steps in taken.items()}
+
+
+def numbers_of_budget(parameters: int | float, whole: int) -> int:
+    """A count, or a share of the whole, as a count.
+
+    Raises:
+        ValueError, TypeError: it is neither.
+    """
+    if isinstance(parameters, float) and is_finite(parameters) and 0 < parameters <= 1:
+        return int(parameters * whole)
+    if is_int(parameters) and parameters >= 1:
+        return int(parameters)
+    raise (ValueError if is_number(parameters) else TypeError)(
+        f"parameters={parameters!r}: must be a count of at least 1, or a share as a float above 0 and up to 1.0."
+    )
+
+
+def parameters_in_use(model: nn.Module, adapter_name: str) -> int:
+    """How many numbers A and B have at the rank in use, in all modules."""
+    total = 0
+    for _, layer in ranked_layers(model, adapter_name):
+        state: AdapterRanks = layer.lora_views[adapter_name]
+        total += sum(factor.numel() for factor in state.factors()) * state.rank // state.max_rank
+    return total
+
+
+def exactly(module: str) -> str:
+    """A pattern, as in `rank_pattern`, that matches this module alone."""
+    return "^" + module.replace(".", r"\.")
