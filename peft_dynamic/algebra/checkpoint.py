@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -174,12 +175,11 @@ def _products(found: Mapping[str, tuple[Any, Any, tuple[str, str]]], config: Any
     """Each module's product, and how many experts or groups it has."""
     wrapped: dict[str, dict[str, int]] = {}  # module -> wrapper of one of its parameters -> rows of A
     targets = getattr(config, "target_parameters", None) or []
-    for module, (a, b, _) in found.items():
+    for module, (a, _, _) in found.items():
         host = host_of(module.removeprefix(PEFT_PREFIX))
-        if not candidates(host, targets):
-            continue
-        # a name without a dot may be a parameter of any module, and a module of the right rank is one of itself
-        if candidates(host, [target for target in targets if "." in target]) or not _fits(a, b, config, host):
+        # PEFT takes a layer whole or by its parameters; a name without a dot may be a parameter of any
+        may = candidates(host, targets) and ".base_layer." not in host
+        if may and not check_target_module_exists(config, host):
             wrapped.setdefault(host, {})[module] = len(a)
     told: dict[str, Place] = {}
     for host, rows in wrapped.items():
@@ -217,10 +217,6 @@ def _mixed(product: Product, mixer: torch.Tensor, module: str, name: str) -> Pro
 
 def _settings(config: Any, key: str) -> tuple[int, float]:
     return _of_pattern(config.rank_pattern, key, config.r), _of_pattern(config.alpha_pattern, key, config.lora_alpha)
-
-
-def _fits(a: torch.Tensor, b: torch.Tensor, config: Any, key: str) -> bool:
-    return len(a) == b.shape[1] == _settings(config, key)[0]
 
 
 def _check_shapes(product: Product, config: Any, module: str, name: str) -> None:

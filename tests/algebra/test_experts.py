@@ -74,6 +74,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "a rank for one": {"rank_pattern": {"gate_up_proj": 3}, "alpha_pattern": {"down_proj": 5}},
     "a rank for a layer": {"rank_pattern": {r".*layers\.0\.mlp\.experts\..*": 3}},
     "a name without a dot": {"target_parameters": ["gate_up_proj", "down_proj"]},
+    "a router": {"target_parameters": ["gate.weight", GATE], "rank_pattern": {r"gate\.weight": 3}},
+    "a matrix by a name without a dot": {"target_modules": [], "target_parameters": ["down_proj", "gate_up_proj"]},
 }
 
 
@@ -117,6 +119,25 @@ def test_a_budget_counts_all_experts_and_parameters_that_nothing_tells_apart_kee
         if "experts" in key:
             layer = 0 if "layers.0." in key else 1
             torch.testing.assert_close(delta, best(full[key], taken[layer]), atol=2e-5, rtol=1e-4)
+
+
+def test_a_parameter_whose_name_has_no_dot_is_no_module(tmp_path: Path) -> None:
+    """The `weight` of a linear layer, as a parameter: PEFT looks up its rank under another name than the layer's."""
+    base, _ = build("linear")
+    config = LoraConfig(r=4, target_modules=["b"], target_parameters=["weight"], exclude_modules=["head"])
+    with pytest.raises(ValueError, match="which is not a valid target"):
+        get_peft_model(base, config)  # the layer `b`, twice
+    base, _ = build("linear")
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=[], target_parameters=["weight"]))
+    perturb(model)
+    model.save_pretrained(tmp_path / "whole")
+    resize_adapter(tmp_path / "whole", tmp_path / "small", rank={"a.weight": 2, "head.weight": 0})
+    small = PeftModel.from_pretrained(build("linear")[0], tmp_path / "small")
+    found, full = deltas(small), deltas(model)
+    assert {*full} - {*found} == {"base_model.model.head.weight"}
+    for key, delta in found.items():
+        wanted = best(full[key], 2 if ".a." in key else 4)
+        torch.testing.assert_close(delta, wanted, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kept", [2, 3])
