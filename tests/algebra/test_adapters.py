@@ -225,6 +225,21 @@ def test_other_layers(layers: str, tmp_path: Path) -> None:
         assert torch.equal(loaded(inputs), model.eval()(inputs))
 
 
+@pytest.mark.parametrize("parameters", [0.3, 0.5, 0.7])
+def test_an_attention_and_its_projection_keep_one_rank(parameters: float, tmp_path: Path) -> None:
+    """PEFT gives the projection inside nn.MultiheadAttention the attention's rank, whatever `rank_pattern` says."""
+    base, inputs = build("attention")
+    model = get_peft_model(base, LoraConfig(r=8, target_modules=["attention", "head"]))
+    perturb(model)
+    model.save_pretrained(tmp_path / "whole")
+    resize_adapter(tmp_path / "whole", tmp_path / "small", parameters=parameters)
+    ranks = {name.rpartition("model.")[2]: p.rank for name, p in read_checkpoint(tmp_path / "small").products.items()}
+    assert ranks["attention"] == ranks["attention.base_layer.out_proj"]
+    small = PeftModel.from_pretrained(build("attention")[0], tmp_path / "small").eval()
+    with torch.no_grad():
+        assert small(inputs).isfinite().all()
+
+
 def broken(folder: Path, how: str) -> None:
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     tensors = load_file(weights)
