@@ -30,21 +30,12 @@ from peft_dynamic.algebra.trains import matrices_of_cores
 from peft_dynamic.export import FILES, PEFT_PREFIX, check_target
 from peft_dynamic.functional.ranks import alpha_at
 from peft_dynamic.hub import REPO_ID, write_model_card
-from peft_dynamic.methods import METHODS, REFUSED, method_of
+from peft_dynamic.methods import METHODS, method_of
+from peft_dynamic.tuners.lora_fields import check_product
 
 _ENDS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
-# Fields that make an adapter more than a product B A, with what to do instead.
-_MORE = {
-    "use_dora": "its magnitudes belong to the norm of one merged weight. Merge it into the base model",
-    "lora_bias": "it has a bias beside its factors. Train without lora_bias, or merge it into the base model",
-    "layer_replication": "its layers are copies that the file does not name. Merge it into the base model",
-}
-
-# What leaves updates products: a scale, a parallel layout, starts that set the factors alone, a product per expert.
-_HARMLESS = (
-    *("use_rslora", "megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-    "target_parameters",
-)
+# What a file does not tell, beside the fields that make an adapter more than a product.
+_UNTOLD = {"layer_replication": "its layers are copies that the file does not name. Merge it into the base model"}
 
 
 @dataclass
@@ -131,18 +122,7 @@ def _config(written: Mapping[str, Any], folder: Path, name: str) -> Any:
         config: Any = PeftConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: adapter_config.json does not make a configuration ({error}).") from error
-    for field_name in (*_MORE, *REFUSED):
-        value = getattr(config, field_name, None)
-        if field_name in _HARMLESS or value in (None, False, {}, []):
-            continue
-        reason = _MORE.get(field_name, "its update is not the product of its factors. Merge it into the base model")
-        raise ValueError(f"{name} has {field_name}={value!r}: {reason}.")
-    start = str(getattr(config, "init_lora_weights", True))
-    if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga", "mica")):
-        raise ValueError(
-            f"{name} was started with init_lora_weights={start!r}, which changed the base weights: its product is not "
-            "its update. Save it with path_initial_model_for_weight_conversion first."
-        )
+    check_product(config, name, _UNTOLD)
     return config
 
 

@@ -13,11 +13,11 @@ import torch
 
 from peft_dynamic.algebra.checkpoint import LoraCheckpoint, read_checkpoint, targets_of, write_checkpoint
 from peft_dynamic.algebra.experts import host_of
-from peft_dynamic.algebra.moments import AdapterMoments
 from peft_dynamic.algebra.product import Product
 from peft_dynamic.algebra.resize import check_groups, weights_of
 from peft_dynamic.functional.products import cut, pooled, weighted_sum
 from peft_dynamic.rules import is_finite, is_int
+from peft_dynamic.tuners.moments import AdapterMoments
 
 
 def merge_adapters(

@@ -15,11 +15,11 @@ from torch import nn
 
 from peft_dynamic.algebra.checkpoint import LoraCheckpoint, read_checkpoint, write_checkpoint
 from peft_dynamic.algebra.experts import host_of
-from peft_dynamic.algebra.moments import AdapterMoments
 from peft_dynamic.algebra.product import Product
 from peft_dynamic.functional.products import allocate, singular_values
 from peft_dynamic.functional.products import cut as cut_to
 from peft_dynamic.rules import is_finite, is_int, is_number
+from peft_dynamic.tuners.moments import AdapterMoments
 
 
 def resize_adapter(
