@@ -72,12 +72,15 @@ def rank_weights(ranks: Sequence[int], sampling: str | Sequence[float], geometri
 
     Args:
         ranks: increasing.
-        sampling: "mostly_full" (3/4 for the largest, the rest shared equally), "uniform", "geometric" (over the places
+        sampling: "full" (the largest alone), "mostly_full" (3/4 for it, the rest shared equally), "uniform",
+            "geometric" (over the places
             i in the list, p (1 - p)^i, normalised), or a weight for each rank.
         geometric_p: p.
     """
     if sampling == "uniform":
         weights = [1.0] * len(ranks)
+    elif sampling == "full":
+        weights = [0.0] * (len(ranks) - 1) + [1.0]
     elif sampling == "mostly_full":
         lower = len(ranks) - 1
         weights = [0.25 / lower] * lower + [0.75] if lower else [1.0]

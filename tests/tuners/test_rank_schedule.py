@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 
@@ -87,6 +87,7 @@ def test_the_seed_decides_the_ranks_and_global_generators_do_not() -> None:
 @pytest.mark.parametrize(
     ("sampling", "probabilities"),
     [
+        ("full", [0, 0, 0, 1]),
         ("uniform", [0.25, 0.25, 0.25, 0.25]),
         ("mostly_full", [1 / 12, 1 / 12, 1 / 12, 0.75]),
         ("geometric", [0.5, 0.25, 0.125, 0.0625]),
@@ -275,7 +276,7 @@ def test_a_plain_loop_continues_in_a_fresh_process(tmp_path: Path) -> None:
     code = """
 import sys, torch
 from pathlib import Path
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 import peft_dynamic
 from tests.tuners.common import optimizer_of, tiny_llama, train, trainable_state
 folder = Path(sys.argv[1])
@@ -445,3 +446,30 @@ def test_compiled_training_compiles_once_per_rank_and_equals_eager(truncation: s
     assert set(expected_ranks(8, ranks=(2, 8))) == {2, 8}
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
+
+
+def test_full_trains_as_lora_does_to_the_bit() -> None:
+    """Every step at r, and no warning for ranks that are cuts alone."""
+    runs = []
+    for config in (
+        LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"]),
+        DyLoRAConfig(r=4, ranks=[2, 4], rank_sampling="full", lora_alpha=6, target_modules=["q_proj"]),
+    ):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_llama(), config)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for step in range(5):
+            ids = torch.randint(3, 60, (2, 6), generator=torch.Generator().manual_seed(step))
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append({name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name})
+    assert runs[0].keys() == runs[1].keys()
+    assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
+    model.set_rank(1)
+    model.set_rank(3)
+
+
+def test_full_needs_components_in_order() -> None:
+    with pytest.raises(ValueError, match="rank_sampling='full' trains r alone"):
+        DyLoRAConfig(rank_sampling="full", truncation="prefix")

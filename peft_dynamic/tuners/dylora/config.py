@@ -44,7 +44,8 @@ class DyLoRAConfig(MixerConfig, LoraConfig):
             is the best approximation of the full one; E and F of `functional.ranks.leading_components` give the cut
             factors `F[:b] A` and `B E[:, :b]`, made anew whenever A and B have changed, and gradients flow through them
             to all of A and B. "prefix": the first b rows of A and columns of B, the paper's.
-        rank_sampling: "mostly_full" (r with probability 3/4, the other ranks equally); "uniform"; "geometric" (the
+        rank_sampling: "mostly_full" (r with probability 3/4, the other ranks equally); "full" (r at every step, as
+            LoRA: the lower ranks are cuts of it; with truncation="svd" only); "uniform"; "geometric" (the
             i-th rank of the list with probability proportional to `geometric_p * (1 - geometric_p) ** i`); or one
             weight per rank.
         geometric_p: p of the geometric distribution; 0.15 in the paper.
@@ -89,7 +90,9 @@ class DyLoRAConfig(MixerConfig, LoraConfig):
     )
     rank_sampling: str | list[float] = field(
         default="mostly_full",
-        metadata={"help": "How a step's rank is drawn: 'mostly_full', 'uniform', 'geometric', or one weight per rank."},
+        metadata={
+            "help": "How a step's rank is drawn: 'mostly_full', 'full', 'uniform', 'geometric', or a weight per rank."
+        },
     )
     geometric_p: float = field(
         default=0.15, metadata={"help": "p of rank_sampling='geometric', between 0 and 1. The paper's is 0.15."}
@@ -168,10 +171,15 @@ class DyLoRAConfig(MixerConfig, LoraConfig):
     def _check_sampling(self) -> None:
         name, ranks = self._name(), self.trained_ranks
         if isinstance(self.rank_sampling, str):
-            if self.rank_sampling not in ("mostly_full", "uniform", "geometric"):
+            if self.rank_sampling not in ("full", "mostly_full", "uniform", "geometric"):
                 raise ValueError(
-                    f"{name}: rank_sampling must be 'mostly_full', 'uniform', 'geometric' or one weight per rank, "
-                    f"got {self.rank_sampling!r}."
+                    f"{name}: rank_sampling must be 'mostly_full', 'full', 'uniform', 'geometric' or one weight "
+                    f"per rank, got {self.rank_sampling!r}."
+                )
+            if self.rank_sampling == "full" and self.truncation == "prefix":
+                raise ValueError(
+                    f"{name}: rank_sampling='full' trains r alone, and truncation='prefix' cuts to components "
+                    "that are in no order then. Pass truncation='svd', or another rank_sampling."
                 )
         else:
             if not isinstance(self.rank_sampling, Sequence):

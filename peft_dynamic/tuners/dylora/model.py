@@ -259,7 +259,7 @@ def _apply_rank(model: nn.Module, rank: int | dict[str, int], adapter_name: str)
 
 
 def _warn_if_untrained(schedule: RankSchedule, rank: int) -> None:
-    if rank in schedule.ranks or rank in schedule.warned or schedule.any_rank or not rank:
+    if rank in schedule.ranks or rank in schedule.warned or schedule.cuts_alone or not rank:
         return
     schedule.warned.add(rank)
     warnings.warn(

@@ -27,10 +27,10 @@ class RankSchedule(nn.Module):
     Attributes:
         drawn: the rank of the current training step.
         optional_buffers: what a checkpoint may have or not.
-        any_rank: no step draws a rank, and none is better trained than another: a stock LoRA's.
+        stock: of a stock LoRA, whose steps nobody has to count.
     """
 
-    any_rank = False
+    stock = False
     optional_buffers = ("moments", "moments_step")
     step: torch.Tensor
     moments: torch.Tensor | None
@@ -42,6 +42,7 @@ class RankSchedule(nn.Module):
         self.weights = rank_weights(self.ranks, config.rank_sampling, config.geometric_p)
         self.seed = config.rank_seed
         self.update = config.update
+        self.cuts_alone = config.rank_sampling == "full"  # no rank below the largest is trained more than another
         self.warned: set[int] = set()
         self.entered_training = False  # the model's forward pass since the last step of any optimizer
         self.unseen_steps = 0  # steps of optimizers without our factors, as long as none with them was seen

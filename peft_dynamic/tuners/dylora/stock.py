@@ -29,10 +29,10 @@ _changing = threading.RLock()
 class WholeSchedule(RankSchedule):
     """Of a stock LoRA: every training step is at the full rank, and no rank below it was trained."""
 
-    any_rank = True
+    stock = True
 
     def __init__(self, rank: int) -> None:
-        self.config = DyLoRAConfig(r=rank, ranks=[rank])
+        self.config = DyLoRAConfig(r=rank, ranks=[rank], rank_sampling="full")
         super().__init__(self.config)
         self.users = 0  # blocks and calls that need the layers ranked
         self.handles: list[Any] = []
