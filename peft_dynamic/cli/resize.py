@@ -1,25 +1,12 @@
-"""`peft-dynamic resize`, `merge`, `average` and `inspect`: finished LoRA adapters as products, without a base model."""
+"""`peft-dynamic resize`, `merge` and `average`: finished LoRA adapters as products."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-ADAPTER = Annotated[str, typer.Argument(help="A folder with a saved adapter, or a name on the Hub (user/name).")]
-OUT = Annotated[Path, typer.Argument(help="The folder to write.")]
-
-
-@contextmanager
-def _bad_input() -> Iterator[None]:
-    """What the functions say of a user's input, as the command says it."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
+from peft_dynamic.cli._given import ADAPTER, OUT, bad_input
 
 
 def resize(
@@ -36,7 +23,7 @@ def resize(
     from peft_dynamic.algebra.checkpoint import read_checkpoint
 
     budget = int(parameters) if parameters is not None and parameters > 1 else parameters
-    with _bad_input():
+    with bad_input():
         resize_adapter(adapter, out, rank=rank, parameters=budget, bytes=bytes)
         before, after = read_checkpoint(adapter).size, read_checkpoint(out).size
     typer.echo(f"{out} has {after:,} of the {before:,} numbers of {adapter}, as a stock LoRA adapter.")
@@ -59,7 +46,7 @@ def merge(
             found = ""
         if not found or not name:
             raise typer.BadParameter(f"{word}: must be ADAPTER=WEIGHT, such as runs/sql=0.7.", param_hint="ADAPTERS")
-    with _bad_input():
+    with bad_input():
         merge_adapters(weights, out, rank)
     typer.echo(f"{out} is the sum of {len(weights)} adapters, as a stock LoRA adapter.")
 
@@ -72,16 +59,6 @@ def average(
     """Write the mean of LoRA adapters: of their products, not of their factors."""
     from peft_dynamic.algebra import average_adapters
 
-    with _bad_input():
+    with bad_input():
         average_adapters(adapters, out, rank)
     typer.echo(f"{out} is the mean of {len(adapters)} adapters, as a stock LoRA adapter.")
-
-
-def inspect(adapter: ADAPTER) -> None:
-    """Show an adapter's type, size, and how much of its update each rank keeps."""
-    from peft_dynamic.algebra.checkpoint import read_checkpoint
-    from peft_dynamic.algebra.inspect import energy_table
-
-    with _bad_input():
-        read = read_checkpoint(adapter)
-    typer.echo(energy_table(read))
