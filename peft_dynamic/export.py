@@ -24,7 +24,9 @@ from torch import nn
 from peft_dynamic.engines import check_engine, fit
 from peft_dynamic.hub import write_model_card
 from peft_dynamic.methods import method_of
-from peft_dynamic.tuners.dylora.model import at_rank
+from peft_dynamic.tuners.dylora.model import active_ranked_adapter, at_rank, held
+from peft_dynamic.tuners.dylora.ranks import AdapterRanks
+from peft_dynamic.tuners.dylora.stock import stock_layers
 from peft_dynamic.tuners.factors import active_adapter, viewed_layers
 
 PEFT_PREFIX = "base_model.model."
@@ -41,12 +43,13 @@ def export_lora(
     engine: str = "peft",
     uniform_rank: bool | None = None,
 ) -> Path:
-    """Write an adapter of ours as a stock LoRA checkpoint: of a DyLoRA adapter one rank b, with r = b.
+    """Write an adapter as a stock LoRA checkpoint: of a DyLoRA or a LoRA adapter one rank b, with r = b.
 
     The factors are those that the layers compute with: at rank b of DyLoRA `F[:b] A` and `B E[:, :b]` of
     `functional.ranks.leading_components` under truncation="svd", the first b rows of A and columns of B under
     truncation="prefix"; for MoSLoRA M A and B; for LoRETTA_rep the matrices of its tensor trains (with noise removal
-    those of the start beside them, so r is twice the bottleneck), and its classifier as an ordinary linear layer.
+    those of the start beside them, so r is twice the bottleneck), and its classifier as an ordinary linear layer. Of a
+    stock LoRA rank b has its leading singular components, as with truncation="svd". A module at rank 0 is left out.
 
     Loaded by PEFT in a process that never imports peft_dynamic, it computes what the model computes at that rank.
     `lora_alpha` is such that PEFT's scale lora_alpha / r is ours. Biases, `modules_to_save` and trainable tokens come
@@ -59,8 +62,8 @@ def export_lora(
     Args:
         model: a `PeftModel`, or a transformers model with the adapter added by `add_adapter` or `load_adapter`.
         save_directory: the folder to write; made if missing.
-        rank: of a DyLoRA adapter: the rank, or a dict from module names or patterns to ranks as in `set_rank`; None for
-            the rank in use. Adapters of other methods have one, so None.
+        rank: of a DyLoRA or LoRA adapter: the rank, or a dict from module names or patterns to ranks as in `set_rank`;
+            None for the rank in use. Adapters of other methods have one, so None.
         adapter_name: the adapter; None for the first active one.
         engine: who reads the file. "vllm" and "llama.cpp" (its converter) read the matrices of linear layers and one
             scale: the file is brought into that form, and what they would drop (trained norms and biases, DoRA,
@@ -81,16 +84,17 @@ def export_lora(
     check_engine(engine)
     target = check_target(save_directory)
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    name = active_adapter(model, adapter_name)
-    method = method_of(model.peft_config[name])  # type: ignore[index]  # a dict of PEFT's
-    assert method is not None
-    if rank is not None and not method.ranked:
+    name = _adapter(model, adapter_name)
+    configs: Any = model.peft_config
+    method = method_of(configs[name])  # none for a stock LoRA
+    if rank is not None and method is not None and not method.ranked:
         raise ValueError(
             f"rank={rank!r}: the adapter {name!r} is of {method.title}, which has one rank. Pass rank=None."
         )
-    if engine not in method.engines:
+    if method is not None and engine not in method.engines:
         raise ValueError(f"engine={engine!r}: {method.title} is not read by it, but by {', '.join(method.engines)}.")
-    with nullcontext() if rank is None else at_rank(model, rank, name):
+    ranked = held(model, [name]) if method is None else nullcontext()
+    with ranked, nullcontext() if rank is None else at_rank(model, rank, name):
         tensors = _tensors(model, name)
         config, auto_mapping = _config(model, name)
         tensors, config = fit(tensors, config, engine, uniform_rank, _ranks(model, name))
@@ -103,6 +107,14 @@ def export_lora(
         for file in FILES:
             os.replace(made / file, target / file)
     return Path(save_directory)
+
+
+def _adapter(model: nn.Module, adapter_name: str | None) -> str:
+    """The named adapter, or the first active one: of ours, or else a stock LoRA."""
+    ours = any(getattr(module, "lora_views", None) for module in model.modules())
+    if stock_layers(model, adapter_name) and (not ours or adapter_name is not None):
+        return active_ranked_adapter(model, adapter_name)
+    return active_adapter(model, adapter_name)
 
 
 def check_target(save_directory: str | Path) -> Path:
@@ -155,6 +167,10 @@ def _tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     """The adapter's checkpoint as PEFT would save it, but with each factor as the layer shows it."""
     tensors = get_peft_model_state_dict(model, adapter_name=name)
     for prefix, layer in viewed_layers(model, name):
+        if _is_dropped(layer, name):
+            for part in ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"):
+                tensors.pop(f"{prefix}.{part}", None)
+            continue
         keys = (
             (f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight")
             if name in layer.lora_A
@@ -185,6 +201,12 @@ def _tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     }
 
 
+def _is_dropped(layer: Any, name: str) -> bool:
+    """Whether the layer is at rank 0, and one that the config can leave out; others keep a component of zeros."""
+    at_zero = isinstance(state := layer.lora_views[name], AdapterRanks) and state.rank == 0
+    return at_zero and not isinstance(layer, MultiheadAttention | ParamWrapper)
+
+
 def _put_matrix(
     tensors: dict[str, torch.Tensor], prefix: str, made_from: tuple[str, ...], weight: torch.Tensor
 ) -> None:
@@ -210,7 +232,13 @@ def _config(model: Any, name: str) -> tuple[LoraConfig, dict[str, str] | None]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     values = {item.name: copy(getattr(ours, item.name)) for item in fields(LoraConfig) if item.init}
     values.pop("peft_type", None)
-    settings = {key: (layer.r[name], _as_int(layer.lora_alpha[name])) for key, layer in _named_layers(model, name)}
+    layers = _named_layers(model, name)
+    kept = [(key, layer) for key, layer in layers if not _is_dropped(layer, name)]
+    if not kept:
+        raise ValueError(
+            f"the adapter {name!r} is at rank 0 in all modules: there is nothing to write. Raise the rank."
+        )
+    settings = {key: (layer.r[name], _as_int(layer.lora_alpha[name])) for key, layer in kept}
     rank, alpha = Counter(settings.values()).most_common(1)[0][0]
     values |= {
         "r": rank,
@@ -221,6 +249,12 @@ def _config(model: Any, name: str) -> tuple[LoraConfig, dict[str, str] | None]:
         "inference_mode": True,
         "base_model_name_or_path": ours.base_model_name_or_path or base.__dict__.get("name_or_path") or None,
     }
+    if ours.peft_type == "LORA":  # of which the layers at hand have the scale in lora_alpha
+        values["use_rslora"] = False
+    if len(kept) < len(layers):
+        plain = [key for key, layer in kept if not isinstance(layer, ParamWrapper)]
+        values |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+        values["target_modules"] = plain
     mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     return LoraConfig(**values), None if ours.task_type else mapping
 

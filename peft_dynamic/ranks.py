@@ -8,35 +8,54 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import stdev
 from typing import Any, ClassVar
 
 from torch import nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its types are a package of their own
 
 from peft_dynamic.hosts.modes import adapters_disabled, evaluating
-from peft_dynamic.reports.curve import Curve, direction, measured
+from peft_dynamic.reports.curve import Curve, direction, measured_samples, number
+from peft_dynamic.rules import is_finite, is_number
+from peft_dynamic.tuners.dylora.budget import budget_ranks, parameters_in_use, weighed
 from peft_dynamic.tuners.dylora.layer import ranked_layers
-from peft_dynamic.tuners.dylora.model import active_ranked_adapter, at_rank
+from peft_dynamic.tuners.dylora.model import active_ranked_adapter, at_rank, held
 
 
 @dataclass(frozen=True)
 class RankRow:
-    """The metrics at one rank.
+    """The metrics at one rank, or under one budget.
 
     Attributes:
-        rank: the rank; None for the base model without the adapter.
-        metrics: name -> value.
+        rank: the rank of all modules; None for a budget, and for the base model without the adapter.
+        metrics: name -> value, the mean where there is a value for each example.
+        budget: what was given for it: a count of numbers, or a share; None where a rank was measured.
+        parameters: how many numbers the factors have; None where no budgets were measured.
+        samples: name -> the value of each example, for the metrics that have them.
     """
 
     rank: int | None
     metrics: dict[str, float]
+    budget: int | float | None = None
+    parameters: int | None = None
+    samples: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it is the base model without the adapter."""
+        return self.rank is None and self.budget is None
+
+    def standard_error(self, metric: str) -> float | None:
+        """Of the mean over the examples; None for a metric that is one number."""
+        values = self.samples.get(metric)
+        return None if values is None else stdev(values) / math.sqrt(len(values))
 
 
 @dataclass
 class RankCurve(Curve[RankRow]):
-    """Metrics of one adapter at several ranks, as `rank_curve` measures them.
+    """Metrics of one adapter at several ranks or budgets, as `rank_curve` measures them.
 
     Args:
         rows: one `RankRow` per rank, increasing; the base model's, if it was measured, comes first.
@@ -45,17 +64,47 @@ class RankCurve(Curve[RankRow]):
     kind: ClassVar[str] = "rank"
     row_class: ClassVar[type] = RankRow
     log_scale: ClassVar[bool] = True
+    left_out_empty: ClassVar[tuple[str, ...]] = ("budget", "parameters", "samples")
 
     rows: list[RankRow] = field(default_factory=list)
 
+    @property
+    def over_budgets(self) -> bool:
+        """Whether budgets were measured, so that the x axis has parameters."""
+        return any(row.budget is not None for row in self.rows)
+
     def settings(self, row: RankRow) -> dict[str, str]:
-        return {"rank": "base" if row.rank is None else str(row.rank)}
+        if not self.over_budgets:
+            return {"rank": "base" if row.is_base else str(row.rank)}
+        named = "base" if row.is_base else "per module" if row.rank is None else str(row.rank)
+        return {"rank": named, "parameters": f"{row.parameters:,}" if row.parameters else ""}
 
     def position(self, row: RankRow) -> int | None:
-        return row.rank
+        return None if row.is_base else row.parameters if self.over_budgets else row.rank
 
     def series(self, row: RankRow) -> str:
-        return "base model" if row.rank is None else "adapter"
+        if row.is_base:
+            return "base model"
+        return "adapter" if not self.over_budgets else "one rank" if row.budget is None else "rank per module"
+
+    @property
+    def axis_label(self) -> str:
+        return "parameters" if self.over_budgets else self.kind
+
+    def tick(self, at: int) -> str:
+        return number(at / 1e6) + "M" if self.over_budgets and at >= 1e5 else str(at)
+
+    def interval(self, row: RankRow, metric: str) -> float | None:
+        error = row.standard_error(metric)
+        return None if error is None else 1.96 * error
+
+    def choice(self, metric: str) -> RankRow | None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return self.recommended_row(metric=metric)
+        except ValueError:  # of a metric whose direction is not known, or that is nowhere finite
+            return None
 
     @property
     def ranks(self) -> list[int]:
@@ -65,12 +114,39 @@ class RankCurve(Curve[RankRow]):
     def __getitem__(self, rank: int | None) -> dict[str, float]:
         """The metrics at a rank; `curve[None]` is the base model's."""
         for row in self.rows:
-            if row.rank == rank:
+            if row.rank == rank and row.budget is None:
                 return row.metrics
         raise KeyError(f"rank {rank} was not measured; there are {[row.rank for row in self.rows]}")
 
+    def aurac(self, metric: str | None = None) -> float:
+        """The area under the metric over log2 of the rank, over the width: the mean height of the curve.
+
+        The figure of MatryoshkaLoRA (arXiv 2605.07850, the authors' second version of it), by trapezoids.
+
+        Args:
+            metric: which metric; None for the first that `evaluate` gave.
+
+        Raises:
+            ValueError: the metric was not measured or is not finite at a rank, or there are fewer than two ranks.
+        """
+        name = (self.metrics or [""])[0] if metric is None else metric
+        rows = sorted((row for row in self.rows if row.rank is not None), key=lambda row: row.rank or 0)
+        values = [row.metrics.get(name, math.nan) for row in rows]
+        if len(rows) < 2 or not all(map(math.isfinite, values)):
+            raise ValueError(
+                f"metric={name!r}: the area needs a finite value at two ranks or more, got "
+                f"{dict(zip(self.ranks, values, strict=True))}."
+            )
+        places = [math.log2(row.rank or 1) for row in rows]
+        steps = zip(places, places[1:], values, values[1:], strict=False)
+        return sum((to - at) * (one + other) / 2 for at, to, one, other in steps) / (places[-1] - places[0])
+
     def recommend(
-        self, tolerance: float = 0.01, metric: str | None = None, greater_is_better: bool | None = None
+        self,
+        tolerance: float = 0.01,
+        metric: str | None = None,
+        greater_is_better: bool | None = None,
+        standard_errors: float = 1.0,
     ) -> int:
         """The smallest rank that keeps all but a fraction of the best rank's gain over the base model.
 
@@ -79,34 +155,57 @@ class RankCurve(Curve[RankRow]):
         not measured, with v* the best value, a rank qualifies if |v - v*| <= tolerance * |v*|. Ranks whose value is
         not finite never qualify.
 
+        Where `evaluate` gave a value for each example, a rank qualifies too if it is behind the best one by at most
+        `standard_errors` of the paired difference: what these examples cannot tell apart is no reason for a larger
+        rank (the rule of one standard error: Breiman et al., Classification and Regression Trees, 1984).
+
         Where no rank is better than the base model, a warning says that nothing was learnt, and the values decide.
 
         Args:
             tolerance: which fraction may be lost: 0.01 is one per cent.
             metric: which metric; None for the first that `evaluate` gave.
             greater_is_better: the direction; None looks it up for names such as loss, perplexity, accuracy, f1 or bleu.
+            standard_errors: how many may be lost, where they are known; 0 for none.
 
         Returns:
-            The rank.
+            The rank; of a curve over budgets alone, the number of parameters, which `budget_ranks` and `resize_adapter`
+            take.
 
         Raises:
             ValueError: the tolerance is negative, the metric was not measured or is finite at no rank, or its direction
                 is not known.
         """
-        rows = [row for row in self.rows if row.rank is not None]
+        row = self.recommended_row(tolerance, metric, greater_is_better, standard_errors)
+        return row.rank if row.rank is not None else row.parameters or 0
+
+    def recommended_row(
+        self,
+        tolerance: float = 0.01,
+        metric: str | None = None,
+        greater_is_better: bool | None = None,
+        standard_errors: float = 1.0,
+    ) -> RankRow:
+        """The row of what `recommend` chooses: among the ranks, or among the budgets where there are no ranks."""
+        if not (is_number(standard_errors) and is_finite(standard_errors) and standard_errors >= 0):
+            raise ValueError(f"standard_errors={standard_errors!r}: must be a number of at least 0.")
+        rows = [row for row in self.rows if row.rank is not None] or [row for row in self.rows if not row.is_base]
         good = self.good_rows(tolerance, metric, greater_is_better, rows)
-        gains = self.gains(metric, greater_is_better)
-        most = max(gains.values(), default=0.0)
+        name = self.metrics[0] if metric is None else metric
+        sign = 1 if (direction(name) if greater_is_better is None else greater_is_better) else -1
+        finite = [row for row in rows if math.isfinite(row.metrics.get(name, math.nan))]
+        best = max(finite, key=lambda row: sign * row.metrics[name])
+        base = next((row.metrics.get(name, math.nan) for row in self.rows if row.is_base), math.nan)
+        most = sign * (best.metrics[name] - base)
         if most > 0:
-            return min(rank for rank, gain in gains.items() if gain >= (1 - tolerance) * most)
-        best = min(row.rank for row in good if row.rank is not None)
-        if gains:
+            good = [row for row in finite if sign * (row.metrics[name] - base) >= (1 - tolerance) * most]
+        elif math.isfinite(most):
             warnings.warn(
-                f"no rank is better than the base model: nothing was learnt, and rank {best} is no use. Train "
+                f"no rank is better than the base model: nothing was learnt, and {_named(good[0])} is no use. Train "
                 "longer, or at another learning rate.",
-                stacklevel=2,
+                stacklevel=3,
             )
-        return best
+        good += [row for row in finite if _behind(row, best, name, sign) <= standard_errors]
+        return min(good, key=lambda row: row.rank if row.rank is not None else row.parameters or 0)
 
     def gains(self, metric: str | None = None, greater_is_better: bool | None = None) -> dict[int, float]:
         """How much better than the base model each rank is.
@@ -123,35 +222,65 @@ class RankCurve(Curve[RankRow]):
             ValueError: the metric's direction is not known.
         """
         name = (self.metrics or [""])[0] if metric is None else metric
-        base = next((row.metrics.get(name, math.nan) for row in self.rows if row.rank is None), math.nan)
+        base = next((row.metrics.get(name, math.nan) for row in self.rows if row.is_base), math.nan)
         sign = 1 if (direction(name) if greater_is_better is None else greater_is_better) else -1
         gains = {row.rank: sign * (row.metrics.get(name, math.nan) - base) for row in self.rows if row.rank is not None}
         return {rank: gain for rank, gain in gains.items() if math.isfinite(gain)}
 
 
+def _named(row: RankRow) -> str:
+    return f"rank {row.rank}" if row.rank is not None else f"the budget {row.budget}"
+
+
+def _behind(row: RankRow, best: RankRow, metric: str, sign: int) -> float:
+    """By how many standard errors of the paired difference; infinite where the examples are not known."""
+    own, other = row.samples.get(metric, []), best.samples.get(metric, [])
+    if not own or len(own) != len(other):
+        return math.inf
+    differences = [sign * (b - a) for a, b in zip(own, other, strict=True)]
+    error = stdev(differences) / math.sqrt(len(differences))
+    mean = sum(differences) / len(differences)
+    return mean / error if error else (0.0 if mean == 0 else math.inf)
+
+
 def rank_curve(
     model: nn.Module,
-    evaluate: Callable[[Any], dict[str, float]],
+    evaluate: Callable[[Any], Mapping[str, Any]],
     ranks: Sequence[int] | None = None,
     adapter_name: str | None = None,
     base: bool = True,
     progress: bool = True,
     on_row: Callable[[RankCurve], object] | None = None,
+    *,
+    budgets: Sequence[int | float] | None = None,
+    moments: Any = None,
+    damping: float = 0.1,
+    cut: str = "auto",
 ) -> RankCurve:
-    """Evaluate a DyLoRA adapter at each of its ranks.
+    """Evaluate an adapter at each of its ranks, or under budgets that all its modules share.
 
     `evaluate` runs in eval mode and without gradients; each module's mode, the rank and the parameters' `requires_grad`
-    are afterwards what they were, also after an error.
+    are afterwards what they were, also after an error. A stock LoRA adapter is cut to its leading singular components
+    for the while; its factors are not touched.
 
     Args:
-        model: a `PeftModel`, or a transformers model with a DyLoRA adapter added by `add_adapter` or `load_adapter`.
-        evaluate: called as `evaluate(model)` once per rank; returns a dict from metric name to number.
-        ranks: the ranks to measure, in any order; None for those that were trained.
+        model: a `PeftModel`, or a transformers model with an adapter added by `add_adapter` or `load_adapter`: of
+            DyLoRA, or a stock LoRA.
+        evaluate: called as `evaluate(model)` once per rank; returns a dict from metric name to number, or to a list
+            with a number for each example, from which `recommend` knows the standard errors.
+        ranks: the ranks to measure, in any order; None for those that were trained, of a stock LoRA the powers of two
+            and its own; with `budgets` None for none.
         adapter_name: the adapter whose rank varies; None for the first active one. Others stay at their rank.
         base: also measure the base model, with all adapters disabled. Left out, with a warning, for an adapter that
             trained the base model's own biases, which cannot be switched off.
         progress: show a progress bar.
         on_row: called after each row with the curve so far, e.g. to write it down.
+        budgets: budgets to measure, each a count of numbers, or a float for a share of the adapter's, with the ranks
+            per module of `budget_ranks`.
+        moments: an `AdapterMoments` of the adapter, to cut by what it measured; None for the weights alone, or for what
+            `calibrate` has put into a DyLoRA adapter.
+        damping: as in `resize_adapter`.
+        cut: as in `resize_adapter`.
 
     Returns:
         The `RankCurve`, the base model first and the ranks increasing.
@@ -161,6 +290,41 @@ def rank_curve(
         ValueError: the model has no such adapter, the adapters are disabled or merged, or a rank is out of range.
     """
     name = active_ranked_adapter(model, adapter_name)
+    with held(model, [name]), weighed(model, name, None if cut == "plain" else moments, damping, cut):
+        settings = _settings(model, name, ranks, budgets)
+        configs: Any = model.peft_config
+        bias = getattr(configs[name], "bias", "none")
+        if base and bias != "none":
+            base = False
+            warnings.warn(
+                f"the adapter {name!r} trained biases of the base model (bias={bias!r}), which cannot be switched off: "
+                "the curve has no row for the base model.",
+                stacklevel=2,
+            )
+        rows: list[RankRow] = []
+
+        def add(row: RankRow) -> None:
+            bar.set_postfix_str("base model" if row.is_base else _named(row))
+            metrics, samples = measured_samples(evaluate, model)
+            rows.insert(0 if row.is_base else len(rows), replace(row, metrics=metrics, samples=samples))
+            bar.update()
+            if on_row is not None:
+                on_row(RankCurve(list(rows)))
+
+        with evaluating(model), tqdm(total=len(settings) + base, desc="rank curve", disable=not progress) as bar:
+            for row, rank in settings:
+                with at_rank(model, rank, name):
+                    add(replace(row, parameters=parameters_in_use(model, name)) if budgets is not None else row)
+            if base:
+                with adapters_disabled(model):
+                    add(RankRow(None, {}))
+        return RankCurve(rows)
+
+
+def _settings(
+    model: Any, name: str, ranks: Sequence[int] | None, budgets: Sequence[int | float] | None
+) -> list[tuple[RankRow, int | dict[str, int]]]:
+    """What is to be measured: a row without metrics, and the rank for it. All checked, before hours of evaluation."""
     layers = [layer for _, layer in ranked_layers(model, name)]
     if any(layer.disable_adapters for layer in layers):
         raise ValueError("the model's adapters are disabled, so every rank would be the base model. Enable them first.")
@@ -168,36 +332,21 @@ def rank_curve(
         raise ValueError(
             f"adapter_name={name!r} is not active, so no rank of it would show. Call set_adapter({name!r})."
         )
-    configs: Any = model.peft_config
-    wanted = sorted(set(configs[name].trained_ranks if ranks is None else ranks))
+    if ranks is None:
+        ranks = () if budgets is not None else _usual_ranks(model.peft_config[name], layers, name)
+    wanted: list[tuple[RankRow, int | dict[str, int]]] = [(RankRow(rank, {}), rank) for rank in sorted(set(ranks))]
+    for budget in sorted(set(budgets or ()), key=lambda each: (isinstance(each, int), each)):
+        wanted.append((RankRow(None, {}, budget=budget), budget_ranks(model, budget, name)))
     if not wanted:
         raise ValueError("ranks=[]: pass at least one rank, or None for the trained ones.")
-    for rank in wanted:  # before hours of evaluation, not after some of it
+    for _, rank in wanted:
         with at_rank(model, rank, name):
             pass
-    bias = getattr(configs[name], "bias", "none")
-    if base and bias != "none":
-        base = False
-        warnings.warn(
-            f"the adapter {name!r} trained biases of the base model (bias={bias!r}), which cannot be switched off: "
-            "the curve has no row for the base model.",
-            stacklevel=2,
-        )
-    rows: list[RankRow] = []
+    return wanted
 
-    def add(rank: int | None) -> None:
-        bar.set_postfix_str("base model" if rank is None else f"rank {rank}")
-        row = RankRow(rank, measured(evaluate, model))
-        rows.insert(0 if rank is None else len(rows), row)
-        bar.update()
-        if on_row is not None:
-            on_row(RankCurve(list(rows)))
 
-    with evaluating(model), tqdm(total=len(wanted) + base, desc="rank curve", disable=not progress) as bar:
-        for rank in wanted:
-            with at_rank(model, rank, name):
-                add(rank)
-        if base:
-            with adapters_disabled(model):
-                add(None)
-    return RankCurve(rows)
+def _usual_ranks(config: Any, layers: list[Any], name: str) -> Sequence[int]:
+    if hasattr(config, "trained_ranks"):
+        return config.trained_ranks
+    most = max(layer.lora_views[name].max_rank for layer in layers)
+    return [*(2**i for i in range(most.bit_length()) if 2**i < most), most]

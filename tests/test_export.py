@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
@@ -231,7 +231,7 @@ def test_a_rank_out_of_range_is_refused(tmp_path: Path, rank: int) -> None:
 
 
 def test_a_model_without_our_adapter_is_refused(tmp_path: Path) -> None:
-    model = get_peft_model(build("linear")[0], LoraConfig(target_modules=["a"]))
+    model = get_peft_model(build("linear")[0], IA3Config(target_modules=["a"], feedforward_modules=[]))
     with pytest.raises(ValueError, match="has no adapter of peft_dynamic"):
         export_lora(model, tmp_path / "out")
 

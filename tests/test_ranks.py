@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from peft_dynamic import DyLoRAConfig
+from peft_dynamic import AdapterMoments, DyLoRAConfig, at_rank, budget_ranks, get_rank, resize_adapter
 from peft_dynamic.ranks import RankCurve, RankRow, rank_curve
 from tests.processes import python
 from tests.stock_cases import build
@@ -120,7 +120,9 @@ def test_disabled_adapters_are_refused() -> None:
         rank_curve(model, lambda m: {"loss": 1.0}, progress=False)
 
 
-@pytest.mark.parametrize("returned", [None, 3.0, {"loss": "low"}, {"loss": [1, 2]}, {}])
+@pytest.mark.parametrize(
+    "returned", [None, 3.0, {"loss": "low"}, {"loss": [1]}, {"loss": ["low", 2]}, {"loss": torch.ones(2, 2)}, {}]
+)
 def test_what_is_no_dict_of_numbers_is_refused(returned: object) -> None:
     with pytest.raises(TypeError, match="evaluate"):
         rank_curve(adapted()[0], lambda m: returned, progress=False)
@@ -257,3 +259,168 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, 
 def test_matplotlib_is_not_imported_before_it_is_needed() -> None:
     code = "import sys, peft_dynamic.ranks; print('matplotlib' in sys.modules, 'peft_dynamic.ranks' in sys.modules)"
     assert python("-c", code).split() == ["False", "True"]
+
+
+# --- a value for each example
+
+
+def sampled(**values: list[float]) -> RankCurve:
+    """One metric, the loss, by example: base=..., r1=..., r2=..."""
+    rows = []
+    for name, losses in values.items():
+        rank = None if name == "base" else int(name[1:])
+        rows.append(RankRow(rank, {"loss": sum(losses) / len(losses)}, samples={"loss": losses}))
+    return RankCurve(rows)
+
+
+def test_a_metric_may_have_a_value_for_each_example() -> None:
+    model, inputs = adapted()
+    result = rank_curve(model, lambda m: {"total": m(inputs).sum(1), "one": 1.0}, progress=False)
+    for rank in (1, 2, 4):
+        with model.at_rank(rank):
+            expected = model.eval()(inputs).sum(1).tolist()
+        row = next(row for row in result.rows if row.rank == rank)
+        assert row.samples == {"total": expected}
+        assert row.metrics == {"total": pytest.approx(sum(expected) / len(expected)), "one": 1.0}
+
+
+def test_the_standard_error_is_that_of_the_mean() -> None:
+    row = sampled(r1=[1.0, 2.0, 3.0, 6.0]).rows[0]
+    assert row.standard_error("loss") == pytest.approx(math.sqrt((4 + 1 + 0 + 9) / 3 / 4))
+    assert row.standard_error("accuracy") is None
+
+
+def test_what_the_examples_cannot_tell_apart_is_no_reason_for_a_larger_rank() -> None:
+    # rank 1 less rank 2, example by example: .3, -.1, .3, -.1; the mean .1, its standard error .2 / sqrt(3) = .1155
+    losses = sampled(base=[3.0, 3, 3, 3], r1=[1.3, 0.9, 1.3, 0.9], r2=[1.0, 1, 1, 1])
+    assert losses.recommend() == 1
+    assert losses.recommend(standard_errors=0.8) == 2  # .1 / .1155 = .866
+    assert losses.recommend(standard_errors=0.9) == 1
+    assert losses.recommend(standard_errors=0) == 2
+    assert losses.recommend(tolerance=0.05, standard_errors=0) == 1  # .1 of a gain of 2
+    always = sampled(base=[3.0, 3, 3, 3], r1=[1.1, 1.1, 1.1, 1.1], r2=[1.0, 1, 1, 1])
+    assert always.recommend() == 2
+    with pytest.raises(ValueError, match="standard_errors=-1"):
+        losses.recommend(standard_errors=-1)
+
+
+def test_the_area_is_over_the_logarithm_of_the_rank() -> None:
+    # trapezoids over log2: (1 + 3) / 2 * 1 + (3 + 5) / 2 * 2, over 3
+    assert curve(loss={1: 1.0, 2: 3.0, 8: 5.0}, base=9.0).aurac() == pytest.approx(10 / 3)
+    assert curve(loss={4: 2.0, 16: 2.0}).aurac("loss") == pytest.approx(2)
+    for bad in (curve(loss={1: 1.0}), curve(loss={1: 1.0, 2: math.nan})):
+        with pytest.raises(ValueError, match="at two ranks or more"):
+            bad.aurac()
+
+
+def test_the_picture_has_intervals_and_the_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[object] = []
+    monkeypatch.setattr("peft_dynamic.reports.curve.save_figure", lambda figure, path, title: drawn.append(figure))
+    losses = sampled(base=[3.0, 3, 3, 3], r1=[1.3, 0.9, 1.3, 0.9], r2=[1.0, 1, 1.2, 1])
+    losses.plot(tmp_path / "curve.png")
+    (axis,) = drawn[0].axes  # type: ignore[attr-defined]
+    (bars,) = [each for each in axis.containers if each.has_yerr]
+    (segments,) = bars[2]
+    halves = [(high - low) / 2 for (_, low), (_, high) in segments.get_segments()]
+    assert halves == pytest.approx([1.96 * row.standard_error("loss") for row in losses.rows[1:]])
+    assert [text.get_text() for text in axis.texts] == ["recommended"]
+    assert axis.texts[0].xy == (1, pytest.approx(1.1))
+
+
+# --- a stock LoRA, and budgets
+
+
+def stock(**settings: object) -> tuple[nn.Module, torch.Tensor]:
+    base, inputs = build("linear")
+    config = {"r": 6, "lora_alpha": 8, "target_modules": ["a", "b", "head"]} | settings
+    model = get_peft_model(base, LoraConfig(**config))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(len(key)))
+    return model.eval(), inputs
+
+
+def total(inputs: torch.Tensor) -> object:
+    return lambda model: {"total": model(inputs).sum().item()}
+
+
+def test_the_curve_of_a_stock_lora() -> None:
+    model, inputs = stock(use_rslora=True)
+    result = rank_curve(model, total(inputs), progress=False)
+    assert [row.rank for row in result.rows] == [None, 1, 2, 4, 6]
+    assert result[6]["total"] == model(inputs).sum().item()
+    for rank in (1, 2, 4):
+        with at_rank(model, rank):
+            assert result[rank]["total"] == model(inputs).sum().item()
+    assert all(row.parameters is None for row in result.rows)
+    assert "parameters" not in result.table()
+
+
+@pytest.mark.parametrize("by_data", [False, True])
+def test_a_budget_has_the_ranks_of_the_resized_adapter(tmp_path: Path, by_data: bool) -> None:
+    model, inputs = stock(rank_pattern={"b": 3}, alpha_pattern={"head": 2})
+    generator = torch.Generator().manual_seed(9)
+    moments = None
+    if by_data:
+        names = {name: module.r["default"] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+        squares = {name: torch.randn(r, 2 * r, generator=generator).double() for name, r in names.items()}
+        moments = AdapterMoments({name: x @ x.mT for name, x in squares.items()}, {}, 1)
+    whole = 6 * (16 + 32) + 3 * (32 + 16) + 6 * (16 + 5)
+    result = rank_curve(model, total(inputs), budgets=[0.5, 100], moments=moments, progress=False)
+    assert [row.budget for row in result.rows] == [None, 0.5, 100]
+    model.save_pretrained(tmp_path / "whole")
+    for row in result.rows[1:]:
+        resize_adapter(tmp_path / "whole", tmp_path / "small", parameters=row.budget, moments=moments)
+        resized = PeftModel.from_pretrained(build("linear")[0], tmp_path / "small").eval()
+        sizes = [p.numel() for name, p in resized.named_parameters() if "lora_" in name]
+        assert row.parameters == sum(sizes) <= (whole * 0.5 if row.budget == 0.5 else 100)
+        assert row.metrics["total"] == pytest.approx(resized(inputs).sum().item(), rel=1e-4)
+    with at_rank(model, 1):  # the moments are gone
+        plain = model(inputs).sum().item()
+    assert rank_curve(model, total(inputs), ranks=[1], base=False, progress=False)[1]["total"] == plain
+
+
+def test_a_module_may_get_rank_0_of_a_budget() -> None:
+    model, _inputs = stock()
+    ranks = budget_ranks(model, 60)
+    assert sorted(ranks) == [rf"^base_model\.model\.{name}" for name in ("a", "b", "head")]
+    assert 0 in ranks.values()
+    with at_rank(model, ranks):
+        assert sorted(get_rank(model).values()) == sorted(ranks.values())
+
+
+@pytest.mark.parametrize("budget", [0, 0.0, 1.5, -1, True, "0.5", math.nan])
+def test_a_budget_that_means_nothing_is_refused(budget: object) -> None:
+    with pytest.raises((ValueError, TypeError), match=r"parameters=.*: must be a count"):
+        budget_ranks(stock()[0], budget)
+
+
+def test_a_prefix_has_no_budget() -> None:
+    model, _ = adapted(truncation="prefix")
+    with pytest.raises(ValueError, match="truncation='prefix'"):
+        budget_ranks(model, 0.5)
+
+
+def test_ranks_and_budgets_in_one_picture_have_parameters_below(tmp_path: Path) -> None:
+    model, inputs = stock()
+    result = rank_curve(model, total(inputs), ranks=[1, 2], budgets=[0.2], base=False, progress=False)
+    assert [(row.rank, row.parameters) for row in result.rows[:2]] == [(1, 117), (2, 234)]
+    assert "per module" in result.table()
+    assert result.plot(tmp_path / "curve.png").exists()
+    back = RankCurve.from_json(result.to_json())
+    assert back.rows == result.rows
+    budgets = RankCurve([row for row in result.rows if row.budget])
+    assert budgets.recommend(metric="total", greater_is_better=True) == result.rows[2].parameters
+
+
+def test_moments_of_another_adapter_are_refused() -> None:
+    model, inputs = stock()
+    before = {name: type(module) for name, module in model.named_modules()}
+    for moments, message in (
+        (AdapterMoments({}, {}, 1), "of another adapter"),
+        (AdapterMoments({f"base_model.model.{n}": torch.full((6, 6), math.nan) for n in "ab"}, {}, 1), "not finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rank_curve(model, total(inputs), moments=moments, progress=False)
+    assert {name: type(module) for name, module in model.named_modules()} == before

@@ -46,9 +46,33 @@ def grams(
         if moment is None:
             found.append(own[0])
             continue
-        wide, trace = moment.double(), own[0].trace()
-        found.append(wide + damping * wide.trace() / trace.clamp(min=1e-300) * own[0])
+        found.append(damped(own[0], moment, damping))
     return found[0], found[1]
+
+
+def damped(plain: torch.Tensor, moment: torch.Tensor, damping: float) -> torch.Tensor:
+    """K + lambda (tr K / tr K') K', in float64.
+
+    Args:
+        plain: K', that of C = G = I, (..., r, r).
+        moment: K, of the same shape.
+        damping: lambda.
+    """
+    wide, plain = moment.double(), plain.double()
+    share = _traces(wide) / _traces(plain).clamp(min=1e-300)
+    return wide + damping * share * plain
+
+
+def _traces(matrices: torch.Tensor) -> torch.Tensor:
+    return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+
+
+def spectrum(gram_a: torch.Tensor, gram_b: torch.Tensor) -> torch.Tensor:
+    """Sigma of equation (2), (..., r), largest first, from K_A and K_B, (..., r, r) float64."""
+    values, vectors = torch.linalg.eigh(gram_a)
+    # through the eigenvectors, not Cholesky's factor: rows of A may be dependent, or 0
+    left = vectors * values.clamp(min=0).sqrt()[..., None, :]
+    return torch.linalg.eigvalsh(left.mT @ gram_b @ left).flip(-1).clamp(min=0).sqrt()
 
 
 def singular_values(a: torch.Tensor, b: torch.Tensor, *moments: Any) -> torch.Tensor:
@@ -62,11 +86,7 @@ def singular_values(a: torch.Tensor, b: torch.Tensor, *moments: Any) -> torch.Te
     Returns:
         (r,) float64, largest first.
     """
-    gram_a, gram_b = grams(a, b, *moments)
-    values, vectors = torch.linalg.eigh(gram_a)
-    # through the eigenvectors, not Cholesky's factor: rows of A may be dependent, or 0
-    left = vectors * values.clamp(min=0).sqrt()
-    return torch.linalg.eigvalsh(left.mT @ gram_b @ left).flip(0).clamp(min=0).sqrt()
+    return spectrum(*grams(a, b, *moments))
 
 
 def cut(a: torch.Tensor, b: torch.Tensor, rank: int, *moments: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
@@ -53,6 +53,7 @@ class Curve(Generic[R]):
     kind: ClassVar[str]
     row_class: ClassVar[type]
     log_scale: ClassVar[bool] = False
+    left_out_empty: ClassVar[tuple[str, ...]] = ()  # fields of a row that the JSON has where they hold something
 
     # The three that a kind of curve has to say of its rows
 
@@ -67,6 +68,25 @@ class Curve(Generic[R]):
     def series(self, row: R) -> str:
         """Which line of the picture a row belongs to."""
         raise NotImplementedError
+
+    # What a kind of curve may say beside them
+
+    @property
+    def axis_label(self) -> str:
+        """What stands under the x axis."""
+        return self.kind
+
+    def tick(self, at: int) -> str:
+        """A place on the x axis, as it is written there."""
+        return str(at)
+
+    def interval(self, row: R, metric: str) -> float | None:
+        """Half the width of the 95 % interval of a value; None where it is not known."""
+        return None
+
+    def choice(self, metric: str) -> R | None:
+        """The row to mark in the picture."""
+        return None
 
     @property
     def metrics(self) -> list[str]:
@@ -109,29 +129,49 @@ class Curve(Generic[R]):
         figure = new_figure(type(self).__name__, 4.6 * len(self.metrics), 3.6)
         axes = figure.subplots(1, len(self.metrics), squeeze=False)[0]
         for axis, name in zip(axes, self.metrics, strict=True):
-            for label in dict.fromkeys(self.series(row) for row in self.rows):
-                rows = [row for row in self.rows if self.series(row) == label and name in row.metrics]
-                points = [(at, row.metrics[name]) for row in rows if (at := self.position(row)) is not None]
-                if points:
-                    axis.plot(*zip(*points, strict=True), marker="o", label=label)
-                levels = [row.metrics[name] for row in rows if self.position(row) is None]
-                if levels and math.isfinite(levels[0]):
-                    axis.axhline(levels[0], color="0.45", linestyle="--", label=label)
-            if self.log_scale:
-                axis.set_xscale("log", base=2)
-            axis.set_xticks(_ticks(self.positions), labels=[str(at) for at in _ticks(self.positions)])
-            axis.minorticks_off()
-            axis.set_xlabel(self.kind)
-            axis.set_ylabel(name)
-            plain_axis(axis)
-        if len(axes[0].get_lines()) > 1:
+            self._draw(axis, name)
+        if len(axes[0].get_legend_handles_labels()[0]) > 1:
             axes[0].legend(frameon=False)
         return save_figure(figure, path, title)
+
+    def _draw(self, axis: Any, name: str) -> None:
+        """One metric."""
+        for label in dict.fromkeys(self.series(row) for row in self.rows):
+            rows = [row for row in self.rows if self.series(row) == label and name in row.metrics]
+            drawn = [(at, row) for row in rows if (at := self.position(row)) is not None]
+            if drawn:
+                spread = [self.interval(row, name) for _, row in drawn]
+                axis.errorbar(
+                    [at for at, _ in drawn],
+                    [row.metrics[name] for _, row in drawn],
+                    yerr=None if None in spread else spread,
+                    marker="o",
+                    capsize=3,
+                    label=label,
+                )
+            levels = [row.metrics[name] for row in rows if self.position(row) is None]
+            if levels and math.isfinite(levels[0]):
+                axis.axhline(levels[0], color="0.45", linestyle="--", label=label)
+        chosen = self.choice(name)
+        at = None if chosen is None else self.position(chosen)
+        if chosen is not None and at is not None:
+            axis.scatter([at], [chosen.metrics[name]], s=160, facecolors="none", edgecolors="0.2", zorder=3)
+            axis.annotate("recommended", (at, chosen.metrics[name]), (0, 12), textcoords="offset points", ha="center")
+        if self.log_scale:
+            axis.set_xscale("log", base=2)
+        axis.set_xticks(_ticks(self.positions), labels=[self.tick(at) for at in _ticks(self.positions)])
+        axis.minorticks_off()
+        axis.set_xlabel(self.axis_label)
+        axis.set_ylabel(name)
+        plain_axis(axis)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The curve as JSON text, also written to `path` if given. A value that is not finite becomes null."""
         rows: list[dict[str, Any]] = [asdict(row) for row in self.rows]  # type: ignore[call-overload]  # a dataclass of the subclass
         for row in rows:
+            for name in self.left_out_empty:
+                if not row[name]:
+                    del row[name]
             row["metrics"] = {
                 name: value if math.isfinite(value) else None for name, value in row.pop("metrics").items()
             }
@@ -199,7 +239,36 @@ class Curve(Generic[R]):
 def measured(evaluate: Callable[[Any], dict[str, float]], model: nn.Module) -> dict[str, float]:
     """What `evaluate(model)` returns, which must be a dict of numbers."""
     model.eval()  # an evaluate may have left the model in training mode
-    metrics = evaluate(model)
+    return numbers_of(evaluate(model))
+
+
+def measured_samples(
+    evaluate: Callable[[Any], Mapping[str, Any]], model: nn.Module
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """The same, where a metric may have a value for each example: their mean, and the values."""
+    model.eval()
+    found = evaluate(model)
+    if not isinstance(found, Mapping):
+        return numbers_of(found), {}
+    samples: dict[str, list[float]] = {}
+    for name, value in found.items():
+        if isinstance(value, str | bytes) or getattr(value, "ndim", 1) != 1 or not hasattr(value, "__len__"):
+            continue
+        try:
+            samples[str(name)] = [float(each) for each in value]
+        except (TypeError, ValueError):
+            samples[str(name)] = []
+        if len(samples[str(name)]) < 2:
+            raise TypeError(
+                f"evaluate returned {value!r} for {name!r}: return a number, or a number for each of two examples or "
+                "more."
+            )
+    means = {name: sum(values) / len(values) for name, values in samples.items()}
+    return numbers_of({name: means.get(str(name), value) for name, value in found.items()}), samples
+
+
+def numbers_of(metrics: Any) -> dict[str, float]:
+    """Metrics as they were returned, as a dict of numbers."""
     try:
         values = {str(name): float(value) for name, value in metrics.items()}
     except (AttributeError, TypeError, ValueError) as error:

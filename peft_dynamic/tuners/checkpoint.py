@@ -36,7 +36,8 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[int,
                 found[place] = tuple(whole.shape)
             elif isinstance(held[adapter_name], nn.Module):
                 tensors = (*held[adapter_name].named_parameters(), *held[adapter_name].named_buffers())
-                found |= {f"{place}.{key}": tuple(tensor.shape) for key, tensor in tensors}
+                optional = getattr(held[adapter_name], "optional_buffers", ())
+                found |= {f"{place}.{key}": tuple(tensor.shape) for key, tensor in tensors if key not in optional}
     return found
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
+from types import MappingProxyType
 from typing import Any
 
 from peft import LoraConfig, TaskType
 from peft.tuners.lora import config as lora_config
 
-from peft_dynamic.methods import VARIANTS, method_of
+from peft_dynamic.methods import REFUSED, VARIANTS, method_of
 from peft_dynamic.rules import FLAG, TEXT, Rule, check_rules, default_of, is_finite, is_int, or_none, plain
 
 MOST = 2**31 - 1  # of a size that torch takes
@@ -182,6 +183,40 @@ def check_variant(config: Any, variant: Any, module: str) -> None:
         raise ValueError(
             f"{type(config).__name__} does not support {kind}, the variant of LoRA that PEFT made at {module!r}: "
             f"{reason}. Leave {field or 'the field that asks for it'} at its default."
+        )
+
+
+# Fields that make a stock LoRA more than a product B A, with what to do instead.
+NO_PRODUCT = {
+    "use_dora": "its magnitudes belong to the norm of one merged weight. Merge it into the base model",
+    "lora_bias": "it has a bias beside its factors. Train without lora_bias, or merge it into the base model",
+}
+# What leaves the update the product of the factors: a scale, a parallel layout, and starts that set the factors alone.
+_HARMLESS = (
+    *("use_rslora", "megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    "target_parameters",
+)
+
+
+def check_product(config: Any, named: str, more: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Raise ValueError for an adapter whose update is more than the scaled product of its two factors.
+
+    Args:
+        config: a `LoraConfig`, or one of ours.
+        named: the adapter, for the message.
+        more: further fields that must not be set, and the reason.
+    """
+    reasons = NO_PRODUCT | dict(more)
+    for name in (*reasons, *(name for name in REFUSED if name not in _HARMLESS)):
+        value = getattr(config, name, None)
+        if value not in (None, False, {}, []):
+            reason = reasons.get(name, "its update is not the product of its factors. Merge it into the base model")
+            raise ValueError(f"{named} has {name}={value!r}: {reason}.")
+    start = str(getattr(config, "init_lora_weights", True))
+    if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga", "mica")):
+        raise ValueError(
+            f"{named} was started with init_lora_weights={start!r}, which changed the base weights: its product is not "
+            "its update. Save it with path_initial_model_for_weight_conversion first."
         )
 
 

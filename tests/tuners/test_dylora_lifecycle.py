@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from peft_dynamic import DyLoRAConfig
+from peft_dynamic import DyLoRAConfig, MoSLoRAConfig
 from peft_dynamic.tuners.dylora import get_rank, hotswap_adapter, set_rank
 from tests.conformance.cases import perturb
 from tests.stock_cases import Mlp
@@ -95,7 +95,7 @@ def test_ranks_without_an_adapter() -> None:
     with pytest.raises(ValueError, match="has no DyLoRA adapter"):
         set_rank(Mlp(), 2)
     with pytest.raises(ValueError, match="has no DyLoRA adapter"):
-        get_rank(get_peft_model(Mlp(), LoraConfig(target_modules=["a"])))
+        get_rank(get_peft_model(Mlp(), MoSLoRAConfig(target_modules=["a"])))
 
 
 class OddLinear(nn.Linear):

@@ -67,7 +67,7 @@ def set_layer_rank(layer: LoraLayer, adapter_name: str, asked: int) -> None:
     ranks.asked, ranks.rank = asked, ranks.of(asked)
     ranks.forget()  # a sure way to have changes through .data seen, which torch's version counters miss
     ranks.use(layer, adapter_name, ranks.rank)
-    scale = layer.lora_alpha[adapter_name] / ranks.rank
+    scale = layer.lora_alpha[adapter_name] / layer.r[adapter_name]
     _set_scaling(layer, adapter_name, scale if multiplier == 1 else scale * float(multiplier))
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -19,6 +20,7 @@ from peft_dynamic.tuners.dylora.layer import make_ranked, ranked_adapters, ranke
 from peft_dynamic.tuners.dylora.ranks import AdapterRanks, prepare
 from peft_dynamic.tuners.dylora.schedule import RankSchedule
 from peft_dynamic.tuners.dylora.steps import PassHooks
+from peft_dynamic.tuners.dylora.stock import adapters_of, hold, release, stock_layers
 from peft_dynamic.tuners.dylora.turns import turn
 
 
@@ -52,6 +54,18 @@ class DyLoRAModel(ComputedLoraModel):
             layer.lora_schedule = nn.ModuleDict()
             layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_schedule")
         layer.lora_schedule[adapter_name] = schedule
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        # PEFT knows the tensors that the model has, and a new one has no moments yet
+        for name in RankSchedule.optional_buffers:
+            end = f".lora_schedule.{name}"
+            for key in [key for key in remapped if key.endswith(end)]:
+                remapped[f"{key.removesuffix(name)}{adapter_name}.{name}"] = remapped.pop(key)
+        return remapped
 
     def _schedule(self, adapter_name: str) -> RankSchedule:
         schedules: dict[str, RankSchedule] = self.__dict__.setdefault("_schedules", {})
@@ -102,12 +116,17 @@ class DyLoRAModel(ComputedLoraModel):
         return at_rank(self.model, rank, adapter_name)
 
 
-def _dynamic_adapters(model: nn.Module, adapter_name: str | None) -> list[str]:
-    """The named adapter, or the active ones, that have ranks."""
+def _dynamic_adapters(model: nn.Module, adapter_name: str | None, stock: bool = True) -> list[str]:
+    """The named adapter, or the active ones, that have ranks: of DyLoRA, or else of a stock LoRA."""
     known: dict[str, None] = {}
     active: dict[str, None] = {}
-    for _, layer in ranked_layers(model):
-        ranked = ranked_adapters(layer)
+    found = [(layer, ranked_adapters(layer)) for _, layer in ranked_layers(model)]
+    own = {name for _, names in found for name in names}
+    if stock and (adapter_name not in own if adapter_name is not None else not _any_active(found)):
+        found += [
+            (layer, [name for name in adapters_of(layer) if _is_lora(model, name)]) for _, layer in stock_layers(model)
+        ]
+    for layer, ranked in found:
         known.update(dict.fromkeys(ranked))
         active.update(dict.fromkeys(name for name in layer.active_adapters if name in ranked))
     if not known:
@@ -123,8 +142,16 @@ def _dynamic_adapters(model: nn.Module, adapter_name: str | None) -> list[str]:
     return [adapter_name]
 
 
+def _any_active(found: list[tuple[Any, list[str]]]) -> bool:
+    return any(name in layer.active_adapters for layer, names in found for name in names)
+
+
+def _is_lora(model: Any, name: str) -> bool:
+    return getattr(model.peft_config.get(name), "peft_type", None) == "LORA"
+
+
 def active_ranked_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
-    """The named DyLoRA adapter, or the first active one; raises ValueError, with the names there are, for none."""
+    """The named adapter with ranks, or the first active one; raises ValueError, with the names there are, for none."""
     return _dynamic_adapters(model, adapter_name)[0]
 
 
@@ -153,8 +180,12 @@ def _ranks_of_layers(model: nn.Module, rank: int | dict[str, int], adapter_name:
         limit = ranks.max_rank // ranks.per_rank if isinstance(rank, dict) else ranks.schedule.ranks[-1]
         if not is_int(value):
             raise TypeError(f"rank must be an int or a dict of module patterns to ints, got {rank!r}.")
-        if not 1 <= value <= limit:
-            raise ValueError(f"rank={value} for {name!r} is outside 1..{limit}, the ranks of adapter {adapter_name!r}.")
+        least = 0 if isinstance(rank, dict) else 1
+        if not least <= value <= limit:
+            none = "; 0 leaves the module without its update" if isinstance(rank, dict) else ""
+            raise ValueError(
+                f"rank={value} for {name!r} is outside 1..{limit}, the ranks of adapter {adapter_name!r}{none}."
+            )
         wanted[name] = int(value)
     return wanted
 
@@ -166,23 +197,37 @@ def set_rank(model: nn.Module, rank: int | dict[str, int], adapter_name: str | N
 
     Works on a `PeftModel` and on a transformers model with adapters added by `add_adapter` or `load_adapter`.
 
+    A stock LoRA adapter has every rank up to its own too: the leading singular components of its update. Its stored
+    factors stay as they are, training and `save_pretrained` go on with the whole adapter, and `export_lora` or
+    `resize_adapter` writes the smaller one.
+
     Args:
-        model: the model with DyLoRA adapters.
+        model: the model with DyLoRA or LoRA adapters.
         rank: the rank of all modules, from 1 to r (a module capped by `rank_pattern` uses its cap where that is less);
             or a dict from module names (their ends, or regular expressions, as in `rank_pattern`) to ranks, which
-            leaves the modules it does not name as they are.
+            leaves the modules it does not name as they are. Rank 0, in a dict, leaves a module without its update.
         adapter_name: the adapter, or None for every active one.
 
     Raises:
-        ValueError: a rank outside 1..r, a key that matches no module, or a merged adapter. Nothing is changed then.
+        ValueError: a rank outside 1..r, a key that matches no module, a merged adapter, or a LoRA that is more than
+            a product of two factors (DoRA and other variants). Nothing is changed then.
         TypeError: a rank that is no int.
 
-    Warns once for each rank that training never draws.
+    Warns once for each rank that a DyLoRA adapter's training never draws.
     """
     names = _dynamic_adapters(model, adapter_name)
-    with turn(_schedules(model, names)):
+    with held(model, names), turn(_schedules(model, names)):
         for name in names:
             _apply_rank(model, rank, name)
+
+
+@contextmanager
+def held(model: nn.Module, names: list[str]) -> Iterator[None]:
+    """Inside the block the layers of these adapters are ranked; those of a stock LoRA are PEFT's again after it."""
+    with ExitStack() as stack:
+        for name in names:
+            stack.callback(release, model, name, hold(model, name))
+        yield
 
 
 def _schedules(model: nn.Module, names: list[str]) -> list[RankSchedule]:
@@ -202,7 +247,7 @@ def _apply_rank(model: nn.Module, rank: int | dict[str, int], adapter_name: str)
 
 
 def _warn_if_untrained(schedule: RankSchedule, rank: int) -> None:
-    if rank in schedule.ranks or rank in schedule.warned:
+    if rank in schedule.ranks or rank in schedule.warned or schedule.any_rank or not rank:
         return
     schedule.warned.add(rank)
     warnings.warn(
@@ -215,11 +260,13 @@ def get_rank(model: nn.Module, adapter_name: str | None = None) -> int | dict[st
     """The rank in use outside training: an int where all modules were set alike, else a dict from module name to rank.
 
     Args:
-        model: the model with DyLoRA adapters.
+        model: the model with DyLoRA or LoRA adapters.
         adapter_name: the adapter, or None for the first active one.
     """
     name = active_ranked_adapter(model, adapter_name)
     layers: list[tuple[str, Any]] = list(ranked_layers(model, name))
+    if not layers:  # a stock LoRA at its full rank
+        return max(layer.r[name] for _, layer in stock_layers(model, name))
     asked = {layer.lora_views[name].asked for _, layer in layers}
     # At full rank a capped module was asked for its cap or for r: both mean the same.
     if len(asked) == 1 or all(layer.lora_views[name].rank == layer.lora_views[name].max_rank for _, layer in layers):
@@ -236,7 +283,7 @@ def drawn_rank(model: nn.Module, adapter_name: str | None = None) -> int:
         model: the model with DyLoRA adapters.
         adapter_name: the adapter, or None for the first active one.
     """
-    (schedule,) = _schedules(model, [active_ranked_adapter(model, adapter_name)])
+    (schedule,) = _schedules(model, _dynamic_adapters(model, adapter_name, stock=False)[:1])
     schedule.refresh()  # a checkpoint may have been loaded
     return schedule.drawn
 
@@ -253,7 +300,7 @@ def at_rank(model: nn.Module, rank: int | dict[str, int], adapter_name: str | No
             inside it. A forward pass outside while another thread is inside raises it too.
     """
     names = _dynamic_adapters(model, adapter_name)
-    with turn(_schedules(model, names)):
+    with held(model, names), turn(_schedules(model, names)):
         layers = [(layer, name) for name in names for _, layer in ranked_layers(model, name)]
         before = [(layer, name, layer.lora_views[name].asked) for layer, name in layers]
         try:

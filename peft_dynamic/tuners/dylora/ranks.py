@@ -18,7 +18,7 @@ from peft_dynamic.functional.ranks import alpha_at, bases_of, gram_matrices, sli
 from peft_dynamic.hosts.offload import is_sharded
 from peft_dynamic.tuners.computed import ComputedFactor
 from peft_dynamic.tuners.dylora.schedule import RankSchedule
-from peft_dynamic.tuners.factors import LayerState
+from peft_dynamic.tuners.factors import LayerState, live_states
 
 _order = count()  # of making
 
@@ -46,6 +46,8 @@ class RankedFactor(ComputedFactor):
 
     def compute(self, full: torch.Tensor) -> torch.Tensor:
         rank = self.rank
+        if not rank:  # PEFT knows no rank 0: one component of zeros, also where the factor holds NaN
+            return torch.zeros_like(slice_rank(full, self.dim, 1, self.max_rank, self.groups))
         if self.mixer is None and self.owner.truncation == "prefix":
             frozen_below = self.owner.frozen_below // self.divisor
             return slice_rank(full, self.dim, rank, self.max_rank, self.groups, frozen_below)
@@ -86,7 +88,8 @@ class AdapterRanks(LayerState):
     Attributes:
         max_rank: r of this layer: the config's, or what `rank_pattern` says, a cap or a multiple.
         per_rank: how many ranks the layer has for each of the adapter: above 1 for fused projections.
-        in_use: the rank that the layer computes with now: `rank`, or in a training forward pass the drawn one.
+        in_use: the rank that the layer computes with now: `rank`, or in a training forward pass the drawn one. At 0 the
+            layer shows PEFT a component of zeros, and a rank of 1.
         frozen_below: components below this one get no gradient in this forward pass.
         rank: the layer's rank at the set rank, in use everywhere but in a training forward pass.
         asked: the rank that was asked for; above `rank` where the layer is capped.
@@ -127,8 +130,9 @@ class AdapterRanks(LayerState):
     def use(self, layer: LoraLayer, adapter_name: str, rank: int, frozen_below: int = 0) -> None:
         """Compute with this rank of the layer from now on, and let PEFT read it in the layer."""
         self.in_use, self.frozen_below = rank, frozen_below
-        layer.r[adapter_name] = rank
-        layer.lora_alpha[adapter_name] = alpha_at(self.rule, self.lora_alpha, rank, self.max_rank)
+        shown = rank or self.parts[0][2].divisor
+        layer.r[adapter_name] = shown
+        layer.lora_alpha[adapter_name] = alpha_at(self.rule, self.lora_alpha, shown, self.max_rank)
 
     def begin_forward(self, layer: LoraLayer, adapter_name: str) -> None:
         """A training forward pass: the drawn rank holds."""
@@ -199,6 +203,30 @@ class AdapterRanks(LayerState):
         return self._basis is None or self.state_key() != self._basis_key or self.has_changed()
 
     def grams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """K_A and K_B, (n, r, r) each: what a calibration measured, or else those of the weights alone."""
+        measured = self.schedule.current_moments()
+        return self.plain_grams() if measured is None else self._part_of(measured)
+
+    def _part_of(self, measured: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        layers = layers_of(self.schedule)
+        sizes = [2 * each.gram_shape.numel() for each in layers]
+        if sum(sizes) != len(measured):
+            raise ValueError(
+                f"the adapter holds moments of {len(measured)} numbers, and its {len(layers)} layers need "
+                f"{sum(sizes)}: it was calibrated with other target_modules or ranks. Call calibrate again."
+            )
+        place = next(i for i, each in enumerate(layers) if each.order == self.order)
+        part = measured.split(sizes)[place].to(self.factors()[0].device).double()
+        gram_a, gram_b = part.view(2, *self.gram_shape)
+        return gram_a, gram_b
+
+    @property
+    def gram_shape(self) -> torch.Size:
+        """(n, r, r), with n the number of experts or groups."""
+        factor_a = self.parts[0][2]
+        return torch.Size((factor_a.groups[0], factor_a.max_rank, factor_a.max_rank))
+
+    def plain_grams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, r, r) each: M A A^T M^T and B^T B."""
         a, b = self.factors()
         (_, _, factor_a), (_, _, factor_b) = self.parts
@@ -222,11 +250,17 @@ class AdapterRanks(LayerState):
 
     def wants_basis(self, rank: int) -> bool:
         at_hand = not any(is_sharded(factor) or factor.device.type == "meta" for factor in self.factors())
-        return self.truncation == "svd" and rank < self.max_rank and at_hand
+        return self.truncation == "svd" and 0 < rank < self.max_rank and at_hand
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # a deep copy or an unpickled one
         super().__setstate__(state)
         self.forget()
+
+
+def layers_of(schedule: RankSchedule) -> list[AdapterRanks]:
+    """The layers of an adapter, in the order of their making, which is that of the model."""
+    states = (state for state in live_states() if isinstance(state, AdapterRanks) and state.schedule is schedule)
+    return sorted(states, key=lambda state: state.order)
 
 
 def prepare(many: Iterable[tuple[AdapterRanks, int]]) -> None:

@@ -6,6 +6,10 @@ Notable: the draw happens at an optimizer's step (`steps.py`), not in a forward 
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -22,9 +26,15 @@ class RankSchedule(nn.Module):
 
     Attributes:
         drawn: the rank of the current training step.
+        optional_buffers: what a checkpoint may have or not.
+        any_rank: no step draws a rank, and none is better trained than another: a stock LoRA's.
     """
 
+    any_rank = False
+    optional_buffers = ("moments", "moments_step")
     step: torch.Tensor
+    moments: torch.Tensor | None
+    moments_step: torch.Tensor | None
 
     def __init__(self, config: DyLoRAConfig) -> None:
         super().__init__()
@@ -36,6 +46,7 @@ class RankSchedule(nn.Module):
         self.entered_training = False  # the model's forward pass since the last step of any optimizer
         self.unseen_steps = 0  # steps of optimizers without our factors, as long as none with them was seen
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device="cpu"))
+        self.keep_moments(None)
         self._seen: tuple[int, int] | None = None
         self._steps = 0
         self.updates = 0  # optimizer steps seen by this process, never set back
@@ -55,6 +66,48 @@ class RankSchedule(nn.Module):
         if seen != self._seen:  # reading the number is a device synchronisation: only when the buffer has changed
             self._seen, self._steps = seen, int(self.step)
             self.drawn = self._draw()
+
+    # --- what a calibration measured
+
+    def keep_moments(self, grams: Sequence[tuple[torch.Tensor, torch.Tensor]] | None) -> None:
+        """Cut by these from now on, until the factors are trained further; None for the plain cut.
+
+        Kept as one float32 buffer, so that it travels with the checkpoint as the step number does.
+
+        Args:
+            grams: K_A and K_B, (n, r, r) each, of each layer in the order of their making.
+        """
+        flat = [] if grams is None else [gram.flatten().float().cpu() for pair in grams for gram in pair]
+        self.register_buffer("moments", torch.cat(flat) if flat else None)
+        self.register_buffer("moments_step", self.step.clone() if flat else None)
+
+    def current_moments(self) -> torch.Tensor | None:
+        """Those of `keep_moments`, unless an optimizer has stepped since: then they are of other factors."""
+        if self.moments is None or self.moments_step is None:
+            return None
+        self.refresh()
+        if int(self.moments_step) != self._steps:
+            self.keep_moments(None)
+            warnings.warn(
+                "the adapter has been trained since it was calibrated: its ranks are cut by their weights alone again. "
+                "Call calibrate again.",
+                stacklevel=2,
+            )
+            return None
+        return self.moments
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name in self.optional_buffers:
+            found = state_dict.get(prefix + name)
+            self.register_buffer(name, None if found is None else torch.zeros_like(found, device="cpu"))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:  # .half() would lose what a decomposition needs
+        kept = self.moments
+        super()._apply(fn, *args, **kwargs)
+        if kept is not None and self.moments is not None and self.moments.dtype != kept.dtype:
+            self.moments = kept.to(self.moments.device)
+        return self
 
     def advance(self) -> None:
         """One optimizer step has been taken: draw the next rank."""

@@ -112,7 +112,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
 
 def _count_foreign_step(schedule: RankSchedule, optimizer: torch.optim.Optimizer) -> None:
     """Warn when training goes on and no optimizer that steps holds the factors: their rank would never change."""
-    if schedule.updates or not schedule.entered_training:
+    if schedule.updates or schedule.any_rank or not schedule.entered_training:
         return
     schedule.entered_training = False  # so that another model's steps do not count against one that stands still
     schedule.unseen_steps += 1
@@ -161,7 +161,7 @@ class PassHooks:
             return
         schedule = self.schedule
         trains = module.training and torch.is_grad_enabled()
-        if trains and not schedule.updates:
+        if trains and not schedule.updates and not schedule.any_rank:
             _refuse_deepspeed(schedule)
         turns_of(schedule).enter_call(trains)
         if torch.is_grad_enabled():

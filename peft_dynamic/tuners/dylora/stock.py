@@ -1,0 +1,154 @@
+"""A stock LoRA adapter at a lower rank: its layers become ranked ones for as long as a rank below the full one holds.
+
+The stored factors stay as they are: what is saved meanwhile is the whole adapter, and training goes on at the full
+rank.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from peft_dynamic.tuners.computed import COMPUTED_CLASSES, ComputedModule, ComputedParameterDict
+from peft_dynamic.tuners.dylora.config import DyLoRAConfig
+from peft_dynamic.tuners.dylora.layer import make_ranked, ranked_layers
+from peft_dynamic.tuners.dylora.schedule import RankSchedule
+from peft_dynamic.tuners.dylora.steps import PassHooks
+from peft_dynamic.tuners.factors import detach
+from peft_dynamic.tuners.lora_fields import check_product
+
+STOCK_CLASSES = {computed: stock for stock, computed in COMPUTED_CLASSES.items()}
+_changing = threading.RLock()
+
+
+class WholeSchedule(RankSchedule):
+    """Of a stock LoRA: every training step is at the full rank, and no rank below it was trained."""
+
+    any_rank = True
+
+    def __init__(self, rank: int) -> None:
+        self.config = DyLoRAConfig(r=rank, ranks=[rank])
+        super().__init__(self.config)
+        self.users = 0  # blocks and calls that need the layers ranked
+        self.handles: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"users": 0, "handles": []}
+
+
+def stock_layers(model: nn.Module, adapter_name: str | None = None) -> list[tuple[str, Any]]:
+    """(name, layer) of each layer with a LoRA adapter of PEFT's own type, or with the named one."""
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, dict):
+        return []
+    stock = {name for name, config in configs.items() if getattr(config, "peft_type", None) == "LORA"}
+    wanted = stock if adapter_name is None else stock & {adapter_name}
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and any(adapter in wanted for adapter in adapters_of(module))
+    ]
+
+
+def adapters_of(layer: LoraLayer) -> list[str]:
+    """The names of the adapters in a layer."""
+    return [*layer.lora_A, *layer.lora_embedding_A]
+
+
+def hold(model: nn.Module, adapter_name: str) -> WholeSchedule | None:
+    """Let the layers of a stock LoRA be ranked until `release`; None for an adapter that is ranked by itself.
+
+    Raises:
+        ValueError: the adapter is more than a product of two factors, or one of its layers is.
+    """
+    with _changing:
+        for _, layer in ranked_layers(model, adapter_name):
+            schedule = layer.lora_views[adapter_name].schedule
+            if not isinstance(schedule, WholeSchedule):
+                return None
+            schedule.users += 1
+            return schedule
+        schedule = _make_ranked(model, adapter_name)
+        schedule.users += 1
+        return schedule
+
+
+def release(model: nn.Module, adapter_name: str, schedule: WholeSchedule | None) -> None:
+    """Make them PEFT's own again, if nobody needs them and all are at their full rank."""
+    if schedule is None:
+        return
+    with _changing:
+        schedule.users -= 1
+        layers = [layer for _, layer in ranked_layers(model, adapter_name)]
+        states = [layer.lora_views[adapter_name] for layer in layers]
+        if not schedule.users and all(state.rank == state.max_rank for state in states):
+            _make_stock(layers, adapter_name)
+            for handle in schedule.handles:
+                handle.remove()
+
+
+def _make_ranked(model: Any, adapter_name: str) -> WholeSchedule:
+    layers = stock_layers(model, adapter_name)
+    check_product(model.peft_config[adapter_name], f"the adapter {adapter_name!r}")
+    for name, layer in layers:
+        variant = layer.lora_variant.get(adapter_name)
+        if variant is not None or layer.lora_bias.get(adapter_name, False):
+            what = type(variant).__name__ if variant is not None else "lora_bias"
+            raise ValueError(
+                f"the adapter {adapter_name!r} has {what} at {name!r}, so its update is more than the product of its "
+                "factors and has no lower rank. Merge it into the base model."
+            )
+        if isinstance(layer.scaling[adapter_name], torch.Tensor):
+            raise ValueError(
+                f"the factors of the adapter {adapter_name!r} were replaced (prepare_model_for_compiled_hotswap pads "
+                "them), so it has no lower rank. Set the rank, or call resize_adapter, before that."
+            )
+    schedule = WholeSchedule(max(layer.r[adapter_name] for _, layer in layers))
+    done = []
+    try:
+        for name, layer in layers:
+            done.append(layer)
+            _rank_layer(layer, adapter_name, schedule)
+            layer.lora_views[adapter_name].name = name
+    except Exception:
+        _make_stock(done, adapter_name)
+        raise
+    root = model.get_base_model() if hasattr(model, "get_base_model") else model
+    schedule.handles = PassHooks(schedule).register(root)
+    return schedule
+
+
+def _rank_layer(layer: Any, adapter_name: str, schedule: WholeSchedule) -> None:
+    scale, alpha, rank = layer.scaling[adapter_name], layer.lora_alpha[adapter_name], layer.r[adapter_name]
+    rs = layer.use_rslora.get(adapter_name, False)
+    if rs:  # the alpha of the plain LoRA that it is
+        layer.lora_alpha[adapter_name] = alpha * rank**0.5
+        layer.use_rslora[adapter_name] = False
+    layer.__dict__.setdefault("stock_alpha", {})[adapter_name] = (alpha, rs)
+    make_ranked(layer, adapter_name, schedule, schedule.config)
+    layer.scaling[adapter_name] = scale  # a factor of set_scale's among it
+
+
+def _make_stock(layers: Iterable[Any], adapter_name: str) -> None:
+    for layer in layers:
+        for factors in (layer.lora_A, layer.lora_B):
+            if adapter_name in factors and isinstance(module := factors[adapter_name], ComputedModule):
+                module.__class__ = STOCK_CLASSES[type(module)]  # type: ignore[assignment]  # what it was made of
+                del module.view
+        for factors in (layer.lora_embedding_A, layer.lora_embedding_B):
+            if isinstance(factors, ComputedParameterDict):
+                factors.views.pop(adapter_name, None)
+                if not factors.views:
+                    del factors.views
+                    factors.__class__ = nn.ParameterDict  # type: ignore[assignment]  # likewise
+        detach(layer, adapter_name)
+        alphas = layer.__dict__.get("stock_alpha", {})
+        if adapter_name in alphas:
+            layer.lora_alpha[adapter_name], layer.use_rslora[adapter_name] = alphas.pop(adapter_name)
+        if not alphas:
+            layer.__dict__.pop("stock_alpha", None)
