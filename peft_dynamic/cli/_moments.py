@@ -19,12 +19,6 @@ from peft_dynamic.cli._task import LabelTask, TextTask
 KEY = "peft_dynamic_resize"  # in the file's header: whose moments they are
 
 
-def identity(subject: Subject, task: TextTask | LabelTask) -> dict[str, Any]:
-    """What makes two measurements the same."""
-    rows = {"rows": len(task.examples), "sha256": task.digest(), "max_length": task.given.max_length}
-    return {**subject.identity(), "data": rows}
-
-
 def measure(subject: Subject, task: TextTask | LabelTask) -> Any:
     """The moments of an adapter over the rows of a task, with its base model loaded; what was done is printed."""
     from peft_dynamic.algebra import adapter_moments
@@ -48,7 +42,7 @@ def measure(subject: Subject, task: TextTask | LabelTask) -> Any:
     return moments
 
 
-def save(moments: Any, path: Path, about: dict[str, Any]) -> None:
+def save(moments: Any, path: Path, subject: Subject, task: TextTask | LabelTask) -> None:
     """Write them, whole or not at all, with whose they are in the header."""
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
@@ -57,17 +51,18 @@ def save(moments: Any, path: Path, about: dict[str, Any]) -> None:
     moments.save(beside)
     with safe_open(beside, framework="pt") as file:
         header = file.metadata()
+    about = {**subject.identity(), "data": task.identity()}
     save_file(load_file(beside), beside, metadata={**header, KEY: json.dumps(about)})
     os.replace(beside, path)
 
 
-def load(path: Path, subject: Subject, about: dict[str, Any] | None) -> Any:
+def load(path: Path, subject: Subject, task: TextTask | LabelTask | None) -> Any:
     """Read them.
 
     Args:
         path: the file.
-        subject: the adapter that is to be cut.
-        about: what a measurement would be of; None if no data were given.
+        subject: the adapter that is to be cut; its base model need not be there.
+        task: the rows that were given, if any.
 
     Raises:
         typer.BadParameter: the file holds none, or those of another adapter or of other rows.
@@ -88,7 +83,7 @@ def load(path: Path, subject: Subject, about: dict[str, Any] | None) -> Any:
         ) from error
     if then is None:  # written in Python
         return moments
-    now = about or {**then, **subject.identity()}
+    now = {**then, "adapter": subject.identity()["adapter"], **({"data": task.identity()} if task else {})}
     if changed := differences(then, now):
         raise typer.BadParameter(
             f"{path} holds the moments of something else: {'; '.join(changed)}. Pass another file, or remove it.",

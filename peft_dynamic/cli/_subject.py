@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,25 @@ def adapter_folder(adapter: str) -> Path:
         ) from error
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """An adapter's configuration as its file has it.
+
+    Raises:
+        typer.BadParameter: it is missing or damaged.
+    """
+    path = folder / "adapter_config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise typer.BadParameter(
+            f"{path} cannot be read: {reason(error)}. Save the adapter again, or take another copy.",
+            param_hint="ADAPTER",
+        ) from error
+    return content
+
+
 @dataclass
 class Subject:
     """An adapter that was read, and the name of its base model.
@@ -64,7 +84,7 @@ class Subject:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             seen.update((self.folder / name).read_bytes())
         return {
-            "adapter": {"sha256": seen.hexdigest()},
+            "adapter": {"sha256": seen.hexdigest()[:16]},
             "model": {**_identity.model_files(self.base), "4bit": self.four_bit},
         }
 
@@ -120,7 +140,7 @@ class Subject:
         )
 
 
-def subject(adapter: str, folder: Path, model: str | None, four_bit: bool) -> Subject:
+def subject(adapter: str, folder: Path, model: str | None, four_bit: bool, loads: bool = True) -> Subject:
     """Read an adapter, with its tensors.
 
     Args:
@@ -128,6 +148,7 @@ def subject(adapter: str, folder: Path, model: str | None, four_bit: bool) -> Su
         folder: where it is.
         model: the base model; None for the one that the adapter names.
         four_bit: whether the base model is to be quantised.
+        loads: whether the base model is going to be loaded, so that it has to be there.
 
     Raises:
         typer.BadParameter: it is no product of factors or damaged, or its base model is not there.
@@ -137,18 +158,22 @@ def subject(adapter: str, folder: Path, model: str | None, four_bit: bool) -> Su
 
     with bad_input("ADAPTER"):
         read = read_checkpoint(folder)
-    base = model or read.config.base_model_name_or_path
-    if not base:
-        raise typer.BadParameter(f"{adapter} does not say its base model: pass --model.", param_hint="--model")
-    if model is None:
-        said = Path(base).expanduser()
-        if not said.is_dir() and base.startswith((".", "/", "~")):
-            raise typer.BadParameter(
-                f"missing. {adapter} names {base} as its base model, which is not there; pass where it is.",
-                param_hint="--model",
-            )
+    base = model or read.config.base_model_name_or_path or ""
+    if loads:
+        base = _base(adapter, base, model)
     kind = str(getattr(read.config.peft_type, "value", read.config.peft_type))
     four_bit = four_bit or kind == "QDYLORA"
-    if four_bit:
+    if four_bit and loads:
         require_package("bitsandbytes", "--4bit" if kind != "QDYLORA" else "a QDyLoRA adapter", "quant")
-    return Subject(adapter, folder, check_model(base), read, four_bit)
+    return Subject(adapter, folder, base, read, four_bit)
+
+
+def _base(adapter: str, base: str, model: str | None) -> str:
+    if not base:
+        raise typer.BadParameter(f"missing. {adapter} does not say its base model.", param_hint="--model")
+    if model is None and base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
+        raise typer.BadParameter(
+            f"missing. {adapter} names {base} as its base model, which is not there; pass where it is.",
+            param_hint="--model",
+        )
+    return check_model(base)

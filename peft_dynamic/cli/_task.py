@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
@@ -40,6 +41,11 @@ class RowOptions:
         require(self.rows is None or self.rows >= 1, "--rows", self.rows, "at least 1")
         require(self.max_length >= 8, "--max-length", self.max_length, "at least 8 tokens")
         require(self.batch_size >= 1, "--batch-size", self.batch_size, "at least 1")
+
+    def identity(self, rows: int, digest: str) -> dict[str, Any]:
+        """What tells these rows, and how they are read, from others."""
+        lengths = {"max_length": self.max_length, "batch_size": self.batch_size}
+        return {"source": Path(self.data).name, "rows": rows, "sha256": digest[:16], **lengths}
 
     def some(self, examples: list[T]) -> list[T]:
         """As many as are wanted, from all over the file: it may be sorted."""
@@ -83,9 +89,9 @@ class TextTask:
         self.examples = given.some(to_examples(rows, given.columns, given.data, "--data"))
         self.unused = unused_columns(rows, given.columns)
 
-    def digest(self) -> str:
-        """SHA-256 of the rows."""
-        return _identity.digest(self.examples)
+    def identity(self) -> dict[str, Any]:
+        """What tells these rows from others."""
+        return self.given.identity(len(self.examples), _identity.digest(self.examples))
 
     def load_base(self, name: str, dtype: Any, settings: dict[str, Any], others: dict[str, Any]) -> Any:
         """The base model."""
@@ -121,10 +127,10 @@ class LabelTask:
         self.examples = given.some(found)
         self.unused = [key for key in rows[0] if key not in (*columns, given.label)]
 
-    def digest(self) -> str:
-        """SHA-256 of the rows."""
+    def identity(self) -> dict[str, Any]:
+        """What tells these rows from others."""
         text = json.dumps([[example.texts, example.label] for example in self.examples])
-        return hashlib.sha256(text.encode()).hexdigest()
+        return self.given.identity(len(self.examples), hashlib.sha256(text.encode()).hexdigest())
 
     def load_base(self, name: str, dtype: Any, settings: dict[str, Any], others: dict[str, Any]) -> Any:
         """The base model, with as many outputs as the adapter's head has."""
