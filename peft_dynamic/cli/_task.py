@@ -81,7 +81,7 @@ def task_for(written: dict[str, Any], given: RowOptions, adapter: str) -> TextTa
 class TextTask:
     """Rows as `peft-dynamic train` takes them: the loss is that of the tokens which training would learn."""
 
-    metric = "loss"
+    metrics = ("loss", "perplexity")
 
     def __init__(self, given: RowOptions) -> None:
         self.given = given
@@ -116,7 +116,7 @@ class TextTask:
 class LabelTask:
     """Rows of a classifier: one text or two, and a label."""
 
-    metric = "accuracy"
+    metrics = ("accuracy", "loss", "mse")
 
     def __init__(self, given: RowOptions) -> None:
         if given.columns.instruction:
