@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import typer
 
 from peft_dynamic.algebra.inspect import usual_ranks
 from peft_dynamic.cli._budget import Budget
+from peft_dynamic.cli._choice import choice
 from peft_dynamic.cli._edge import UserError
 from peft_dynamic.cli._given import bad_input, command_line, require
 from peft_dynamic.cli._interrupt import Interrupted
@@ -21,8 +20,8 @@ from peft_dynamic.cli._record import Record, Setting
 from peft_dynamic.cli._subject import Subject
 from peft_dynamic.cli._task import Evaluate, LabelTask, TextTask
 from peft_dynamic.hosts.modes import adapters_disabled, evaluating
-from peft_dynamic.ranks import RankCurve, RankRow, rank_curve
-from peft_dynamic.reports.curve import direction, measured_samples, number
+from peft_dynamic.ranks import RankRow, rank_curve
+from peft_dynamic.reports.curve import measured_samples, number
 
 RANKED = ("LORA", "DYLORA", "QDYLORA")  # of other methods the product is measured, as a stock LoRA
 
@@ -56,8 +55,8 @@ def run(job: Curving) -> None:
     if missing:
         record.about["dtype"] = record.about["dtype"] or str(fast_dtype()).removeprefix("torch.")
         _Measuring(job, record).all(missing)
-    _show(job, record)
     missing = [setting for setting in wanted if setting not in record.rows]
+    _show(job, record, not missing)
     if missing:
         kept = f"Go on with: {command_line()}" if job.out else "Pass --out to keep the rows and go on another time."
         typer.echo(f"Missing: {', '.join(map(str, missing))}. {kept}")
@@ -143,7 +142,7 @@ class _Measuring:
         return times[-1] * sum(tokens) / tokens[0]
 
 
-def _show(job: Curving, record: Record) -> None:
+def _show(job: Curving, record: Record, whole: bool) -> None:
     curve = record.curve
     if not curve.rows:
         return
@@ -152,52 +151,9 @@ def _show(job: Curving, record: Record) -> None:
     if metric not in curve.metrics:
         raise UserError(f"--metric: {metric} was not measured; there are {', '.join(curve.metrics)}.")
     if len(curve.rows) > (curve.rows[0].is_base):
-        typer.echo(choice(curve, metric, job.tolerance))
+        typer.echo(f"{'' if whole else 'So far. '}{choice(curve, metric, job.tolerance)}")
         if job.plot is not None:
             curve.plot(job.plot, title=f"{job.subject.folder.name} on {Path(job.task.given.data).name}")
             typer.echo(f"The picture is in {job.plot}.")
     if job.out is not None:
         typer.echo(f"The curve is in {job.out}.")
-
-
-def choice(curve: RankCurve, metric: str, tolerance: float) -> str:
-    """What `recommend` chooses, and why.
-
-    Args:
-        curve: with a rank or a budget at least.
-        metric: to choose by.
-        tolerance: how much of the best one's gain may be lost.
-    """
-    sign = 1 if direction(metric) else -1
-    values = [row for row in curve.rows if not row.is_base and math.isfinite(row.metrics.get(metric, math.nan))]
-    if not values:
-        return f"Nothing is recommended: {metric} is finite nowhere."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said below
-        row = curve.recommended_row(tolerance, metric)
-    among = [each for each in values if each.rank is not None] if row.rank is not None else values
-    best = max(among, key=lambda each: (sign * each.metrics[metric], -(each.rank or each.parameters or 0)))
-    base = next((each.metrics[metric] for each in curve.rows if each.is_base), math.nan)
-    name, top = (str(Setting(each.rank, each.budget)) for each in (row, best))
-    said = f"Recommended: {name}, with {metric} {number(row.metrics[metric])}"
-    gain, most = (sign * (each.metrics[metric] - base) for each in (row, best))
-    if math.isfinite(base) and most <= 0:
-        return (
-            f"Nothing was learnt: the best one, {top}, has {metric} {number(best.metrics[metric])}, and the base model "
-            f"{number(base)}. None is recommended."
-        )
-    if row == best:
-        return f"{said}, the best {'budget' if row.rank is None else 'rank'}."
-    share = f"{100 * gain / most:.1f} % of its gain over the base model" if math.isfinite(base) else ""
-    within = gain >= (1 - tolerance) * most if share else _near(row, best, metric, tolerance)
-    why = f"the smallest with nearly all that {top} has" if within else _not_told_apart(row, best, metric, top)
-    return f"{said}, {why} ({', '.join(filter(None, [f'{number(best.metrics[metric])}', share]))})."
-
-
-def _near(row: RankRow, best: RankRow, metric: str, tolerance: float) -> bool:
-    return abs(row.metrics[metric] - best.metrics[metric]) <= tolerance * abs(best.metrics[metric])
-
-
-def _not_told_apart(row: RankRow, best: RankRow, metric: str, top: str) -> str:
-    rows = len(row.samples.get(metric, []))
-    return f"the smallest that these {rows} rows do not tell from {top} by more than one standard error"

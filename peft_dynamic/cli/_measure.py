@@ -51,13 +51,15 @@ def _logits(model: Any, batch: Batch, dtype: torch.dtype) -> tuple[torch.Tensor,
 def text_metrics(model: Any, batches: list[Batch], dtype: torch.dtype) -> dict[str, Any]:
     """The loss per learnt token, as a value for each row, and its exponential, the perplexity.
 
-    A row's value is the sum of its losses over the mean number of tokens in a row, so that their mean is the loss per
-    token: their differences between two ranks then have the standard error of the difference per token.
+    With L the loss per token over all rows, t_i and n_i a row's sum of losses and its tokens, and n their mean, a row's
+    value is L + (t_i - L n_i) / n. The mean of these is L, and the standard errors that are computed from them, of L
+    and of differences between ranks, are those of a ratio, as in `HeldOut.gain`.
     """
     rows = [row for batch in batches for row in row_losses(model, batch, dtype)]
     tokens = sum(count for _, count in rows) / len(rows)
-    losses = [total / tokens for total, _ in rows]
-    return {**_by_row(loss=losses), "perplexity": perplexity(sum(losses) / len(losses))}
+    loss = sum(total for total, _ in rows) / len(rows) / tokens
+    values = [loss + (total - loss * count) / tokens for total, count in rows]
+    return {**_by_row(loss=values), "perplexity": perplexity(loss)}
 
 
 def label_metrics(model: Any, batches: list[Batch], dtype: torch.dtype) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
@@ -45,7 +44,7 @@ class RowOptions:
     def identity(self, rows: int, digest: str) -> dict[str, Any]:
         """What tells these rows, and how they are read, from others."""
         lengths = {"max_length": self.max_length, "batch_size": self.batch_size}
-        return {"source": Path(self.data).name, "rows": rows, "sha256": digest[:16], **lengths}
+        return {"rows": rows, "sha256": digest[:16], **lengths}
 
     def some(self, examples: list[T]) -> list[T]:
         """As many as are wanted, from all over the file: it may be sorted."""
