@@ -25,10 +25,11 @@ def choice(curve: RankCurve, metric: str, tolerance: float) -> str:
     if not finite:
         return f"Nothing is recommended: the {metric} is finite nowhere."
     best = max(finite, key=lambda row: (sign * row.metrics[metric], -(row.rank or row.parameters or 0)))
-    base = next((row for row in curve.rows if row.is_base and math.isfinite(row.metrics.get(metric, math.nan))), None)
+    bases = (row for row in curve.rows if row.is_base and math.isfinite(row.metrics.get(metric, math.nan)))
+    base = next(bases, None)
     if base is not None and not _learnt(best, base, metric, sign):
         return (
-            f"Nothing was learnt that these rows show. Of the best, {_named(best)}, {_level(best, base, metric)}, which "
+            f"Nothing was learnt that these rows show. Of the best, {_named(best)}, {_level(best, base, metric)}. That "
             "is no gain of more than twice its standard error. None is recommended."
         )
     with warnings.catch_warnings():

@@ -12,7 +12,6 @@ import typer
 from peft_dynamic.algebra.inspect import usual_ranks
 from peft_dynamic.cli._budget import Budget
 from peft_dynamic.cli._choice import choice
-from peft_dynamic.cli._edge import UserError
 from peft_dynamic.cli._given import bad_input, command_line, require
 from peft_dynamic.cli._interrupt import Interrupted
 from peft_dynamic.cli._load import fast_dtype
@@ -149,7 +148,9 @@ def _show(job: Curving, record: Record, whole: bool) -> None:
     typer.echo(curve.table(), nl=False)
     metric = job.metric or curve.metrics[0]
     if metric not in curve.metrics:
-        raise UserError(f"--metric: {metric} was not measured; there are {', '.join(curve.metrics)}.")
+        raise typer.BadParameter(
+            f"{metric} was not measured; there are {', '.join(curve.metrics)}.", param_hint="--metric"
+        )
     if len(curve.rows) > (curve.rows[0].is_base):
         typer.echo(f"{'' if whole else 'So far. '}{choice(curve, metric, job.tolerance)}")
         if job.plot is not None:

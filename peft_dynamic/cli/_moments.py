@@ -72,13 +72,12 @@ def load(path: Path, subject: Subject, task: TextTask | LabelTask | None) -> Any
     from peft_dynamic.algebra import AdapterMoments
 
     try:
-        with bad_input("--moments"):
-            moments = AdapterMoments.load(path)
+        moments = AdapterMoments.load(path)
         with safe_open(path, framework="pt") as file:
             then = json.loads(file.metadata().get(KEY, "null"))
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise typer.BadParameter(
-            f"{path} holds no moments ({error}). Pass a file that resize wrote, or the name of a new one.",
+            f"{path} holds no moments of an adapter. Pass a file that resize wrote, or the name of a new one.",
             param_hint="--moments",
         ) from error
     if then is None:  # written in Python

@@ -15,6 +15,9 @@ from peft_dynamic.cli import _identity
 from peft_dynamic.cli._edge import reason, require_package
 from peft_dynamic.cli._given import bad_input, check_adapter, check_model
 
+# An adapter and the tokenizer beside it, and no checkpoints
+PATTERNS = ["adapter_config.json", "adapter_model.safetensors", "*token*", "*.jinja", "vocab.*", "merges.txt"]
+
 
 def adapter_folder(adapter: str) -> Path:
     """The folder of an adapter, fetched where it is a name on the Hub.
@@ -29,7 +32,7 @@ def adapter_folder(adapter: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(adapter))
+        return Path(snapshot_download(adapter, allow_patterns=PATTERNS))
     except Exception as error:  # whatever is wrong, the user has to know the name and the reason
         raise typer.BadParameter(
             f"{adapter} is no folder here, and could not be had from the Hub: {reason(error)}", param_hint="ADAPTER"
@@ -80,9 +83,11 @@ class Subject:
 
     def identity(self) -> dict[str, Any]:
         """What tells this adapter on this base model from another."""
-        seen = hashlib.sha256()
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            seen.update((self.folder / name).read_bytes())
+        seen = hashlib.sha256((self.folder / "adapter_model.safetensors").read_bytes())
+        # of the configuration what counts: where the base model lies may be written anew
+        kind = str(self.read.config.peft_type)
+        scales = {module: product.scale for module, product in self.read.products.items()}
+        seen.update(json.dumps([kind, scales], sort_keys=True).encode())
         return {
             "adapter": {"sha256": seen.hexdigest()[:16]},
             "model": {**_identity.model_files(self.base), "4bit": self.four_bit},

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from peft_dynamic.cli._given import ADAPTER, bad_input, check_adapter, check_picture
+from peft_dynamic.cli._given import ADAPTER, bad_input, check_picture
+from peft_dynamic.cli._subject import adapter_folder
 
 
 def inspect(
@@ -22,14 +24,14 @@ def inspect(
 
     For example: peft-dynamic inspect runs/sql --plot energy.png
     """
-    check_adapter(adapter)
+    folder = adapter_folder(adapter)
     if plot is not None:
         check_picture(plot)
     from peft_dynamic.algebra.checkpoint import read_checkpoint
     from peft_dynamic.algebra.inspect import energy_plot, energy_table, summary
 
     with bad_input("ADAPTER"):
-        read = read_checkpoint(adapter)
+        read = replace(read_checkpoint(folder), name=adapter)
     typer.echo(json.dumps(summary(read), indent=2) if as_json else energy_table(read))
     if plot is not None:
         energy_plot(read, plot, title=Path(adapter).name)

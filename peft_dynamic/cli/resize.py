@@ -90,17 +90,17 @@ def resize(
             )
     if model is not None:
         check_model(model)
-    if not by_data:
-        _write(adapter, adapter, out, size)
-        return
     folder = adapter_folder(adapter)
+    if not by_data:
+        _write(adapter, folder, out, size)
+        return
     task = None
     if data is not None:
         columns = Columns(prompt_column, completion_column, text_column, instruction)
         given = RowOptions(data, columns, label_column, rows, max_length, batch_size)
         task = task_for(read_config(folder), given, adapter)
     found = _moments(adapter, folder, out, size, task, moments, model, four_bit)
-    _write(adapter, folder, out, {**size, "moments": found, "cut": cut.value, "damping": damping})
+    _write(adapter, folder, out, size, moments=found, cut=cut.value, damping=damping)
 
 
 def _size(rank: int | None, parameters: float | None, bytes: int | None) -> dict[str, Any]:
@@ -118,14 +118,28 @@ def _size(rank: int | None, parameters: float | None, bytes: int | None) -> dict
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _write(adapter: str, source: str | Path, out: Path, how: dict[str, Any]) -> None:
+def _check(read: Any, out: Path, size: dict[str, Any]) -> None:
+    """Stop where the adapter has no such rank, or nothing can be written: before minutes of measuring, not after."""
+    from peft_dynamic.algebra.resize import wanted_ranks
+    from peft_dynamic.export import check_target
+
+    with bad_input("OUT"):
+        check_target(out)
+    with bad_input(f"--{next(iter(size))}"):
+        wanted_ranks(read, **{"rank": None, "parameters": None, "bytes": None, **size})
+
+
+def _write(adapter: str, folder: Path, out: Path, size: dict[str, Any], **how: Any) -> None:
     from peft_dynamic.algebra import resize_adapter
     from peft_dynamic.algebra.checkpoint import read_checkpoint
 
+    with bad_input("ADAPTER"):
+        read = read_checkpoint(folder)
+    _check(read, out, size)
     with bad_input():
-        resize_adapter(source, out, **how)
-        before, after = read_checkpoint(source).size, read_checkpoint(out).size
-    typer.echo(f"{out} has {after:,} of the {before:,} numbers of {adapter}, as a stock LoRA adapter.")
+        resize_adapter(folder, out, **size, **how)
+        after = read_checkpoint(out).size
+    typer.echo(f"{out} has {after:,} of the {read.size:,} numbers of {adapter}, as a stock LoRA adapter.")
 
 
 def _moments(
@@ -139,15 +153,11 @@ def _moments(
     four_bit: bool,
 ) -> Any:
     """The moments to cut by: out of the file if it is there, else measured, and then written to it."""
-    from peft_dynamic.algebra.resize import wanted_ranks
     from peft_dynamic.cli import _moments as kept
     from peft_dynamic.cli._subject import subject
-    from peft_dynamic.export import check_target
 
     found = subject(adapter, folder, model, four_bit, loads=file is None or not file.is_file())
-    with bad_input():  # before minutes of measuring, not after
-        check_target(out)
-        wanted_ranks(found.read, **{"rank": None, "parameters": None, "bytes": None, **size})
+    _check(found.read, out, size)
     if file is not None and file.is_file():
         return kept.load(file, found, task)
     if task.unused:
