@@ -84,10 +84,9 @@ class Subject:
     def identity(self) -> dict[str, Any]:
         """What tells this adapter on this base model from another."""
         seen = hashlib.sha256((self.folder / "adapter_model.safetensors").read_bytes())
-        # of the configuration what counts: where the base model lies may be written anew
-        kind = str(self.read.config.peft_type)
-        scales = {module: product.scale for module, product in self.read.products.items()}
-        seen.update(json.dumps([kind, scales], sort_keys=True).encode())
+        config = read_config(self.folder)
+        config.pop("base_model_name_or_path", None)  # it may have moved
+        seen.update(json.dumps(config, sort_keys=True).encode())
         return {
             "adapter": {"sha256": seen.hexdigest()[:16]},
             "model": {**_identity.model_files(self.base), "4bit": self.four_bit},
