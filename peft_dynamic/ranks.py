@@ -10,18 +10,19 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import stdev
+from statistics import mean, stdev
 from typing import Any, ClassVar
 
 from torch import nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its types are a package of their own
 
 from peft_dynamic.hosts.modes import adapters_disabled, evaluating
-from peft_dynamic.reports.curve import Curve, direction, measured_samples, number
+from peft_dynamic.reports.curve import Curve, direction, measured_samples
 from peft_dynamic.rules import is_finite, is_number
-from peft_dynamic.tuners.dylora.budget import budget_ranks, parameters_in_use, weighed
+from peft_dynamic.tuners.dylora.budget import budget_ranks, parameters_in_use
 from peft_dynamic.tuners.dylora.layer import ranked_layers
 from peft_dynamic.tuners.dylora.model import active_ranked_adapter, at_rank, held
+from peft_dynamic.tuners.dylora.weigh import weighed
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,18 @@ class RankCurve(Curve[RankRow]):
         return "parameters" if self.over_budgets else self.kind
 
     def tick(self, at: int) -> str:
-        return number(at / 1e6) + "M" if self.over_budgets and at >= 1e5 else str(at)
+        if not self.over_budgets or at < 1000:
+            return str(at)
+        return f"{at / 1e6:.3g}M" if at >= 1e6 else f"{at / 1e3:.3g}k"
 
     def interval(self, row: RankRow, metric: str) -> float | None:
-        error = row.standard_error(metric)
-        return None if error is None else 1.96 * error
+        """Of what differs between the rows: how hard an example is, is taken out (Cousineau 2005, Morey 2008)."""
+        tables = [each.samples.get(metric, []) for each in self.rows if not each.is_base]
+        own = row.samples.get(metric, [])
+        if row.is_base or not own or len(tables) < 2 or len({len(table) for table in tables}) > 1:
+            return None
+        centred = [value - mean(others) for value, *others in zip(own, *tables, strict=True)]
+        return 1.96 * stdev(centred) / math.sqrt(len(own)) * math.sqrt(len(tables) / (len(tables) - 1))
 
     def choice(self, metric: str) -> RankRow | None:
         try:
@@ -239,8 +247,8 @@ def _behind(row: RankRow, best: RankRow, metric: str, sign: int) -> float:
         return math.inf
     differences = [sign * (b - a) for a, b in zip(own, other, strict=True)]
     error = stdev(differences) / math.sqrt(len(differences))
-    mean = sum(differences) / len(differences)
-    return mean / error if error else (0.0 if mean == 0 else math.inf)
+    behind = mean(differences)
+    return behind / error if error else (0.0 if behind == 0 else math.inf)
 
 
 def rank_curve(

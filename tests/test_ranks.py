@@ -322,7 +322,9 @@ def test_the_picture_has_intervals_and_the_choice(tmp_path: Path, monkeypatch: p
     (bars,) = [each for each in axis.containers if each.has_yerr]
     (segments,) = bars[2]
     halves = [(high - low) / 2 for (_, low), (_, high) in segments.get_segments()]
-    assert halves == pytest.approx([1.96 * row.standard_error("loss") for row in losses.rows[1:]])
+    # less each example's mean, 1.15, .95, 1.25, .95: .15, -.05, .05, -.05 for rank 1; times sqrt(2 / 1)
+    half = 1.96 * math.sqrt(sum((x - 0.025) ** 2 for x in (0.15, -0.05, 0.05, -0.05)) / 3 / 4) * math.sqrt(2)
+    assert halves == pytest.approx([half, half])
     assert [text.get_text() for text in axis.texts] == ["recommended"]
     assert axis.texts[0].xy == (1, pytest.approx(1.1))
 

@@ -151,12 +151,12 @@ class Curve(Generic[R]):
                 )
             levels = [row.metrics[name] for row in rows if self.position(row) is None]
             if levels and math.isfinite(levels[0]):
-                axis.axhline(levels[0], color="0.45", linestyle="--", label=label)
+                self._draw_level(axis, name, levels[0], label)
         chosen = self.choice(name)
         at = None if chosen is None else self.position(chosen)
         if chosen is not None and at is not None:
             axis.scatter([at], [chosen.metrics[name]], s=160, facecolors="none", edgecolors="0.2", zorder=3)
-            axis.annotate("recommended", (at, chosen.metrics[name]), (0, 12), textcoords="offset points", ha="center")
+            axis.annotate("recommended", (at, chosen.metrics[name]), (8, 10), textcoords="offset points")
         if self.log_scale:
             axis.set_xscale("log", base=2)
         axis.set_xticks(_ticks(self.positions), labels=[self.tick(at) for at in _ticks(self.positions)])
@@ -164,6 +164,15 @@ class Curve(Generic[R]):
         axis.set_xlabel(self.axis_label)
         axis.set_ylabel(name)
         plain_axis(axis)
+
+    def _draw_level(self, axis: Any, name: str, level: float, label: str) -> None:
+        """A dashed line, unless it is so far away that the curve would be flat: then the number alone."""
+        drawn = [row.metrics[name] for row in self.rows if self.position(row) is not None and name in row.metrics]
+        ends = [each for each in drawn if math.isfinite(each)] or [level]
+        if min(ends) - 5 * (max(ends) - min(ends)) <= level <= max(ends) + 5 * (max(ends) - min(ends)):
+            axis.axhline(level, color="0.45", linestyle="--", label=label)
+        else:
+            axis.plot([], [], color="0.45", linestyle="--", label=f"{label}: {number(level)}")
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The curve as JSON text, also written to `path` if given. A value that is not finite becomes null."""
@@ -296,10 +305,14 @@ def number(value: float) -> str:
 
 
 def _ticks(positions: Sequence[int]) -> list[int]:
-    """All of them, or of a long list the powers of two and the last one."""
-    if len(positions) <= 10:
-        return list(positions)
-    return [at for at in positions if at & (at - 1) == 0 or at == positions[-1]]
+    """All of them, or of a long list the powers of two and the last one; none that is nearly another."""
+    if len(positions) > 10:
+        positions = [at for at in positions if at & (at - 1) == 0 or at == positions[-1]]
+    apart: list[int] = []
+    for at in positions:
+        if at < 100 or not apart or at > 1.3 * apart[-1]:
+            apart.append(at)
+    return apart
 
 
 def as_text(table: Table, width: int) -> str:

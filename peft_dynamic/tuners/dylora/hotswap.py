@@ -13,6 +13,7 @@ from torch import nn
 
 from peft_dynamic.tuners.dylora.layer import ranked_layers
 from peft_dynamic.tuners.dylora.model import at_rank, get_rank, set_rank
+from peft_dynamic.tuners.dylora.schedule import RankSchedule
 
 # What may differ between the two adapters: what only training reads.
 _MAY_DIFFER = {"rank_sampling", "geometric_p", "update", "rank_seed", "lora_dropout", "lora_alpha", "inference_mode"}
@@ -58,7 +59,8 @@ def hotswap_adapter(
     weights: dict[str, torch.Tensor] = load_peft_weights(str(model_name_or_path), device=torch_device, **kwargs)
     with at_rank(model, old.r, adapter_name):
         saved = {name: value.clone() for name, value in get_peft_model_state_dict(model, None, adapter_name).items()}
-        if odd := sorted(saved.keys() ^ weights.keys()):
+        ends = tuple(f".lora_schedule.{name}" for name in RankSchedule.optional_buffers)
+        if odd := sorted(name for name in saved.keys() ^ weights.keys() if not name.endswith(ends)):
             kind = "lacks" if odd[0] in saved else "has"
             raise ValueError(
                 f"cannot swap {model_name_or_path} into {adapter_name!r}: it {kind} {odd[0]}, unlike the adapter that "
