@@ -10,11 +10,11 @@ import torch
 import typer
 
 from peft_dynamic.algebra.inspect import usual_ranks
+from peft_dynamic.cli import _load
 from peft_dynamic.cli._budget import Budget
 from peft_dynamic.cli._choice import choice
 from peft_dynamic.cli._given import bad_input, command_line, require
 from peft_dynamic.cli._interrupt import Interrupted
-from peft_dynamic.cli._load import fast_dtype
 from peft_dynamic.cli._record import Record, Setting
 from peft_dynamic.cli._subject import Subject
 from peft_dynamic.cli._task import Evaluate, LabelTask, TextTask
@@ -52,7 +52,7 @@ def run(job: Curving) -> None:
     if record.rows:
         typer.echo(f"{job.out} has {len(wanted) - len(missing)} of {len(wanted)} rows already.")
     if missing:
-        record.about["dtype"] = record.about["dtype"] or str(fast_dtype()).removeprefix("torch.")
+        record.about["dtype"] = record.about["dtype"] or str(_load.fast_dtype()).removeprefix("torch.")
         _Measuring(job, record).all(missing)
     missing = [setting for setting in wanted if setting not in record.rows]
     _show(job, record, not missing)

@@ -10,9 +10,9 @@ from typing import Any
 
 import typer
 
+from peft_dynamic.cli import _load
 from peft_dynamic.cli._given import bad_input
 from peft_dynamic.cli._identity import differences
-from peft_dynamic.cli._load import fast_dtype
 from peft_dynamic.cli._subject import Subject
 from peft_dynamic.cli._task import LabelTask, TextTask
 
@@ -22,15 +22,14 @@ KEY = "peft_dynamic_resize"  # in the file's header: whose moments they are
 def measure(subject: Subject, task: TextTask | LabelTask) -> Any:
     """The moments of an adapter over the rows of a task, with its base model loaded; what was done is printed."""
     from peft_dynamic.algebra import adapter_moments
-    from peft_dynamic.cli._load import device
 
     started = time.monotonic()
     # as the stock LoRA that will be cut: its factors are then those of the file, whatever method the adapter is of
-    model, tokenizer = subject.load(task, fast_dtype(), stock=True)
+    model, tokenizer = subject.load(task, _load.fast_dtype(), stock=True)
     batches, notes = task.batches(model, tokenizer)
     for note in notes:
         typer.echo(note)
-    on_device = ({key: value.to(device(model)) for key, value in batch.items()} for batch in batches)
+    on_device = ({key: value.to(_load.device(model)) for key, value in batch.items()} for batch in batches)
     begun = time.monotonic()
     with bad_input("--data"):
         moments = adapter_moments(model, on_device)
