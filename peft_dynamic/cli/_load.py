@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from peft_dynamic.cli._edge import UserError, blame
+from peft_dynamic.cli._edge import UserError, blame, debugging
 
 
 def model_class(config: Any, base: str) -> Any:
@@ -73,6 +73,15 @@ def load_decoder(name: str, dtype: Any, settings: dict[str, Any]) -> Any:
             "be trained to go on with a text. Pass a decoder, such as a Llama or a GPT."
         )
     return model
+
+
+def hush_transformers() -> None:
+    """Its bars and its log, which are switched in the process; a variable that says so is read when it is imported."""
+    from transformers.utils import logging
+
+    if not debugging():
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
 
 def load_tokenizer(name: str) -> Any:

@@ -15,16 +15,15 @@ from peft import get_peft_model
 from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments, set_seed
-from transformers.utils import logging as transformers_logging
 
 from peft_dynamic.cli import _identity
 from peft_dynamic.cli._budget import Budget, Pace, Plan, Schedule, plan
 from peft_dynamic.cli._check import check_in_stock_peft
 from peft_dynamic.cli._data import Example
-from peft_dynamic.cli._edge import UserError, debugging, has_package, how_to_install
+from peft_dynamic.cli._edge import UserError, has_package, how_to_install
 from peft_dynamic.cli._encode import Tokens, encode_and_tell, prompt_text
 from peft_dynamic.cli._job import Job
-from peft_dynamic.cli._load import autocast, device, fast_dtype, load_decoder, load_tokenizer
+from peft_dynamic.cli._load import autocast, device, fast_dtype, hush_transformers, load_decoder, load_tokenizer
 from peft_dynamic.cli._measure import HeldOut, batches, choose, row_losses
 from peft_dynamic.cli._report import Findings, agreement, write_report
 from peft_dynamic.export import export_lora
@@ -41,9 +40,7 @@ GRACE = 60
 
 def run(job: Job) -> None:
     """Train, measure each rank, export the recommended one, check it, and leave a report."""
-    if not debugging():
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+    hush_transformers()
     _Run(job).all()
 
 

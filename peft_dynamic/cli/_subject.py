@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,8 +109,9 @@ class Subject:
 
         import peft_dynamic.tuners  # noqa: F401  # registers the adapter types
         from peft_dynamic.algebra.checkpoint import write_checkpoint
-        from peft_dynamic.cli._load import load_tokenizer
+        from peft_dynamic.cli._load import hush_transformers, load_tokenizer
 
+        hush_transformers()
         own = (self.folder / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(str(self.folder) if own else self.base)
         base = task.load_base(self.base, dtype, self._quantization(dtype), self.read.others)
@@ -118,7 +120,7 @@ class Subject:
             try:
                 model = PeftModel.from_pretrained(base, str(folder))
             except (RuntimeError, ValueError) as error:
-                raise self._other_base(reason(error)) from error
+                raise self._other_base(_mismatch(error)) from error
         self._check_modules(model)
         return model, tokenizer
 
@@ -139,9 +141,18 @@ class Subject:
 
     def _other_base(self, why: str) -> Exception:
         return typer.BadParameter(
-            f"{self.shown} does not fit {self.base}: {why}. Pass the base model that the adapter was trained on.",
+            f"{self.shown} does not fit {self.base}: {why.rstrip('.')}. Pass the base model that the adapter was trained on.",
             param_hint="--model",
         )
+
+
+def _mismatch(error: Exception) -> str:
+    """Of torch's list of tensors that do not fit the first one, in a sentence; else what was raised."""
+    found = re.search(r"size mismatch for (\S+): .*?(\[[\d, ]*\]).*?(\[[\d, ]*\])", str(error))
+    if found is None:
+        return reason(error)
+    name, saved, there = found.groups()
+    return f"{name.removeprefix('base_model.model.')} is {saved} in the adapter, and the model has room for {there}"
 
 
 def subject(adapter: str, folder: Path, model: str | None, four_bit: bool, loads: bool = True) -> Subject:

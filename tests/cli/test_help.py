@@ -36,7 +36,9 @@ def probe(arguments: list[str], argv0: str = "/some/where/bin/peft-dynamic") -> 
     return done.stdout
 
 
-@pytest.mark.parametrize("verb", [[], ["train"], ["export"], ["models"]])
+@pytest.mark.parametrize(
+    "verb", [[], *([verb] for verb in ("train", "export", "models", "measure", "inspect", "resize"))]
+)
 def test_help_waits_for_no_library(verb: list[str]) -> None:
     printed = probe([*verb, "--help"])
     assert "Usage: peft-dynamic" in printed
@@ -47,6 +49,9 @@ def test_help_waits_for_no_library(verb: list[str]) -> None:
 def test_a_slip_in_the_arguments_waits_for_no_library() -> None:
     assert "HEAVY []" in probe(["train", "--steps", "0"])
     assert "HEAVY []" in probe(["trian"])
+    assert "HEAVY []" in probe(["measure", "a/b", "--data", "x.jsonl", "--minutes", "0"])
+    assert "HEAVY []" in probe(["inspect", "nowhere"])
+    assert "HEAVY []" in probe(["resize", "nowhere", "out", "--rank", "2"])
     assert "HEAVY []" in probe(["models", "gpt5"], "peft-dynamic.exe")
 
 
