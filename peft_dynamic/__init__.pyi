@@ -20,6 +20,7 @@ from peft_dynamic.tuners.dylora import DyLoRAConfig as DyLoRAConfig
 from peft_dynamic.tuners.dylora import DyLoRAModel as DyLoRAModel
 from peft_dynamic.tuners.dylora import at_rank as at_rank
 from peft_dynamic.tuners.dylora import budget_ranks as budget_ranks
+from peft_dynamic.tuners.dylora import calibrate as calibrate
 from peft_dynamic.tuners.dylora import drawn_rank as drawn_rank
 from peft_dynamic.tuners.dylora import get_rank as get_rank
 from peft_dynamic.tuners.dylora import hotswap_adapter as hotswap_adapter

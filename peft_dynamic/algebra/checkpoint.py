@@ -19,64 +19,23 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from peft_dynamic.algebra.experts import Place, candidates, host_of, places
+from peft_dynamic.algebra.product import Product
+from peft_dynamic.algebra.trains import matrices_of_cores
 from peft_dynamic.export import FILES, PEFT_PREFIX, check_target
 from peft_dynamic.functional.ranks import alpha_at
 from peft_dynamic.hub import REPO_ID, write_model_card
-from peft_dynamic.methods import METHODS, REFUSED, method_of
+from peft_dynamic.methods import METHODS, method_of
+from peft_dynamic.tuners.lora_fields import check_product
 
 _ENDS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
-# Fields that make an adapter more than a product B A, with what to do instead.
-_MORE = {
-    "use_dora": "its magnitudes belong to the norm of one merged weight. Merge it into the base model",
-    "lora_bias": "it has a bias beside its factors. Train without lora_bias, or merge it into the base model",
-    "target_parameters": "its experts share a matrix, whose parts the file does not tell. Merge it into the base model",
-    "layer_replication": "its layers are copies that the file does not name. Merge it into the base model",
-}
-
-# What leaves the update the product of the factors: a scale, a parallel layout, and starts that set the factors alone.
-_HARMLESS = ("use_rslora", "megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
-
-
-@dataclass
-class Product:
-    """s B A of one module, as the file has it.
-
-    Attributes:
-        a: (r, in ...), b: (out, r ...): as stored; of an embedding A is (r, tokens).
-        scale: s.
-        ends: the endings of the two tensors' names.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
-    ends: tuple[str, str]
-
-    @property
-    def rank(self) -> int:
-        """How many components it has."""
-        return len(self.a)
-
-    @property
-    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A as (r, in), B as (out, r)."""
-        return self.a.flatten(1), self.b.flatten(1)
-
-    @property
-    def cost(self) -> int:
-        """Numbers in one component: in + out."""
-        a, b = self.matrices
-        return a.shape[1] + b.shape[0]
-
-    def with_factors(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> Product:
-        """The same module with other matrices."""
-        shaped_a = a.reshape(len(a), *self.a.shape[1:]).to(self.a.dtype)
-        shaped_b = b.reshape(*b.shape, *self.b.shape[2:]).to(self.b.dtype)
-        return Product(shaped_a.contiguous(), shaped_b.contiguous(), scale, self.ends)
+# What a file does not tell, beside the fields that make an adapter more than a product.
+_UNTOLD = {"layer_replication": "its layers are copies that the file does not name. Merge it into the base model"}
 
 
 @dataclass
@@ -98,7 +57,15 @@ class LoraCheckpoint:
     @property
     def size(self) -> int:
         """Numbers in all products."""
-        return sum(product.rank * product.cost for product in self.products.values())
+        return sum(product.size for product in self.products.values())
+
+    @property
+    def shared(self) -> list[list[str]]:
+        """The modules by what keeps one rank: each by itself, but for parameters that the file does not tell apart."""
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for module, product in self.products.items():
+            groups.setdefault(product.keys, []).append(module)
+        return [*groups.values()]
 
 
 def read_checkpoint(adapter: str | os.PathLike[str]) -> LoraCheckpoint:
@@ -119,7 +86,7 @@ def read_checkpoint(adapter: str | os.PathLike[str]) -> LoraCheckpoint:
             raise FileNotFoundError(f"{name} has no {file}. {fix}")
     try:
         written = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        kind = written["peft_type"]
+        written["peft_type"]
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{name}: adapter_config.json cannot be read ({error!r}). Save the adapter again.") from error
     config = _config(written, folder, name)
@@ -130,7 +97,7 @@ def read_checkpoint(adapter: str | os.PathLike[str]) -> LoraCheckpoint:
     broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise ValueError(f"{name} has NaN or infinite values in {broken[0]}. Take an earlier checkpoint.")
-    return _parted(str(adapter), kind, config, tensors, name)
+    return _parted(str(adapter), config, tensors, name)
 
 
 def _folder(adapter: str | os.PathLike[str]) -> Path:
@@ -155,23 +122,14 @@ def _config(written: Mapping[str, Any], folder: Path, name: str) -> Any:
         config: Any = PeftConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: adapter_config.json does not make a configuration ({error}).") from error
-    for field_name in (*_MORE, *REFUSED):
-        value = getattr(config, field_name, None)
-        if field_name in _HARMLESS or value in (None, False, {}, []):
-            continue
-        reason = _MORE.get(field_name, "its update is not the product of its factors. Merge it into the base model")
-        raise ValueError(f"{name} has {field_name}={value!r}: {reason}.")
-    start = str(getattr(config, "init_lora_weights", True))
-    if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga", "mica")):
-        raise ValueError(
-            f"{name} was started with init_lora_weights={start!r}, which changed the base weights: its product is not "
-            "its update. Save it with path_initial_model_for_weight_conversion first."
-        )
+    check_product(config, name, _UNTOLD)
     return config
 
 
-def _parted(shown: str, kind: str, config: Any, tensors: dict[str, torch.Tensor], name: str) -> LoraCheckpoint:
-    products: dict[str, Product] = {}
+def _parted(shown: str, config: Any, tensors: dict[str, torch.Tensor], name: str) -> LoraCheckpoint:
+    if any(key.endswith(".lora_A.cores") for key in tensors):
+        tensors, config = matrices_of_cores(tensors, config, name, lambda key: int(_settings(config, key)[0]))
+    found: dict[str, tuple[torch.Tensor, torch.Tensor, tuple[str, str]]] = {}
     others = dict(tensors)
     for key in tensors:
         for ends in _ENDS:
@@ -181,49 +139,114 @@ def _parted(shown: str, kind: str, config: Any, tensors: dict[str, torch.Tensor]
             a, b = others.pop(key), others.pop(module + ends[1], None)
             if b is None:
                 raise ValueError(f"{name} has {key} and no {module}{ends[1]}. The file is incomplete.")
-            mixer = others.pop(f"{module}.lora_mixer.weight", None)
-            if mixer is not None:
-                a = _mixed(a, mixer, module, name)
-            _check_shapes(a, b, config, module, name)
-            products[module] = Product(a, b, _scale(config, module, len(a)), ends)
-    if any(".cores" in key for key in others):
-        raise ValueError(
-            f"{name} is a {kind} adapter, whose factors are tensor trains of a shape that the file does not tell. Load "
-            "it on its base model, write it with export_lora, and pass that folder."
-        )
-    if not products:
+            found[module] = a, b, ends
+    if not found:
         raise ValueError(f"{name} has no LoRA factors in its file.")
+    products = _products(found, config, name)
+    for module, product in products.items():
+        mixer = others.pop(f"{module}.lora_mixer.weight", None)
+        if mixer is not None:
+            products[module] = _mixed(product, mixer, module, name)
     others = {key: value for key, value in others.items() if ".lora_schedule." not in key}
     return LoraCheckpoint(shown, config, products, others)
 
 
-def _mixed(a: torch.Tensor, mixer: torch.Tensor, module: str, name: str) -> torch.Tensor:
-    if len(mixer) != 1 or mixer.shape[1:] != (len(a), len(a)):
-        raise ValueError(f"{name}: {module} has a mixer per group or expert. Write the adapter with export_lora first.")
-    return (mixer[0].double() @ a.flatten(1).double()).to(a.dtype).view(a.shape)
+def _products(found: Mapping[str, tuple[Any, Any, tuple[str, str]]], config: Any, name: str) -> dict[str, Product]:
+    """Each module's product, and how many experts or groups it has."""
+    wrapped: dict[str, dict[str, int]] = {}  # module -> wrapper of one of its parameters -> rows of A
+    targets = getattr(config, "target_parameters", None) or []
+    for module, (a, _, _) in found.items():
+        host = host_of(module.removeprefix(PEFT_PREFIX))
+        # PEFT takes a layer whole or by its parameters; a name without a dot may be a parameter of any
+        may = candidates(host, targets) and ".base_layer." not in host
+        if may and not check_target_module_exists(config, host):
+            wrapped.setdefault(host, {})[module] = len(a)
+    told: dict[str, Place] = {}
+    for host, rows in wrapped.items():
+        try:
+            told |= places(rows, candidates(host, targets), lambda key: _settings(config, key))
+        except ValueError as error:
+            raise ValueError(
+                f"{name}: of the parameters of {host} {error}. Merge the adapter into its base model."
+            ) from error
+    products = {}
+    for module, (a, b, ends) in found.items():
+        place = told.get(module)
+        if place is not None:
+            product = Product(a, b, 1.0, ends, place.keys, experts=place.experts, of_parameter=True)
+        else:
+            # the projection of nn.MultiheadAttention has the rank of the attention around it
+            key = module.removeprefix(PEFT_PREFIX).partition(".base_layer")[0]
+            groups = len(a) // b.shape[1] if a.dim() > 2 and b.dim() > 2 else 1
+            product = Product(a, b, 1.0, ends, (key,), groups=max(groups, 1))
+        _check_shapes(product, config, module, name)
+        product.scale = _scale(config, product.keys[0], product.rank)
+        products[module] = product
+    return products
 
 
-def _check_shapes(a: torch.Tensor, b: torch.Tensor, config: Any, module: str, name: str) -> None:
-    rank = _of_pattern(config.rank_pattern, module, config.r)
-    fits = a.dim() >= 2 and b.dim() >= 2 and len(a) == b.shape[1] == rank and b.flatten(1).shape[1] == rank
-    if not fits:
+def _mixed(product: Product, mixer: torch.Tensor, module: str, name: str) -> Product:
+    a, b = product.matrices
+    if mixer.shape != (len(a), product.steps, product.steps):
+        raise ValueError(
+            f"{name}: {module} has a mixer of shape {tuple(mixer.shape)} for factors of rank {product.rank}. "
+            "The file is damaged: take another copy."
+        )
+    return product.with_factors(mixer.double() @ a.double(), b, product.scale)
+
+
+def _settings(config: Any, key: str) -> tuple[int, float]:
+    return _of_pattern(config.rank_pattern, key, config.r), _of_pattern(config.alpha_pattern, key, config.lora_alpha)
+
+
+def _check_shapes(product: Product, config: Any, module: str, name: str) -> None:
+    a, b, count = product.a, product.b, product.experts
+    rank = _settings(config, product.keys[0])[0]
+    fits = a.dim() >= 2 and b.dim() >= 2 and product.rank == rank
+    fits = fits and len(a) == b.shape[1] * product.groups == rank * count and len(b) % product.groups == 0
+    if not fits or b[0, 0].numel() != 1:
         raise ValueError(
             f"{name}: {module} has factors of shape {tuple(a.shape)} and {tuple(b.shape)}, and rank {rank} by its "
-            "configuration. A grouped convolution, or a damaged file: merge the adapter, or take another copy."
+            "configuration. The file is damaged: take another copy."
         )
 
 
-def _of_pattern(pattern: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
+def _of_pattern(pattern: Mapping[str, Any] | None, key: str, otherwise: Any) -> Any:
     pattern = pattern or {}
-    return pattern.get(get_pattern_key(list(pattern), module.removeprefix(PEFT_PREFIX)), otherwise)
+    return pattern.get(get_pattern_key(list(pattern), key), otherwise)
 
 
-def _scale(config: Any, module: str, rank: int) -> float:
-    alpha = _of_pattern(config.alpha_pattern, module, config.lora_alpha)
+def _scale(config: Any, key: str, rank: int) -> float:
+    alpha = _settings(config, key)[1]
     if getattr(config, "use_rslora", False):
         return float(alpha) / math.sqrt(rank)
     rule = getattr(config, "scaling", None)
     return float(alpha_at(rule, alpha, rank, rank) if isinstance(rule, str) else alpha) / rank
+
+
+def targets_of(products: Mapping[str, Product]) -> dict[str, Any]:
+    """The fields that name exactly these modules and parameters."""
+    modules = dict.fromkeys(product.keys[0] for product in products.values() if not product.of_parameter)
+    parameters = dict.fromkeys(key for product in products.values() if product.of_parameter for key in product.keys)
+    return {
+        "target_modules": [*modules],
+        "target_parameters": [*parameters] or None,
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+
+
+def _renamed(kept: Mapping[str, Product]) -> dict[str, Product]:
+    """As PEFT names them where some wrappers of a module's parameters are left out: the outermost has its name."""
+    inside: Counter[str] = Counter()
+    named = {}
+    for module in sorted(kept, key=len):
+        product, host = kept[module], host_of(module)
+        if product.of_parameter:
+            named[module] = host + ".base_layer" * inside[host]
+            inside[host] += 1
+    return {named.get(module, module): product for module, product in kept.items()}
 
 
 def write_checkpoint(made: LoraCheckpoint, out: str | os.PathLike[str]) -> Path:
@@ -241,7 +264,7 @@ def write_checkpoint(made: LoraCheckpoint, out: str | os.PathLike[str]) -> Path:
         raise ValueError(f"out={str(out)!r}: no module would be left. Pass a larger rank or budget.")
     config = _stock_config(made, kept)
     tensors = dict(made.others)
-    for module, product in kept.items():
+    for module, product in _renamed(kept).items():
         tensors[module + product.ends[0]], tensors[module + product.ends[1]] = product.a, product.b
     target.parent.mkdir(parents=True, exist_ok=True)
     place = target if target.is_dir() else target.parent
@@ -261,26 +284,25 @@ def _stock_config(made: LoraCheckpoint, kept: dict[str, Product]) -> LoraConfig:
     ours = made.config
     settings = {module: (product.rank, product.scale * product.rank) for module, product in kept.items()}
     rank, alpha = Counter(settings.values()).most_common(1)[0][0]
-    same = set(kept) == set(made.products)
-    names = [module.removeprefix(PEFT_PREFIX) for module in kept]
+    fields = targets_of(kept)
+    if set(kept) == set(made.products):
+        fields = {name: copy(getattr(ours, name, None)) for name in fields}
     carried = ("task_type", "fan_in_fan_out", "bias", "modules_to_save", "trainable_token_indices", "revision")
+    patterns = [(key, settings[module]) for module, product in kept.items() for key in product.keys]
     return LoraConfig(
         **{name: copy(getattr(ours, name)) for name in carried},
+        **fields,
         r=rank,
         lora_alpha=_whole(alpha),
-        target_modules=copy(ours.target_modules) if same else names,
-        exclude_modules=copy(ours.exclude_modules) if same else None,
-        layers_to_transform=ours.layers_to_transform if same else None,
-        layers_pattern=ours.layers_pattern if same else None,
-        rank_pattern={_exactly(m): b for m, (b, _) in settings.items() if b != rank},
-        alpha_pattern={_exactly(m): _whole(x) for m, (_, x) in settings.items() if x != alpha},
+        rank_pattern={_exactly(key): b for key, (b, _) in patterns if b != rank},
+        alpha_pattern={_exactly(key): _whole(x) for key, (_, x) in patterns if x != alpha},
         base_model_name_or_path=ours.base_model_name_or_path,
         inference_mode=True,
     )
 
 
-def _exactly(module: str) -> str:
-    return "^" + module.removeprefix(PEFT_PREFIX).replace(".", r"\.")
+def _exactly(key: str) -> str:
+    return "^" + key.replace(".", r"\.")
 
 
 def _whole(value: float) -> float:

@@ -22,7 +22,8 @@ NEARLY_ALL = 0.99
 def energy_kept(read: LoraCheckpoint) -> dict[str, list[float]]:
     """Module -> the share of the squared singular values that the ranks 1, 2, ... keep, from 0 to 1.
 
-    An update that is 0 has nothing to lose: every rank keeps all of it.
+    An update that is 0 has nothing to lose: every rank keeps all of it. Of a convolution in n groups the ranks are n,
+    2 n, ...
     """
     kept = {}
     for module, values in spectra(read).items():
@@ -31,11 +32,21 @@ def energy_kept(read: LoraCheckpoint) -> dict[str, list[float]]:
     return kept
 
 
+def _by_rank(read: LoraCheckpoint) -> dict[str, list[float]]:
+    """The same with a value for every rank, 0 where the groups of a convolution have none."""
+    found = {}
+    for module, kept in energy_kept(read).items():
+        product = read.products[module]
+        steps = [rank // product.groups for rank in range(1, product.rank + 1)]
+        found[module] = [kept[step - 1] if step else 0.0 for step in steps]
+    return found
+
+
 def rank_for(kept: dict[str, list[float]], share: float = NEARLY_ALL) -> int:
     """The smallest rank at which every module keeps this share of its energy.
 
     Args:
-        kept: what `energy_kept` gave.
+        kept: module -> the share that the ranks 1, 2, ... keep.
         share: from 0 to 1.
     """
     return max(_first(shares, share) for shares in kept.values())
@@ -48,7 +59,7 @@ def usual_ranks(most: int) -> list[int]:
 
 def summary(read: LoraCheckpoint) -> dict[str, Any]:
     """The adapter's type, sizes, ranks and energy as plain numbers, to be written as JSON."""
-    kept = energy_kept(read)
+    kept = _by_rank(read)
     return {
         "adapter": read.name,
         "type": _kind(read),
@@ -61,7 +72,7 @@ def summary(read: LoraCheckpoint) -> dict[str, Any]:
         "modules": {
             module.removeprefix(PEFT_PREFIX): {
                 "rank": product.rank,
-                "numbers": product.rank * product.cost,
+                "numbers": product.size,
                 "energy_kept": kept[module],
             }
             for module, product in read.products.items()
@@ -85,9 +96,10 @@ def energy_table(read: LoraCheckpoint, width: int = 100) -> str:
         about += f", and {len(read.others)} other tensors"
     ranks = usual_ranks(most)
     table = Table("module", "rank", *map(str, ranks), title="energy of the update kept at a rank")
-    kept = energy_kept(read)
+    kept = _by_rank(read)
     for module, shares in kept.items():
-        cells = [f"{shares[min(rank, len(shares)) - 1]:.1%}" if rank <= len(shares) else "" for rank in ranks]
+        there = [rank <= len(shares) and rank >= read.products[module].groups for rank in ranks]
+        cells = [f"{shares[rank - 1]:.1%}" if has else "" for rank, has in zip(ranks, there, strict=True)]
         table.add_row(module.removeprefix(PEFT_PREFIX), str(len(shares)), *cells)
     if len(kept) > 2:
         table.add_section()
@@ -115,7 +127,7 @@ def energy_plot(read: LoraCheckpoint, path: str | Path, title: str | None = None
         ValueError: another suffix.
     """
     path = picture_path(path)
-    kept = energy_kept(read)
+    kept = _by_rank(read)
     ranks = usual_ranks(_largest(read))
     figure = new_figure("energy", 7.5, 4.8)
     axis = figure.subplots()
@@ -199,4 +211,4 @@ def _kind(read: LoraCheckpoint) -> str:
 
 
 def _bytes(read: LoraCheckpoint) -> int:
-    return sum(p.a.element_size() * p.rank * p.cost for p in read.products.values())
+    return sum(p.a.element_size() * p.size for p in read.products.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -12,12 +13,13 @@ from typing import Any
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from peft_dynamic.algebra.checkpoint import LoraCheckpoint, Product, read_checkpoint, write_checkpoint
-from peft_dynamic.algebra.moments import AdapterMoments
-from peft_dynamic.export import PEFT_PREFIX
+from peft_dynamic.algebra.checkpoint import LoraCheckpoint, read_checkpoint, write_checkpoint
+from peft_dynamic.algebra.experts import host_of
+from peft_dynamic.algebra.product import Product
 from peft_dynamic.functional.products import allocate, singular_values
 from peft_dynamic.functional.products import cut as cut_to
 from peft_dynamic.rules import is_finite, is_int, is_number
+from peft_dynamic.tuners.moments import AdapterMoments
 
 
 def resize_adapter(
@@ -39,11 +41,12 @@ def resize_adapter(
     none is left out of the targets. At the full rank the tensors stay as they are.
 
     Args:
-        adapter: a folder, or a name on the Hub, with a LoRA adapter (rsLoRA, `rank_pattern` and `alpha_pattern`
-            included), a DyLoRA or a MoSLoRA adapter; or a `PeftModel` whose active adapter is a LoRA.
+        adapter: a folder, or a name on the Hub, with a LoRA adapter (rsLoRA, `rank_pattern`, `alpha_pattern` and
+            `target_parameters` included), a DyLoRA or a MoSLoRA adapter, or a LoRETTA_rep adapter with a
+            `tensor_shape`; or a `PeftModel` whose active adapter is a LoRA.
         out: the folder to write; with a model, the name of a new adapter in it.
         rank: the rank of all modules, at most which they have; or a dict from patterns, as in `rank_pattern`, to
-            ranks, 0 leaving a module out, for modules that match one.
+            ranks, 0 leaving a module out, for modules that match one. Of experts it is the rank of each.
         parameters: the budget in numbers; a share of those that there are, from 0 to 1, if it is a float.
         bytes: the budget in bytes.
         moments: what `adapter_moments` measured of this adapter; components are then those that matter most on these
@@ -64,10 +67,31 @@ def resize_adapter(
         budget = {"rank": rank, "parameters": parameters, "bytes": bytes}
         return _resize_loaded(adapter, str(out), **budget, moments=moments, damping=damping, cut=cut)
     read = read_checkpoint(adapter)
-    weights = _weights(read, moments, damping, cut)
+    weights = weights_of(read, moments, damping, cut)
     ranks = wanted_ranks(read, rank, parameters, bytes, weights)
-    products = {module: _cut(product, ranks[module], weights[module]) for module, product in read.products.items()}
+    scales = _scales(read, ranks)
+    products = {
+        module: _cut(product, ranks[module], scales[module], weights[module])
+        for module, product in read.products.items()
+    }
     return write_checkpoint(replace(read, products=products), out)
+
+
+def _scales(read: LoraCheckpoint, ranks: Mapping[str, int]) -> dict[str, float]:
+    """The scale that each module gets: its own, but for parameters of one module, which are cut to one of them.
+
+    At one rank and different scales no file tells which parameter is which.
+    """
+    scales = {module: product.scale for module, product in read.products.items()}
+    hosts: dict[str, list[str]] = {}
+    for module, product in read.products.items():
+        if product.of_parameter:
+            hosts.setdefault(host_of(module), []).append(module)
+    for modules in hosts.values():
+        uncut = [module for module in modules if ranks[module] == read.products[module].rank]
+        common = scales[(uncut or modules)[0]]
+        scales |= {module: common for module in modules if module not in uncut and common}
+    return scales
 
 
 def _resize_loaded(model: Any, name: str, **budget: Any) -> str:
@@ -89,10 +113,10 @@ def _resize_loaded(model: Any, name: str, **budget: Any) -> str:
     return name
 
 
-def _weights(
-    read: LoraCheckpoint, moments: AdapterMoments | None, damping: float, how: str
+def weights_of(
+    read: LoraCheckpoint, moments: AdapterMoments | None, damping: float, how: str, name: str = "moments"
 ) -> dict[str, tuple[Any, ...]]:
-    """Module -> the further arguments of `functional.products.grams`."""
+    """Module -> the further arguments of `functional.products.grams`; `name` is what messages call the moments."""
     if how not in ("auto", "plain", "inputs", "loss"):
         raise ValueError(f"cut={how!r}: must be 'auto', 'plain', 'inputs' or 'loss'.")
     _check(is_number(damping) and damping >= 0 and is_finite(damping), "damping", damping, "a number of at least 0")
@@ -104,35 +128,45 @@ def _weights(
         raise ValueError(f"cut={how!r} needs moments" + (" with loss=True." if how == "loss" else ": pass moments."))
     weights: dict[str, tuple[Any, ...]] = {}
     for module, product in read.products.items():
+        if product.experts * product.groups > 1:
+            raise ValueError(
+                f"{name}: {module} has {product.experts * product.groups} experts or groups, of which there are no "
+                "moments. Cut this adapter without moments."
+            )
         pair = (moments.inputs.get(module), moments.losses.get(module) if how == "loss" else None)
         sizes = [len(moment) for moment in pair if moment is not None]
         if pair[0] is None or any(size != product.rank for size in sizes):
             raise ValueError(
-                f"moments: they are of another adapter, and have none of rank {product.rank} for {module}. Measure "
+                f"{name}: they are of another adapter, and have none of rank {product.rank} for {module}. Measure "
                 "them of this adapter with adapter_moments."
             )
         if not all(bool(moment.isfinite().all()) for moment in pair if moment is not None):
-            raise ValueError(
-                f"moments: those of {module} are not finite. Measure again, without the batch that did it."
-            )
+            raise ValueError(f"{name}: those of {module} are not finite. Measure again, without the batch that did it.")
         weights[module] = (pair, float(damping))
     return weights
 
 
-def _cut(product: Product, rank: int, weights: tuple[Any, ...]) -> Product:
+def _cut(product: Product, rank: int, scale: float, weights: tuple[Any, ...]) -> Product:
     if rank == product.rank:
         return product
-    if not rank:
-        return product.with_factors(product.matrices[0][:0], product.matrices[1][:, :0], product.scale)
-    return product.with_factors(*cut_to(*product.matrices, rank, *weights), product.scale)
+    a, b = product.matrices
+    if rank:
+        a, b = cut_to(a, b, rank // product.groups, *weights)
+    else:
+        a, b = a[:, :0], b[:, :, :0]
+    return product.with_factors(a, b if scale == product.scale else b * (product.scale / scale), scale)
 
 
 def spectra(read: LoraCheckpoint, weights: Mapping[str, tuple[Any, ...]] | None = None) -> dict[str, list[float]]:
-    """Module -> the singular values of its s B A, largest first; weighted where weights are given."""
-    return {
-        module: (abs(product.scale) * singular_values(*product.matrices, *(weights or {}).get(module, ()))).tolist()
-        for module, product in read.products.items()
-    }
+    """Module -> the singular values of its s B A, largest first; weighted where weights are given.
+
+    Of experts and groups the i-th is the root of the sum of their squared i-th ones.
+    """
+    found = {}
+    for module, product in read.products.items():
+        values = singular_values(*product.matrices, *(weights or {}).get(module, ()))
+        found[module] = (abs(product.scale) * values.square().sum(0).sqrt()).tolist()
+    return found
 
 
 def wanted_ranks(
@@ -149,19 +183,30 @@ def wanted_ranks(
         raise ValueError(f"pass one of rank, parameters and bytes, got {', '.join(set_ones) or 'none'}.")
     if rank is not None:
         return _by_rank(read, rank)
-    costs = {module: product.cost for module, product in read.products.items()}
     if bytes is not None:
         _check(is_int(bytes) and bytes > 0, "bytes", bytes, "a whole number of at least 1")
-        sizes = {module: product.a.element_size() for module, product in read.products.items()}
-        return allocate(
-            spectra(read, weights), {module: cost * sizes[module] for module, cost in costs.items()}, int(bytes)
-        )
+        return _within(read, int(bytes), weights, in_bytes=True)
     if isinstance(parameters, float):
         _check(is_finite(parameters) and 0 < parameters <= 1, "parameters", parameters, "a share above 0 and at most 1")
-        return allocate(spectra(read, weights), costs, int(parameters * read.size))
+        return _within(read, int(parameters * read.size), weights)
     count = parameters if is_int(parameters) and parameters is not None else 0
     _check(count > 0, "parameters", parameters, "a count of at least 1, or a share as a float up to 1.0")
-    return allocate(spectra(read, weights), costs, int(count))
+    return _within(read, int(count), weights)
+
+
+def _within(
+    read: LoraCheckpoint, budget: int, weights: Mapping[str, tuple[Any, ...]] | None, in_bytes: bool = False
+) -> dict[str, int]:
+    """Ranks for a budget of numbers or bytes; what shares a rank is one item, at the sums of worth and cost."""
+    alone = spectra(read, weights)
+    values, costs = {}, {}
+    for first, *more in read.shared:
+        products = [read.products[module] for module in (first, *more)]
+        steps = zip(*(alone[module] for module in (first, *more)), strict=True)
+        values[first] = [math.hypot(*step) for step in steps]
+        costs[first] = sum(p.cost * (p.a.element_size() if in_bytes else 1) for p in products)
+    found = allocate(values, costs, budget)
+    return {module: found[group[0]] * read.products[module].groups for group in read.shared for module in group}
 
 
 def _by_rank(read: LoraCheckpoint, rank: int | Mapping[str, int]) -> dict[str, int]:
@@ -170,19 +215,41 @@ def _by_rank(read: LoraCheckpoint, rank: int | Mapping[str, int]) -> dict[str, i
         _check(is_int(rank) and rank >= 1, "rank", rank, "a whole number of at least 1")
         most = max(ranks.values())
         _check(rank <= most, "rank", rank, f"at most {most}, the largest rank of the adapter")
-        return {module: min(int(rank), has) for module, has in ranks.items()}
-    used = set()
+        wanted = {module: min(int(rank), has) for module, has in ranks.items()}
+        check_groups(read.products, wanted, f"rank={rank!r}")
+        return wanted
+    used: set[str] = set()
     for module, has in ranks.items():
-        key = get_pattern_key(list(rank), module.removeprefix(PEFT_PREFIX))
-        if key in rank:
-            used.add(key)
-            value = rank[key]
-            rule = f"a whole number from 0 to {has}, the rank of {module}"
-            _check(is_int(value) and 0 <= value <= has, f"rank[{key!r}]", value, rule)
-            ranks[module] = int(value)
+        product = read.products[module]
+        found = {key: get_pattern_key(list(rank), key) for key in product.keys}
+        chosen = {key: rank[pattern] for key, pattern in found.items() if pattern in rank}
+        used.update(pattern for pattern in found.values() if pattern in rank)
+        if not chosen:
+            continue
+        if len(chosen) < len(found) or len(set(chosen.values())) > 1:
+            raise ValueError(
+                f"rank={rank!r}: the file does not tell which of {[*found]} is which, so that they keep one rank. Pass "
+                f"a pattern that matches all of them."
+            )
+        pattern = found[next(iter(chosen))]
+        value = rank[pattern]
+        rule = f"a whole number from 0 to {has}, the rank of {module}"
+        _check(is_int(value) and 0 <= value <= has, f"rank[{pattern!r}]", value, rule)
+        ranks[module] = int(value)
+        check_groups({module: product}, ranks, f"rank[{pattern!r}]={value!r}")
     unused = [key for key in rank if key not in used]
     _check(not unused, "rank", rank, f"patterns that match a module; {unused} match none")
     return ranks
+
+
+def check_groups(products: Mapping[str, Product], ranks: Mapping[str, int], given: str) -> None:
+    """Raise ValueError where a convolution would have a rank that its groups do not divide."""
+    for module, product in products.items():
+        if ranks[module] % product.groups:
+            raise ValueError(
+                f"{given}: {module} is a convolution of {product.groups} groups, whose rank is a multiple of "
+                f"{product.groups}, and got {ranks[module]}. Pass a multiple, or a dict with one for this module."
+            )
 
 
 def _check(holds: bool, name: str, value: object, rule: str) -> None:

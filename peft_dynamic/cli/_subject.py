@@ -141,7 +141,7 @@ class Subject:
 
     def _other_base(self, why: str) -> Exception:
         return typer.BadParameter(
-            f"{self.shown} does not fit {self.base}: {why.rstrip('.')}. Pass the base model that the adapter was trained on.",
+            f"{self.shown} does not fit {self.base}: {why.rstrip('.')}. Pass the base model that it was trained on.",
             param_hint="--model",
         )
 

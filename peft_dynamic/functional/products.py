@@ -9,6 +9,8 @@ Equations, with A (r, in), B (out, r), s the scale of the product, and two posit
     (4)  sum_t w_t s_t B_t A_t = [w_1 s_1 B_1, w_2 s_2 B_2, ...] [A_1; A_2; ...]
     (5)  a component of layer l costs c_l and is worth (s_l sigma_{l,i})^2; components are taken in the order of worth
          over cost until the first that a budget has no room for, so that a smaller budget's are among a larger one's
+    (6)  of a sum (4), with K_t = A_t C_t A_t^T known of each adapter on data of its own: K_A = mean_t A C_t A^T, where
+         C_t = A_t^+ K_t (A_t^+)^T + c_t (I - A_t^+ A_t) and c_t = tr K_t / tr(A_t A_t^T)
 
 Sources: (3) Eckart and Young, The approximation of one matrix by another of lower rank, Psychometrika 1, 1936, applied
 to L^-1 A C^(1/2), whose rows are orthonormal; E and F are those of `functional.ranks`. (5) is the greedy rule for one
@@ -31,12 +33,12 @@ def grams(
     moments: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     damping: float = 0.1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """K_A and K_B of equation (1), (r, r) float64.
+    """K_A and K_B of equation (1), (..., r, r) float64.
 
     Args:
-        a: (r, in).
-        b: (out, r).
-        moments: E[z z^T] with z = A x, and E[d d^T] / s^2 with d = dL/dz, each (r, r); None for C = I or G = I.
+        a: (..., r, in).
+        b: (..., out, r).
+        moments: E[z z^T] with z = A x, and E[d d^T] / s^2 with d = dL/dz, each (..., r, r); None for C = I or G = I.
         damping: lambda of K + lambda (tr K / tr K') K', with K' that of C = G = I. Moments of few rows are near
             singular, and a cut would trust directions that they have not seen. Infinite is the plain cut.
     """
@@ -79,12 +81,12 @@ def singular_values(a: torch.Tensor, b: torch.Tensor, *moments: Any) -> torch.Te
     """The singular values of the product B A, in the norm of equation (3): sigma of equation (2).
 
     Args:
-        a: (r, in).
-        b: (out, r).
+        a: (..., r, in), a product or several at once.
+        b: (..., out, r).
         moments: further arguments of `grams`.
 
     Returns:
-        (r,) float64, largest first.
+        (..., r) float64, largest first.
     """
     return spectrum(*grams(a, b, *moments))
 
@@ -93,17 +95,17 @@ def cut(a: torch.Tensor, b: torch.Tensor, rank: int, *moments: Any) -> tuple[tor
     """The factors of the best product of this rank: equation (3).
 
     Args:
-        a: (r, in).
-        b: (out, r).
+        a: (..., r, in), a product or several at once.
+        b: (..., out, r).
         rank: from 1 to r.
         moments: further arguments of `grams`.
 
     Returns:
-        (rank, in) and (out, rank), in the dtypes of the factors; computed in float64.
+        (..., rank, in) and (..., out, rank), in the dtypes of the factors; computed in float64.
     """
     gram_a, gram_b = grams(a, b, *moments)
     e, f = bases_of(gram_a[None], gram_b[None])
-    return (f[0, :rank] @ a.double()).to(a.dtype), (b.double() @ e[0, :, :rank]).to(b.dtype)
+    return (f[0, ..., :rank, :] @ a.double()).to(a.dtype), (b.double() @ e[0, ..., :rank]).to(b.dtype)
 
 
 def weighted_sum(
@@ -112,15 +114,41 @@ def weighted_sum(
     """The factors of a weighted sum of products: equation (4), of the sum of the ranks, exactly.
 
     Args:
-        factors: (A_t, B_t), each (r_t, in) and (out, r_t).
+        factors: (A_t, B_t), each (..., r_t, in) and (..., out, r_t).
         weights: w_t s_t.
 
     Returns:
-        (sum r_t, in) and (out, sum r_t), float64.
+        (..., sum r_t, in) and (..., out, sum r_t), float64.
     """
-    a = torch.cat([each.double() for each, _ in factors])
-    b = torch.cat([each.double() * weight for (_, each), weight in zip(factors, weights, strict=True)], dim=1)
+    a = torch.cat([each.double() for each, _ in factors], dim=-2)
+    b = torch.cat([each.double() * weight for (_, each), weight in zip(factors, weights, strict=True)], dim=-1)
     return a, b
+
+
+def pooled(factors: Sequence[torch.Tensor], moments: Sequence[torch.Tensor]) -> torch.Tensor:
+    """K_A of a sum of products, from moments that each adapter has of its own data: equation (6).
+
+    Adapter t's moments K_t tell its data's covariance C_t in the directions of its own rows. In all others, in which
+    the other adapters may read, we take it as c_t I: that is our approximation. It is exact where the rows of all A_t
+    span the same space, and for one adapter. Rows that several adapters share count once, as in A C A^T.
+
+    Args:
+        factors: A_t, each (r_t, in).
+        moments: K_t = E[z z^T] with z = A_t x, each (r_t, r_t).
+
+    Returns:
+        (sum r_t, sum r_t) float64.
+    """
+    stack = torch.cat([a.double() for a in factors])
+    gram, total, first = stack @ stack.mT, torch.zeros(()), 0
+    for moment in moments:
+        own = slice(first, first + len(moment))
+        first += len(moment)
+        wide = moment.double().to(gram.device)
+        onto = gram[:, own] @ torch.linalg.pinv(gram[own, own], rtol=1e-12, hermitian=True)  # A A_t^+
+        level = wide.trace() / gram[own, own].trace().clamp(min=1e-300)
+        total = total + onto @ wide @ onto.mT + level * (gram - onto @ gram[own])
+    return total / len(moments)
 
 
 def allocate(values: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int) -> dict[str, int]:

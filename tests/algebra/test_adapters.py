@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_dynamic import DyLoRAConfig, average_adapters, merge_adapters, resize_adapter
+from peft_dynamic import DyLoRAConfig, LorettaRepConfig, average_adapters, merge_adapters, resize_adapter
 from peft_dynamic.algebra.checkpoint import read_checkpoint
 from peft_dynamic.algebra.inspect import energy_kept, energy_table
 from tests import methods
@@ -117,7 +117,7 @@ def test_adapters_of_ours_are_read_or_refused_by_name(method: str, tmp_path: Pat
     with torch.no_grad():
         expected = model.eval()(input_ids=rows(2)).logits
     if method == "loretta-rep":
-        with pytest.raises(ValueError, match=r"tensor trains of a shape .* write it with export_lora"):
+        with pytest.raises(ValueError, match=r"has tensor_shape=None: .* write it with export_lora"):
             resize_adapter(tmp_path / "ours", tmp_path / "out", rank=4)
         assert not (tmp_path / "out").exists()
     else:
@@ -125,6 +125,36 @@ def test_adapters_of_ours_are_read_or_refused_by_name(method: str, tmp_path: Pat
         torch.testing.assert_close(logits(tmp_path / "out"), expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match=r"holds adapters of one type. Write it with export_lora"):
         resize_adapter(model, "small", rank=1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"init_weights": "noise_removal"},
+        {"init_weights": "noise_removal", "use_rslora": True, "alpha_pattern": {"q_proj": 5}},
+        {"rank_pattern": {"q_proj": 4}, "target_modules": ["q_proj"], "bottleneck": 16},
+        {"modules_to_save": ["lm_head"], "bias": "all"},
+    ],
+    ids=str,
+)
+def test_tensor_trains_whose_shape_is_given_are_read(settings: dict[str, Any], tmp_path: Path) -> None:
+    """A shape with a product of 256 and a bottleneck of 8 is that of layers of 32 inputs and outputs."""
+    defaults = {"bottleneck": 8, "tensor_rank": 3, "tensor_shape": [8, 4, 8], "target_modules": ["q_proj", "o_proj"]}
+    if "rank_pattern" in settings:
+        defaults["tensor_shape"] = [8, 4, 4]
+    model = get_peft_model(tiny_llama(), LorettaRepConfig(**(defaults | {"task_type": "CAUSAL_LM"} | settings)))
+    perturb(model)
+    model.save_pretrained(tmp_path / "ours", save_embedding_layers=False)
+    if settings.get("bias", "none") != "none":
+        with pytest.raises(ValueError, match="does not tell the modules that they belong to"):
+            resize_adapter(tmp_path / "ours", tmp_path / "out", rank=8)
+        return
+    most = max(product.rank for product in read_checkpoint(tmp_path / "ours").products.values())
+    resize_adapter(tmp_path / "ours", tmp_path / "out", rank=most)
+    with torch.no_grad():
+        expected = model.eval()(input_ids=rows(2)).logits
+    torch.testing.assert_close(logits(tmp_path / "out"), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_loaded_adapter_gets_a_smaller_one_beside_it(tmp_path: Path) -> None:
@@ -189,14 +219,25 @@ def test_other_layers(layers: str, tmp_path: Path) -> None:
     model = get_peft_model(base, LoraConfig(**({"r": 4, "lora_alpha": 6} | CASES[layers].config)))
     perturb(model)
     model.save_pretrained(tmp_path / "whole")
-    if layers == "convolutions":  # a grouped one among them
-        with pytest.raises(ValueError, match="grouped convolution"):
-            resize_adapter(tmp_path / "whole", tmp_path / "small", rank=2)
-        return
     resize_adapter(tmp_path / "whole", tmp_path / "same", rank=4)
     loaded = PeftModel.from_pretrained(build(layers)[0], tmp_path / "same").eval()
     with torch.no_grad():
         assert torch.equal(loaded(inputs), model.eval()(inputs))
+
+
+@pytest.mark.parametrize("parameters", [0.3, 0.5, 0.7])
+def test_an_attention_and_its_projection_keep_one_rank(parameters: float, tmp_path: Path) -> None:
+    """PEFT gives the projection inside nn.MultiheadAttention the attention's rank, whatever `rank_pattern` says."""
+    base, inputs = build("attention")
+    model = get_peft_model(base, LoraConfig(r=8, target_modules=["attention", "head"]))
+    perturb(model)
+    model.save_pretrained(tmp_path / "whole")
+    resize_adapter(tmp_path / "whole", tmp_path / "small", parameters=parameters)
+    ranks = {name.rpartition("model.")[2]: p.rank for name, p in read_checkpoint(tmp_path / "small").products.items()}
+    assert ranks["attention"] == ranks["attention.base_layer.out_proj"]
+    small = PeftModel.from_pretrained(build("attention")[0], tmp_path / "small").eval()
+    with torch.no_grad():
+        assert small(inputs).isfinite().all()
 
 
 def broken(folder: Path, how: str) -> None:

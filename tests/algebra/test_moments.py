@@ -6,10 +6,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
-from peft_dynamic import AdapterMoments, adapter_moments, resize_adapter
+from peft_dynamic import AdapterMoments, adapter_moments, merge_adapters, resize_adapter
 from peft_dynamic.algebra.checkpoint import read_checkpoint
 from tests.conformance.cases import perturb
+from tests.stock_cases import CASES, build
 from tests.tuners.common import rows, tiny_llama
 
 TARGETS = ["q_proj", "down_proj"]
@@ -152,8 +155,179 @@ def test_bad_moments_and_batches_are_named(tmp_path: Path) -> None:
         adapter_moments(model, [{"input_ids": rows(2)}])
     with pytest.raises(ValueError, match="the model has no LoRA layer"):
         adapter_moments(tiny_llama(), batches(1))
-    with pytest.raises(ValueError, match="is an embedding"):
-        adapter_moments(adapted(target_modules=["embed_tokens"]), batches(1))
-    (tmp_path / "whole" / "x").mkdir()
-    with pytest.raises(ValueError, match="holds no moments"):
-        AdapterMoments.load(tmp_path / "whole" / "adapter_model.safetensors")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="ran in no batch: it is merged"):
+        adapter_moments(model, batches(1))
+
+
+@pytest.mark.parametrize("scale", [None, 3.0])
+def test_an_embedding_s_moments_are_those_of_the_columns_of_its_tokens(scale: float | None) -> None:
+    """Gemma's embedding multiplies what it looks up, and PEFT the update with it."""
+    model = adapted(target_modules=["embed_tokens", "q_proj"])
+    (name, layer), *_ = ((n, m) for n, m in model.named_modules() if n.endswith("embed_tokens"))
+    if scale is not None:
+        layer.base_layer.embed_scale = torch.tensor(scale)
+    data, found = batches(), adapter_moments(model, batches())
+    a, b = layer.lora_embedding_A["default"].double(), layer.lora_embedding_B["default"].double()
+    z, d, grads = [], [], []
+    handle = layer.register_forward_hook(lambda _, args, output: grads.append(output) or output.retain_grad())
+    for batch in data:
+        model(**batch).loss.backward()
+        keep = batch["attention_mask"] != 0
+        z.append(a[:, batch["input_ids"][keep]].mT * (scale or 1.0))
+        d.append(grads[-1].grad[keep].double() @ b)  # d / s
+    handle.remove()
+    z_all, d_all = torch.cat(z).detach(), torch.cat(d).detach()
+    assert len(z_all) == found.tokens
+    torch.testing.assert_close(found.inputs[name], z_all.mT @ z_all / found.tokens, atol=1e-9, rtol=1e-5)
+    torch.testing.assert_close(found.losses[name], d_all.mT @ d_all / found.tokens, atol=1e-12, rtol=1e-4)
+
+
+def test_a_cut_of_an_embedding_weighs_its_tokens_by_how_often_they_come(tmp_path: Path) -> None:
+    model, data = adapted(target_modules=["embed_tokens"]), batches()
+    model.save_pretrained(tmp_path / "whole", save_embedding_layers=False)
+    moments = adapter_moments(model, data, loss=False)
+    resize_adapter(tmp_path / "whole", tmp_path / "small", rank=1, moments=moments, damping=0.0)
+    full, small = ((p.scale * p.matrices[1] @ p.matrices[0])[0].double() for p in (
+        next(iter(read_checkpoint(tmp_path / end).products.values())) for end in ("whole", "small")
+    ))  # fmt: skip
+    ids = torch.cat([batch["input_ids"][batch["attention_mask"] != 0] for batch in data])
+    counts = torch.bincount(ids, minlength=full.shape[1]).double()
+    values = torch.linalg.svdvals(full * counts.sqrt())
+    error = torch.linalg.matrix_norm((full - small) * counts.sqrt())
+    torch.testing.assert_close(error, values[1:].square().sum().sqrt(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_module_that_runs_twice_has_the_sum_of_its_uses() -> None:
+    model, data = adapted(), batches(2)
+    once = adapter_moments(model, data)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    forward = layer.forward
+    layer.forward = lambda x: (forward(x) + forward(x)) / 2  # the same output, by two uses
+    twice = adapter_moments(model, data)
+    assert twice.tokens == once.tokens
+    for name, value in once.inputs.items():
+        # each use has the whole z, and half of the gradient
+        uses = 2 if name.endswith("layers.0.self_attn.q_proj") else 1
+        torch.testing.assert_close(twice.inputs[name], uses * value)
+        torch.testing.assert_close(twice.losses[name], once.losses[name] / uses, atol=1e-12, rtol=1e-4)
+
+
+def test_modules_that_see_other_tokens_than_the_mask_are_refused() -> None:
+    ids, mask = torch.randint(3, 40, (2, 5)), torch.ones(2, 5, dtype=torch.long)
+    sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    t5 = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    model = get_peft_model(t5, LoraConfig(r=2, target_modules=["q"], task_type="SEQ_2_SEQ_LM"))
+    with pytest.raises(ValueError, match=r"an encoder-decoder, whose attention_mask .* without attention_mask"):
+        adapter_moments(model, [{"input_ids": ids, "attention_mask": mask, "labels": ids}])
+    found = adapter_moments(model, [{"input_ids": ids, "labels": ids[:, :3].contiguous()}])
+    assert len(found.inputs) == 3
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    bert = BertForSequenceClassification(BertConfig(vocab_size=40, **small))
+    model = get_peft_model(bert, LoraConfig(r=2, target_modules=["pooler.dense"], task_type="SEQ_CLS"))
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1])}
+    with pytest.raises(ValueError, match=r"of shape \(2, 5\) does not fit what .*pooler.dense sees, \(2, 2\)"):
+        adapter_moments(model, [batch])
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+def test_layers_whose_z_no_module_gives_are_refused() -> None:
+    for layers, message in (("experts", "adapts a parameter"), ("convolutions", "is a convolution")):
+        base, inputs = build(layers)
+        model = get_peft_model(base, LoraConfig(r=4, **CASES[layers].config))
+        with pytest.raises(ValueError, match=rf"{message}.* or resize without moments"):
+            adapter_moments(model, [{"x": inputs}], loss=False)
+
+
+def test_a_moments_file_that_is_damaged_names_itself(tmp_path: Path) -> None:
+    moments = adapter_moments(adapted(), batches(1))
+    name = next(iter(moments.inputs))
+    whole = moments.save(tmp_path / "moments.safetensors")
+    path = tmp_path / "other.safetensors"
+
+    def refused(message: str) -> None:
+        with pytest.raises(ValueError, match=rf"other.safetensors' holds no moments \({message}.*measure again"):
+            AdapterMoments.load(path)
+
+    path.write_bytes(whole.read_bytes()[:100])
+    refused("")
+    path.write_bytes(b"")
+    refused("")
+    save_file({"x": torch.ones(1)}, path, metadata={"format": "pt"})
+    refused("there is no note of adapter_moments")
+    save_file({"inputs.q": torch.ones(2, 2)}, path, metadata={"adapter_moments": "{}"})
+    refused("'tokens'")
+    save_file({"inputs.q": torch.ones(2, 2)}, path, metadata={"adapter_moments": "{"})
+    refused("Expecting property name")
+    save_file({"outputs.q": torch.ones(2, 2)}, path, metadata={"adapter_moments": '{"tokens": 3}'})
+    refused("'outputs'")
+    AdapterMoments(moments.inputs, {name: torch.ones(2, 2)}, 3).save(path)
+    refused("its matrices of inputs and losses differ")
+    AdapterMoments({"q": torch.ones(3)}, {}, 3).save(path)
+    refused("it has no square matrices of inputs")
+    with pytest.raises(FileNotFoundError, match="is no file"):
+        AdapterMoments.load(tmp_path / "nowhere")
+
+
+def tasks(folder: Path) -> tuple[dict[str, float], dict[str, AdapterMoments]]:
+    """Two adapters of other ranks and modules, each with the moments of its own data."""
+    weights, moments = {}, {}
+    for number, (weight, settings) in enumerate(((0.7, {}), (-0.4, {"r": 2, "target_modules": ["q_proj"]}))):
+        model = adapted(**settings)
+        perturb(model, number + 1)
+        model.save_pretrained(folder / str(number))
+        name = str(folder / str(number))
+        weights[name], moments[name] = weight, adapter_moments(model, batches(3)[number:], loss=False)
+    return weights, moments
+
+
+def test_a_merge_by_moments_is_the_best_in_the_norm_of_all_data(tmp_path: Path) -> None:
+    weights, moments = tasks(tmp_path)
+    merge_adapters(weights, tmp_path / "small", rank=2, moments=moments, damping=0.0)
+    small = read_checkpoint(tmp_path / "small").products
+    whole = {name: read_checkpoint(name).products for name in weights}
+    for module, product in small.items():
+        total, covariance = torch.zeros(()), torch.zeros(())
+        having = [name for name in weights if module in whole[name]]
+        for name in having:
+            part = whole[name][module]
+            a, b = (matrix[0].double() for matrix in part.matrices)
+            moment, inverse = moments[name].inputs[module], torch.linalg.pinv(a)
+            rest = torch.eye(a.shape[1]).double() - inverse @ a
+            covariance = covariance + inverse @ moment @ inverse.mT + moment.trace() / a.square().sum() * rest
+            total = total + weights[name] * part.scale * b @ a
+        root = torch.linalg.cholesky(covariance / len(having))
+        found = (product.scale * product.matrices[1] @ product.matrices[0])[0].double()
+        error = torch.linalg.matrix_norm((total - found) @ root)
+        best = torch.linalg.svdvals(total @ root)[2:].square().sum().sqrt()
+        torch.testing.assert_close(error, best, atol=1e-5, rtol=1e-5)
+
+
+def test_a_merge_of_one_adapter_by_moments_is_its_cut_by_inputs(tmp_path: Path) -> None:
+    weights, moments = tasks(tmp_path)
+    name = next(iter(weights))
+    merge_adapters({name: 1.0}, tmp_path / "one", rank=2, moments={name: moments[name]})
+    resize_adapter(name, tmp_path / "cut", rank=2, moments=moments[name], cut="inputs")
+    one, cut = (read_checkpoint(tmp_path / end).products for end in ("one", "cut"))
+    for module, product in cut.items():
+        a, b = product.matrices
+        other_a, other_b = one[module].matrices
+        torch.testing.assert_close(one[module].scale * other_b @ other_a, product.scale * b @ a, atol=1e-5, rtol=1e-4)
+
+
+def test_moments_that_do_not_fit_a_merge_are_refused(tmp_path: Path) -> None:
+    weights, moments = tasks(tmp_path)
+    one, other = weights
+
+    def refused(message: str, rank: Any = 2, **settings: Any) -> None:
+        with pytest.raises((ValueError, TypeError), match=message):
+            merge_adapters(weights, tmp_path / "out", rank, **settings)
+        assert not (tmp_path / "out").exists()
+
+    refused("moments: must be a dict with the keys of adapters", moments={one: moments[one]})
+    refused("moments: must be a dict with the keys of adapters", moments=moments[one])
+    refused("must be what adapter_moments or", moments={one: moments[one], other: "moments.safetensors"})
+    refused("rank=None, needs none", rank=None, moments=moments)
+    swapped = {one: moments[other], other: moments[one]}
+    refused(r"moments\['.*'\]: they are of another adapter", moments=swapped)
+    refused("damping=-1: must be a number", moments=moments, damping=-1)

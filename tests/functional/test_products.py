@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_dynamic.functional.products import allocate, cut, singular_values, weighted_sum
+from peft_dynamic.functional.products import allocate, cut, pooled, singular_values, weighted_sum
 from peft_dynamic.functional.ranks import gram_matrices
 
 T = torch.tensor
@@ -112,3 +112,53 @@ def test_a_component_s_worth_is_the_square_of_its_value() -> None:
     """9 / 4 for the wide layer's, 1 for the narrow one's; by the values themselves it would be 3 / 4 and 1."""
     values, costs = {"wide": [3.0], "narrow": [1.0]}, {"wide": 4, "narrow": 1}
     assert allocate(values, costs, 4) == {"wide": 1, "narrow": 0}
+
+
+def covariance(a: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """C_t of equation (6), dense: the moments in A's rows, white at their mean level in all other directions."""
+    inverse = torch.linalg.pinv(a)
+    level = moment.trace() / a.square().sum()
+    return inverse @ moment @ inverse.mT + level * (torch.eye(a.shape[1]).to(a) - inverse @ a)
+
+
+def test_pooled_moments_by_hand() -> None:
+    """A_1 = I sees diag(1, 9); A_2 = (1 0) sees 4, and is taken to see 4 elsewhere. The mean is diag(2.5, 6.5)."""
+    found = pooled([torch.eye(2), T([[1.0, 0.0]])], [torch.diag(T([1.0, 9.0])), T([[4.0]])])
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), T([[2.5, 0.0, 2.5], [0.0, 6.5, 0.0], [2.5, 0.0, 2.5]]))
+
+
+@given(st.integers(0, 10**6), st.integers(1, 5))
+def test_a_cut_by_pooled_moments_is_the_best_in_their_norm(seed: int, rank: int) -> None:
+    pairs = [pair(seed, rank=2, inputs=7), pair(seed + 1, rank=3, inputs=7)]
+    data = [pair(seed + 2 + t, 30, 7)[0] for t in (0, 1)]
+    moments = [a @ x.mT @ x @ a.mT / 30 for (a, _), x in zip(pairs, data, strict=True)]
+    a, b = weighted_sum(pairs, [0.7, -2.0])
+    wanted = sum(covariance(a_t, moment) for (a_t, _), moment in zip(pairs, moments, strict=True)) / 2
+    found = pooled([a_t for a_t, _ in pairs], moments)
+    torch.testing.assert_close(found, a @ wanted @ a.mT, atol=1e-8, rtol=1e-7)
+    cut_a, cut_b = cut(a, b, rank, (found, None), 0.0)
+    root = torch.linalg.cholesky(wanted)
+    values = torch.linalg.svdvals(b @ a @ root)
+    error = torch.linalg.matrix_norm((b @ a - cut_b @ cut_a) @ root)
+    torch.testing.assert_close(error, values[rank:].square().sum().sqrt(), atol=1e-7, rtol=1e-6)
+
+
+def test_pooled_moments_of_one_row_space_are_exact() -> None:
+    """Adapters that share A, as from one start: the mean of what each sees of its data is all there is to know."""
+    a, _ = pair(1, rank=3, inputs=7)
+    turned = pair(2, rank=3, inputs=3)[0] @ a  # other rows of the same space
+    data = [pair(3 + t, 30, 7)[0] for t in (0, 1)]
+    true = sum(x.mT @ x / 30 for x in data) / 2
+    moments = [each @ (x.mT @ x / 30) @ each.mT for each, x in zip((a, turned), data, strict=True)]
+    stack = torch.cat([a, turned])
+    torch.testing.assert_close(pooled([a, turned], moments), stack @ true @ stack.mT, atol=1e-9, rtol=1e-7)
+
+
+def test_equal_adapters_lose_nothing_at_their_own_rank() -> None:
+    a, b = pair(5, rank=3)
+    x = pair(6, 30, 7)[0]
+    moment = a @ x.mT @ x @ a.mT / 30
+    stacked = weighted_sum([(a, b), (a, b)], [1.0, 0.5])
+    cut_a, cut_b = cut(*stacked, 3, (pooled([a, a], [moment, moment]), None), 0.0)
+    torch.testing.assert_close(cut_b @ cut_a, 1.5 * b @ a, atol=1e-9, rtol=1e-7)

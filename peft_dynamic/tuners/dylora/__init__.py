@@ -3,13 +3,14 @@
 from peft_dynamic.tuners.dylora.budget import budget_ranks
 from peft_dynamic.tuners.dylora.config import DyLoRAConfig
 from peft_dynamic.tuners.dylora.hotswap import hotswap_adapter
-from peft_dynamic.tuners.dylora.model import DyLoRAModel, at_rank, drawn_rank, get_rank, set_rank
+from peft_dynamic.tuners.dylora.model import DyLoRAModel, at_rank, calibrate, drawn_rank, get_rank, set_rank
 
 __all__ = [
     "DyLoRAConfig",
     "DyLoRAModel",
     "at_rank",
     "budget_ranks",
+    "calibrate",
     "drawn_rank",
     "get_rank",
     "hotswap_adapter",

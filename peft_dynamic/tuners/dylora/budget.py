@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
 
 from peft_dynamic.functional.products import allocate, spectrum
 from peft_dynamic.rules import is_finite, is_int, is_number
+from peft_dynamic.tuners.checkpoint import PREFIX
 from peft_dynamic.tuners.dylora.layer import ranked_layers
 from peft_dynamic.tuners.dylora.model import active_ranked_adapter, held
 from peft_dynamic.tuners.dylora.ranks import AdapterRanks
@@ -73,5 +75,5 @@ def parameters_in_use(model: nn.Module, adapter_name: str) -> int:
 
 
 def exactly(module: str) -> str:
-    """A pattern, as in `rank_pattern`, that matches this module alone."""
-    return "^" + module.replace(".", r"\.")
+    """A pattern, as in `rank_pattern`, that matches this module alone, in a `PeftModel` and in what it wraps."""
+    return rf"^({re.escape(PREFIX)})?" + re.escape(module.removeprefix(PREFIX))

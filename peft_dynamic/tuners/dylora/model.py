@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -22,6 +22,8 @@ from peft_dynamic.tuners.dylora.schedule import RankSchedule
 from peft_dynamic.tuners.dylora.steps import PassHooks
 from peft_dynamic.tuners.dylora.stock import adapters_of, hold, release, stock_layers
 from peft_dynamic.tuners.dylora.turns import turn
+from peft_dynamic.tuners.dylora.weigh import check_svd, weigh
+from peft_dynamic.tuners.moments import AdapterMoments, adapter_moments
 
 
 class DyLoRAModel(ComputedLoraModel):
@@ -110,6 +112,16 @@ class DyLoRAModel(ComputedLoraModel):
     def drawn_rank(self, adapter_name: str | None = None) -> int:
         """The rank that the next training step uses; see `peft_dynamic.tuners.dylora.drawn_rank`."""
         return drawn_rank(self.model, adapter_name)
+
+    def calibrate(
+        self,
+        batches: Iterable[Mapping[str, torch.Tensor]],
+        loss: bool = True,
+        damping: float = 0.1,
+        adapter_name: str | None = None,
+    ) -> AdapterMoments:
+        """Cut every rank by what the adapter sees of some batches; see `peft_dynamic.tuners.dylora.calibrate`."""
+        return calibrate(self.model, batches, loss, damping, adapter_name)
 
     def at_rank(self, rank: int | dict[str, int], adapter_name: str | None = None) -> Any:
         """`with model.at_rank(rank):` uses that rank inside the block and goes back after it, also on an error."""
@@ -312,6 +324,45 @@ def at_rank(model: nn.Module, rank: int | dict[str, int], adapter_name: str | No
                 if layer.lora_views[name].asked != asked:
                     set_layer_rank(layer, name, asked)
             prepare((ranks, ranks.rank) for layer, name, _ in before if (ranks := layer.lora_views[name]))
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    loss: bool = True,
+    damping: float = 0.1,
+    adapter_name: str | None = None,
+) -> AdapterMoments:
+    """Cut every rank of a DyLoRA adapter by what it sees of some batches, instead of by its weights alone.
+
+    With z = A x and d = dL/dz, measured at the full rank, rank b then changes the loss least, to second order: E and F
+    of `functional.products` (3) with the moments of `adapter_moments`. `set_rank`, `rank_curve`, `budget_ranks` and
+    `export_lora` all go by it. It is saved with the adapter, and holds until the adapter is trained further; then a
+    warning says that the cut is the plain one again.
+
+    Args:
+        model: with a DyLoRA adapter of truncation="svd".
+        batches: each the arguments of the model, `labels` among them with `loss`; a few are enough.
+        loss: measure the gradients too; False for the cut that changes the modules' outputs least.
+        damping: how much of the plain cut is in it.
+        adapter_name: the adapter; None for the first active one.
+
+    Returns:
+        The moments, e.g. for `resize_adapter(..., moments=)`.
+
+    Raises:
+        ValueError: the model has no such adapter, its truncation is "prefix", or as in `adapter_moments`. Nothing is
+            changed then.
+    """
+    name = _dynamic_adapters(model, adapter_name, stock=False)[0]
+    states = {key: layer.lora_views[name] for key, layer in ranked_layers(model, name)}
+    check_svd(states, name, "a calibration")
+    (schedule,) = _schedules(model, [name])
+    with at_rank(model, schedule.ranks[-1], name):
+        moments = adapter_moments(model, batches, loss, name)
+        weigh(model, name, moments, damping)
+    prepare((state, state.rank) for state in states.values())
+    return moments
 
 
 active_adapter = active_ranked_adapter  # its name of before

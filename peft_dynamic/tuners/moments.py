@@ -1,0 +1,233 @@
+"""What an adapter's factors see of data: second moments of the size of the rank, by which a cut is calibrated."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from peft_dynamic.hosts.modes import eval_mode
+from peft_dynamic.hosts.quantization import unpack_bnb_4bit
+from peft_dynamic.tuners.checkpoint import PREFIX
+
+
+@dataclass
+class AdapterMoments:
+    """Second moments of an adapter, by module as its file names it.
+
+    Attributes:
+        inputs: E[z z^T], (r, r) float64, with z = A x over the tokens that are no padding.
+        losses: E[d d^T] / s^2, (r, r) float64, with d = dL/dz and s the module's scale; empty if it was not measured.
+        tokens: how many tokens there were.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    losses: dict[str, torch.Tensor]
+    tokens: int
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write them as safetensors, with the number of tokens in the header."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {f"inputs.{name}": value for name, value in self.inputs.items()}
+        tensors |= {f"losses.{name}": value for name, value in self.losses.items()}
+        save_file(tensors, path, metadata={"adapter_moments": json.dumps({"tokens": self.tokens})})
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> AdapterMoments:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, or holds something else.
+        """
+        fix = "Pass what AdapterMoments.save wrote, or measure again with adapter_moments."
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"path={str(path)!r} is no file. {fix}")
+        parts: dict[str, dict[str, torch.Tensor]] = {"inputs": {}, "losses": {}}
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads((file.metadata() or {}).get("adapter_moments", "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+            if about is None:
+                raise ValueError("there is no note of adapter_moments in it")
+            tokens = int(about["tokens"])
+            for name, tensor in tensors.items():
+                kind, _, module = name.partition(".")
+                parts[kind][module] = tensor
+            sizes = [{name: tuple(tensor.shape) for name, tensor in part.items()} for part in parts.values()]
+            if not sizes[0] or any(len(shape) != 2 or shape[0] != shape[1] for shape in sizes[0].values()):
+                raise ValueError("it has no square matrices of inputs")
+            if sizes[1] and sizes[1] != sizes[0]:
+                raise ValueError("its matrices of inputs and losses differ")
+        except (SafetensorError, ValueError, TypeError, KeyError, OSError) as error:
+            raise ValueError(f"path={str(path)!r} holds no moments ({error}). {fix}") from error
+        return cls(parts["inputs"], parts["losses"], tokens)
+
+
+def adapter_moments(
+    model: Any, batches: Iterable[Mapping[str, torch.Tensor]], loss: bool = True, adapter_name: str | None = None
+) -> AdapterMoments:
+    """Measure what an adapter's factors see of some batches: E[z z^T] of each module and, with `loss`, E[d d^T] / s^2.
+
+    Both are sums in float64 over the tokens that `attention_mask` keeps. The model runs in eval mode, so that dropout
+    and gradient checkpointing are off. No gradient of a parameter is touched. Layers over a quantised base work too. A
+    module that runs several times in a pass has the sum of its uses. Of an embedding z is the column of A of the token.
+
+    Args:
+        model: a `PeftModel`, or a transformers model, with LoRA layers; a DyLoRA adapter is measured at the set rank.
+        batches: each the arguments of the model, `labels` among them with `loss`; a few are enough.
+        loss: also measure the gradients, by a backward pass for each batch.
+        adapter_name: the adapter; None for the first active one.
+
+    Returns:
+        The moments, for `resize_adapter(..., moments=)`.
+
+    Raises:
+        ValueError: the model has no such adapter; it has a layer whose z no module gives, such as experts or a
+            convolution, or one that no batch reached; there are no batches; a batch has no loss; or a mask does not
+            fit what a module sees, as in the decoder of an encoder-decoder.
+    """
+    layers = _layers(model, adapter_name)
+    prefix = "" if isinstance(model, PeftModel) else PREFIX
+    found = _Sums({prefix + name: layer.scaling[adapter] for name, (layer, adapter) in layers.items()})
+    handles = []
+    for name, (layer, adapter) in layers.items():
+        if adapter in layer.lora_embedding_A:
+            handles.append(layer.register_forward_hook(found.embedding_hook(prefix + name, adapter)))
+        else:
+            handles.append(layer.lora_A[adapter].register_forward_hook(found.hook(prefix + name)))
+    two_streams = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    unpack_bnb_4bit(model)
+    try:
+        with eval_mode(model), torch.set_grad_enabled(loss):
+            for batch in batches:
+                found.begin(batch, two_streams)
+                output = model(**batch)
+                if loss:
+                    found.backward(getattr(output, "loss", None))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found.tokens:
+        raise ValueError("batches is empty: pass at least one batch.")
+    unseen = [name for name in found.scales if name not in found.inputs]
+    if unseen:
+        raise ValueError(
+            f"{unseen[0]} ran in no batch: it is merged, its module computes with the factors in another way, or it is "
+            "an expert that got no token. Unmerge the adapter, pass more batches, or resize without moments."
+        )
+    return found.moments(loss)
+
+
+def _layers(model: nn.Module, adapter_name: str | None) -> dict[str, tuple[Any, str]]:
+    layers: dict[str, tuple[Any, str]] = {}
+    for name, module in model.named_modules():
+        layer: Any = module
+        if not hasattr(layer, "lora_A") or not hasattr(layer, "active_adapters"):
+            continue
+        names = [adapter_name] if adapter_name is not None else list(layer.active_adapters)
+        for adapter in names:
+            if adapter not in layer.lora_A and adapter not in layer.lora_embedding_A:
+                continue
+            reason = ""
+            if isinstance(layer, ParamWrapper):
+                reason = "adapts a parameter: PEFT adds the update to the weight, and no module gives z of an expert"
+            elif adapter in layer.lora_A and layer.lora_A[adapter].weight.dim() > 2:
+                reason = "is a convolution, which sees places and not tokens"
+            if reason:
+                raise ValueError(f"{name} {reason}. Leave it out of the adapter, or resize without moments.")
+            layers[name] = (layer, adapter)
+            break
+    if not layers:
+        raise ValueError(f"adapter_name={adapter_name!r}: the model has no LoRA layer with it, or with an active one.")
+    return layers
+
+
+class _Sums:
+    """Sums over the batches, and what one batch has seen so far."""
+
+    def __init__(self, scales: dict[str, Any]) -> None:
+        self.scales = scales
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.losses: dict[str, torch.Tensor] = {}
+        self.tokens = 0
+        self.seen: list[tuple[str, torch.Tensor, torch.Tensor | None]] = []  # and what leads to d
+        self.mask: torch.Tensor | None = None
+
+    def begin(self, batch: Mapping[str, torch.Tensor], two_streams: bool) -> None:
+        self.seen, mask = [], batch.get("attention_mask")
+        self.mask = mask if mask is not None and mask.dim() == 2 else None
+        if self.mask is not None and two_streams:
+            raise ValueError(
+                "the model is an encoder-decoder, whose attention_mask is of the encoder's tokens alone. Pass batches "
+                "without padding and without attention_mask."
+            )
+        first = batch.get("input_ids", next(iter(batch.values())))
+        self.tokens += first.numel() if self.mask is None else int(self.mask.sum())
+
+    def hook(self, name: str) -> Any:
+        def note(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            self._follow(name, output, None)
+            self._add(self.inputs, name, output.detach(), 1.0)
+
+        return note
+
+    def embedding_hook(self, name: str, adapter: str) -> Any:
+        """Of the layer itself: z is looked up, and d = s B^T g follows from the gradient g of the output."""
+
+        def note(layer: Any, args: Any, output: torch.Tensor) -> None:
+            scale = layer._get_embed_scale()  # which the base layer multiplies its output with, as Gemma's does
+            z = layer.lora_embedding_A[adapter].detach().mT[args[0]]
+            self._follow(name, output, layer.lora_embedding_B[adapter].detach() * float(self.scales[name]))
+            self._add(self.inputs, name, z if scale is None else z * scale.to(z), 1.0)
+
+        return note
+
+    def _follow(self, name: str, output: torch.Tensor, through: torch.Tensor | None) -> None:
+        if torch.is_grad_enabled():
+            if not output.requires_grad:
+                output.requires_grad_(True)  # nothing in front of it is trained
+            self.seen.append((name, output, through))
+
+    def backward(self, loss: Any) -> None:
+        if not isinstance(loss, torch.Tensor):
+            raise ValueError("a batch gives no loss: pass labels in it, or loss=False to measure the inputs alone.")
+        if not self.seen:
+            return
+        gradients = torch.autograd.grad(loss, [output for _, output, _ in self.seen], allow_unused=True)
+        for (name, output, through), gradient in zip(self.seen, gradients, strict=True):
+            d = torch.zeros_like(output) if gradient is None else gradient
+            d = d if through is None else d.to(through) @ through
+            self._add(self.losses, name, d, 1 / float(self.scales[name]) ** 2)
+        self.seen = []
+
+    def _add(self, sums: dict[str, torch.Tensor], name: str, rows: torch.Tensor, factor: float) -> None:
+        if self.mask is not None:
+            if rows.shape[:-1].numel() != self.mask.numel():
+                raise ValueError(
+                    f"the attention_mask of shape {tuple(self.mask.shape)} does not fit what {name} sees, "
+                    f"{tuple(rows.shape)}: other tokens, or one row of each text. Pass batches without padding and "
+                    "without attention_mask, or leave the module out of the adapter."
+                )
+            rows = rows.reshape(self.mask.numel(), -1)[self.mask.flatten().to(rows.device) != 0]
+        wide = rows.reshape(-1, rows.shape[-1]).double()
+        moment = (wide.mT @ wide).cpu() * factor
+        sums[name] = sums[name] + moment if name in sums else moment
+
+    def moments(self, loss: bool) -> AdapterMoments:
+        count = max(self.tokens, 1)
+        inputs = {name: value / count for name, value in self.inputs.items()}
+        losses = {name: value / count for name, value in self.losses.items()} if loss else {}
+        return AdapterMoments(inputs, losses, self.tokens)
