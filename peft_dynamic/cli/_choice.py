@@ -72,5 +72,5 @@ def _level(row: RankRow, base: RankRow | None, metric: str) -> str:
     if base is None:
         return said
     difference, error = row.metrics[metric] - base.metrics[metric], _error(row, base, metric)
-    spread = "" if math.isnan(error) else f" ± {error:.2g}"
-    return f"{said}, {abs(difference):.4g}{spread} {'above' if difference > 0 else 'below'} the base model's"
+    spread = "" if math.isnan(error) else f" ± {error:.3g}"
+    return f"{said}, {abs(difference):.3g}{spread} {'above' if difference > 0 else 'below'} the base model's"

@@ -36,7 +36,10 @@ def test_the_energy_kept_and_the_rank_that_keeps_nearly_all(read: LoraCheckpoint
     assert inspect.rank_for(kept, 0.8) == 1
     assert inspect.rank_for(kept) == 2
     assert inspect.rank_sentence(kept) == (
-        "Rank 2 keeps 99% of the energy in every module; layers.0.self_attn.q_proj needs the most."
+        "No rank below 2, the largest, keeps 99% of the energy in every module, as in layers.0.self_attn.q_proj."
+    )
+    assert inspect.rank_sentence({"one": [0.5, 0.995, 1.0], "two": [1.0, 1.0, 1.0]}) == (
+        "Rank 2 keeps 99% of the energy in every module; one needs the most."
     )
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import signal
 from itertools import chain, count, repeat
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
-from peft_dynamic import DyLoRAConfig, MoSLoRAConfig, resize_adapter
+from peft_dynamic import DyLoRAConfig, MoSLoRAConfig, QDyLoRAConfig, resize_adapter
 from peft_dynamic.cli import _curve
 from peft_dynamic.cli._choice import _error, choice
 from peft_dynamic.cli._data import Columns, to_examples
@@ -186,6 +188,56 @@ def test_measurements_of_different_things_are_not_mixed(tiny: Path, tmp_path: Pa
     out.write_text('{"rows": []}')
     result = invoke("measure", adapter, "--data", data, *words)
     assert "is there already, and no curve that measure wrote" in message(result)
+
+
+def test_a_call_that_is_stopped_says_how_to_go_on(
+    tiny: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, out = saved(tiny, tmp_path / "whole"), tmp_path / "curve.json"
+    row = _curve._Measuring.row
+
+    def stopped(self: Any, at: Setting) -> RankRow:
+        if at.rank == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return row(self, at)
+
+    monkeypatch.setattr(_curve._Measuring, "row", stopped)
+    result = invoke("measure", adapter, "--data", data, "--out", out)
+    assert result.exit_code == 128 + signal.SIGTERM
+    assert f"{out} has 2 rows. Go on with: " in message(result)
+    assert RankCurve.from_json(out).ranks == [1]
+
+
+def test_the_tokenizer_that_was_saved_with_the_adapter_is_taken(tiny: Path, tmp_path: Path, data: Path) -> None:
+    adapter = saved(tiny, tmp_path / "whole", "lora")
+    words = ["measure", adapter, "--data", data, "--ranks", 4]
+    plain = invoke(*words)
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base, ignore=shutil.ignore_patterns("tokenizer*"))
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(adapter)
+    result = invoke(*words, "--model", base)
+    assert result.exit_code == 0, result.output
+    assert [line for line in result.output.splitlines() if "│" in line] == [
+        line for line in plain.output.splitlines() if "│" in line
+    ]
+
+
+def test_an_adapter_over_four_bits_is_measured_there(tiny: Path, tmp_path: Path, data: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = AutoModelForCausalLM.from_pretrained(
+        tiny, quantization_config=QDyLoRAConfig.quantization_config(compute_dtype=torch.float32)
+    )
+    model = get_peft_model(base, QDyLoRAConfig(r=4, ranks=[1, 4], **TARGETS, task_type="CAUSAL_LM"))
+    perturb(model)
+    model.save_pretrained(tmp_path / "whole")
+    out = tmp_path / "curve.json"
+    result = invoke("measure", tmp_path / "whole", "--data", data, "--out", out)
+    assert result.exit_code == 0, result.output
+    curve = RankCurve.from_json(out)
+    assert curve.ranks == [1, 4]
+    assert curve[4]["loss"] == pytest.approx(loss(model.eval(), AutoTokenizer.from_pretrained(tiny)), rel=1e-3)
+    small = invoke("resize", tmp_path / "whole", tmp_path / "small", "--rank", 2, "--data", data)
+    assert small.exit_code == 0, small.output
 
 
 def test_an_adapter_with_biases_has_no_row_for_the_base_model(tiny: Path, tmp_path: Path, data: Path) -> None:
