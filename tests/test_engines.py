@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_dynamic import DyLoRAConfig, LorettaRepConfig, MoSLoRAConfig, export_lora
+from peft_dynamic import DyLoRAConfig, LorettaRepConfig, MoSLoRAConfig, export_lora, resize_adapter
 from tests import methods
 from tests.conformance.cases import CASES, perturb
 from tests.conformance.test_conformance import compute
@@ -178,4 +178,35 @@ def test_grouped_convolutions_cannot_be_padded(tmp_path: Path) -> None:
     model, _ = next(case for case in CASES if case.name == "dylora-convolutions").perturbed()
     with pytest.raises(ValueError, match="g2 is a grouped convolution"):
         export_lora(model, tmp_path / "out", uniform_rank=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("engine", ["vllm", "llama.cpp"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_ranks_per_module_are_padded_to_the_largest(engine: str, rslora: bool, tmp_path: Path) -> None:
+    settings = {"r": 8, "lora_alpha": 6, "target_modules": "all-linear", "use_rslora": rslora}
+    model = get_peft_model(tiny_llama(), LoraConfig(**settings, alpha_pattern={"v_proj": 3}))
+    perturb(model)
+    model.save_pretrained(tmp_path / "whole")
+    for name, arguments in {"peft": {}, "engine": {"engine": engine}}.items():
+        resize_adapter(tmp_path / "whole", tmp_path / name, parameters=0.3, **arguments)
+    stock = PeftModel.from_pretrained(tiny_llama(), tmp_path / "peft")
+    made = json.loads((tmp_path / "peft" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert made["rank_pattern"]
+    layers = [module for module in stock.modules() if hasattr(module, "lora_A")]
+    assert len(layers) < 14  # a module of rank 0 is in neither file
+    padded = load_file(tmp_path / "engine" / "adapter_model.safetensors")
+    assert len(padded) == 2 * len(layers)
+    assert len({tensor.shape[0] for name, tensor in padded.items() if ".lora_A." in name}) == 1
+    torch.testing.assert_close(logits(read_by(engine, tmp_path / "engine")), logits(stock), rtol=1e-4, atol=1e-4)
+
+
+def test_a_resize_for_an_engine_is_refused_as_an_export_is(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(r=8, target_modules=["q_proj"], bias="all"))
+    model.save_pretrained(tmp_path / "whole")
+    for arguments, message in (({"engine": "vllm"}, "does not read bias"), ({"engine": "tgi"}, "engine='tgi'")):
+        with pytest.raises(ValueError, match=message):
+            resize_adapter(tmp_path / "whole", tmp_path / "out", rank=2, **arguments)
+    with pytest.raises(ValueError, match="engine='vllm': must be 'peft' for an adapter in a model"):
+        resize_adapter(model, "small", rank=2, engine="vllm")
     assert not (tmp_path / "out").exists()

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from peft_dynamic.algebra.experts import Place, candidates, host_of, places
 from peft_dynamic.algebra.product import Product
 from peft_dynamic.algebra.trains import matrices_of_cores
+from peft_dynamic.engines import fit
 from peft_dynamic.export import FILES, PEFT_PREFIX, check_target
 from peft_dynamic.functional.ranks import alpha_at
 from peft_dynamic.hub import REPO_ID, write_model_card
@@ -249,13 +250,13 @@ def _renamed(kept: Mapping[str, Product]) -> dict[str, Product]:
     return {named.get(module, module): product for module, product in kept.items()}
 
 
-def write_checkpoint(made: LoraCheckpoint, out: str | os.PathLike[str]) -> Path:
+def write_checkpoint(made: LoraCheckpoint, out: str | os.PathLike[str], engine: str = "peft") -> Path:
     """Write a stock LoRA checkpoint; what is there before stays as it is if that fails.
 
     Modules of rank 0 are left out of the targets: PEFT has no such rank.
 
     Raises:
-        ValueError: no module is left.
+        ValueError: no module is left, or the engine would compute something else.
         FileExistsError, NotADirectoryError, PermissionError: as in `export_lora`.
     """
     target = check_target(os.fspath(out))
@@ -266,6 +267,8 @@ def write_checkpoint(made: LoraCheckpoint, out: str | os.PathLike[str]) -> Path:
     tensors = dict(made.others)
     for module, product in _renamed(kept).items():
         tensors[module + product.ends[0]], tensors[module + product.ends[1]] = product.a, product.b
+    ranks = {module: (product.rank, product.scale * product.rank) for module, product in kept.items()}
+    tensors, config = fit(tensors, config, engine, None, ranks)
     target.parent.mkdir(parents=True, exist_ok=True)
     place = target if target.is_dir() else target.parent
     with tempfile.TemporaryDirectory(dir=place, prefix=f".{target.name}-") as work:

@@ -16,6 +16,7 @@ from torch import nn
 from peft_dynamic.algebra.checkpoint import LoraCheckpoint, read_checkpoint, write_checkpoint
 from peft_dynamic.algebra.experts import host_of
 from peft_dynamic.algebra.product import Product
+from peft_dynamic.engines import check_engine
 from peft_dynamic.functional.products import allocate, singular_values
 from peft_dynamic.functional.products import cut as cut_to
 from peft_dynamic.rules import is_finite, is_int, is_number
@@ -32,6 +33,7 @@ def resize_adapter(
     moments: AdapterMoments | None = None,
     damping: float = 0.1,
     cut: str = "auto",
+    engine: str = "peft",
 ) -> Path | str:
     """Write a smaller LoRA adapter: each module's update cut to its best approximation of a lower rank.
 
@@ -54,6 +56,8 @@ def resize_adapter(
         damping: how much of the plain cut is in a calibrated one, see `functional.products.grams`.
         cut: "inputs" weighs by what the modules see, so that their outputs change least; "loss" also by the gradients,
             so that the loss does, to second order; "plain" by neither; "auto" takes what the moments have.
+        engine: who reads the file, as in `export_lora`. For "vllm" and "llama.cpp", which know one rank, all modules
+            are padded with zeros to the largest, so that a budget counts what they hold before.
 
     Returns:
         `out`.
@@ -63,7 +67,12 @@ def resize_adapter(
         FileNotFoundError, ValueError: as in `read_checkpoint`.
         FileExistsError, NotADirectoryError, PermissionError: as in `export_lora`. Nothing is written then.
     """
+    check_engine(engine)
     if isinstance(adapter, nn.Module):
+        if engine != "peft":
+            raise ValueError(
+                f"engine={engine!r}: must be 'peft' for an adapter in a model. Resize its folder for others."
+            )
         budget = {"rank": rank, "parameters": parameters, "bytes": bytes}
         return _resize_loaded(adapter, str(out), **budget, moments=moments, damping=damping, cut=cut)
     read = read_checkpoint(adapter)
@@ -74,7 +83,7 @@ def resize_adapter(
         module: _cut(product, ranks[module], scales[module], weights[module])
         for module, product in read.products.items()
     }
-    return write_checkpoint(replace(read, products=products), out)
+    return write_checkpoint(replace(read, products=products), out, engine)
 
 
 def _scales(read: LoraCheckpoint, ranks: Mapping[str, int]) -> dict[str, float]:
