@@ -111,12 +111,10 @@ def energy_table(read: LoraCheckpoint, width: int = 100) -> str:
 def rank_sentence(kept: dict[str, list[float]]) -> str:
     """Which rank keeps nearly all of every module's energy, and which module needs it."""
     rank, worst = rank_for(kept), _worst(kept).removeprefix(PEFT_PREFIX)
-    most = max(map(len, kept.values()))
-    if rank == most:
-        return (
-            f"No rank below {most}, the largest, keeps {NEARLY_ALL:.0%} of the energy in every module, as in {worst}."
-        )
-    return f"Rank {rank} keeps {NEARLY_ALL:.0%} of the energy in every module; {worst} needs the most."
+    what = f"{NEARLY_ALL:.0%} of the energy in every module"
+    if rank == max(map(len, kept.values())):
+        return f"No rank below {rank}, the largest, keeps {what}: {worst} needs all of it."
+    return f"Rank {rank} keeps {what}; {worst} needs the most."
 
 
 def energy_plot(read: LoraCheckpoint, path: str | Path, title: str | None = None) -> Path:

@@ -174,7 +174,10 @@ def merge(
     adapters: Annotated[list[str], typer.Argument(help="Adapters, each as FOLDER=WEIGHT or a name on the Hub=WEIGHT.")],
     rank: Annotated[int | None, typer.Option(help="Of each module. Default: the exact sum.")] = None,
 ) -> None:
-    """Write the weighted sum of LoRA adapters as one."""
+    """Write the weighted sum of LoRA adapters as one.
+
+    For example: peft-dynamic merge runs/both runs/sql=0.7 runs/chat=0.3 --rank 16
+    """
     from peft_dynamic.algebra import merge_adapters
 
     weights: dict[str, float] = {}
@@ -196,7 +199,10 @@ def average(
     adapters: Annotated[list[str], typer.Argument(help="Adapters, e.g. the checkpoints of a run.")],
     rank: Annotated[int | None, typer.Option(help="Of each module. Default: that of the first adapter.")] = None,
 ) -> None:
-    """Write the mean of LoRA adapters: of their products, not of their factors."""
+    """Write the mean of LoRA adapters: of their products, not of their factors.
+
+    For example: peft-dynamic average runs/mean runs/sql/checkpoint-100 runs/sql/checkpoint-200
+    """
     from peft_dynamic.algebra import average_adapters
 
     with bad_input():

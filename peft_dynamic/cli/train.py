@@ -83,7 +83,10 @@ def train(
         bool, typer.Option("--overwrite", help="Replace the run in --output: its adapter, report and checkpoints.")
     ] = False,
 ) -> None:
-    """Fine-tune a model once, see how good each rank is, and export the smallest that is good enough."""
+    """Fine-tune a model once, see how good each rank is, and export the smallest that is good enough.
+
+    For example: peft-dynamic train --model my/model --data my.jsonl --ranks 1,2,4,8,16
+    """
     started = time.monotonic()
     _check_numbers(steps, epochs, batch_size, learning_rate, max_length, seed, tolerance, max_minutes, save_steps)
     for value, option in ((data, "--data"), (model, "--model")):

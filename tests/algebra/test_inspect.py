@@ -36,7 +36,8 @@ def test_the_energy_kept_and_the_rank_that_keeps_nearly_all(read: LoraCheckpoint
     assert inspect.rank_for(kept, 0.8) == 1
     assert inspect.rank_for(kept) == 2
     assert inspect.rank_sentence(kept) == (
-        "No rank below 2, the largest, keeps 99% of the energy in every module, as in layers.0.self_attn.q_proj."
+        "No rank below 2, the largest, keeps 99% of the energy in every module: "
+        "layers.0.self_attn.q_proj needs all of it."
     )
     assert inspect.rank_sentence({"one": [0.5, 0.995, 1.0], "two": [1.0, 1.0, 1.0]}) == (
         "Rank 2 keeps 99% of the energy in every module; one needs the most."

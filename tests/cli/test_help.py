@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from peft_dynamic.cli import app
 from tests.cli import common
 from tests.cli.common import ROWS, command, environment, invoke, message, write
 from tests.processes import python
@@ -44,6 +45,13 @@ def test_help_waits_for_no_library(verb: list[str]) -> None:
     assert "Usage: peft-dynamic" in printed
     assert "CODE 0" in printed
     assert "HEAVY []" in printed
+
+
+def test_every_verb_has_an_example() -> None:
+    verbs = {str(each.callback.__name__) for each in app.registered_commands if each.callback}
+    assert verbs >= {"train", "export", "measure", "inspect", "resize", "merge", "average", "models"}
+    for verb in verbs:
+        assert f"For example: peft-dynamic {verb} " in message(invoke(verb, "--help"))
 
 
 def test_a_slip_in_the_arguments_waits_for_no_library() -> None:

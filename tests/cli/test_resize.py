@@ -57,7 +57,7 @@ def test_inspect_shows_the_energy_of_each_rank(adapter: Path) -> None:
     assert result.output.startswith("LORA, 4 modules, largest rank 8, 1,792 numbers")
     assert "layers.1.self_attn.v_proj" in result.output
     assert "100.0%" in result.output
-    assert "No rank below 8, the largest, keeps 99% of the energy in every module, as in model." in result.output
+    assert "No rank below 8, the largest, keeps 99% of the energy in every module: model." in result.output
 
 
 def test_inspect_draws_and_prints_json(adapter: Path, tmp_path: Path) -> None:
