@@ -76,6 +76,22 @@ def resize(
     """
     check_adapter(adapter)
     size = _size(rank, parameters, bytes)
+    _check_how(data, moments, cut, damping, model)
+    folder = adapter_folder(adapter)
+    if data is None and moments is None:
+        _write(adapter, folder, out, size)
+        return
+    task = None
+    if data is not None:
+        columns = Columns(prompt_column, completion_column, text_column, instruction)
+        given = RowOptions(data, columns, label_column, rows, max_length, batch_size)
+        task = task_for(read_config(folder), given, adapter)
+    found = _moments(adapter, folder, out, size, task, moments, model, four_bit)
+    _write(adapter, folder, out, size, moments=found, cut=cut.value, damping=damping)
+
+
+def _check_how(data: str | None, moments: Path | None, cut: Cut, damping: float, model: str | None) -> None:
+    """Stop where the options on what to cut by do not fit together."""
     require(0 <= damping < math.inf, "--damping", damping, "at least 0")
     by_data = data is not None or moments is not None
     if not by_data and cut in (Cut.inputs, Cut.loss):
@@ -88,19 +104,10 @@ def resize(
             raise typer.BadParameter(
                 f"{moments} is not there, and without --data nothing can be measured for it.", param_hint="--moments"
             )
+    if model is not None and data is None:
+        raise typer.BadParameter("without --data no base model is loaded. Leave it out.", param_hint="--model")
     if model is not None:
         check_model(model)
-    folder = adapter_folder(adapter)
-    if not by_data:
-        _write(adapter, folder, out, size)
-        return
-    task = None
-    if data is not None:
-        columns = Columns(prompt_column, completion_column, text_column, instruction)
-        given = RowOptions(data, columns, label_column, rows, max_length, batch_size)
-        task = task_for(read_config(folder), given, adapter)
-    found = _moments(adapter, folder, out, size, task, moments, model, four_bit)
-    _write(adapter, folder, out, size, moments=found, cut=cut.value, damping=damping)
 
 
 def _size(rank: int | None, parameters: float | None, bytes: int | None) -> dict[str, Any]:

@@ -172,6 +172,7 @@ def test_moments_are_kept_for_their_adapter(tiny: Path, tmp_path: Path, monkeypa
         (["resize", "ADAPTER", "out", "--rank", 2, "--moments", "gone"], "--moments: gone is not there, and without"),
         (["resize", "ADAPTER", "out", "--rank", 2, "--moments", "ADAPTER/README.md"], "holds no moments of an adapter"),
         (["resize", "ADAPTER", "out", "--rank", 2, "--data", "gone.jsonl"], "--data: 'gone.jsonl' is not a file"),
+        (["resize", "ADAPTER", "out", "--rank", 2, "--model", "m"], "--model: without --data no base model is loaded"),
         (["inspect", "ADAPTER", "--plot", "x.txt"], "--plot: x.txt: must be a file that ends in .png, .svg, .pdf"),
         (["inspect", "ADAPTER/.."], "has no adapter_config.json"),
         (["resize", "nowhere", "out", "--rank", 2], "is no folder and no name on the Hub"),
