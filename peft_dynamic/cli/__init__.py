@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from peft_dynamic.cli import export, models, resize, train
+from peft_dynamic.cli import export, inspect, measure, models, resize, train
 from peft_dynamic.cli._edge import Edge
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
 app.command()(train.train)
 app.command()(export.export)
 app.command()(models.models)
-for verb in (resize.resize, resize.merge, resize.average, resize.inspect):
+for verb in (measure.measure, inspect.inspect, resize.resize, resize.merge, resize.average):
     app.command()(verb)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +121,46 @@ def encode_all(examples: Iterable[Example], tokenizer: Any, max_length: int) -> 
         result.without += not rows
         result.rows += rows
     return result
+
+
+def encode_and_tell(
+    examples: Sequence[Example], tokenizer: Any, max_length: int, option: str
+) -> tuple[list[Tokens], list[str]]:
+    """As `encode`, with a sentence about each thing that is left out.
+
+    Args:
+        examples: the conversations.
+        tokenizer: the model's.
+        max_length: in tokens.
+        option: the one that named the rows.
+
+    Raises:
+        UserError: as in `encode_all`, or nothing to learn is left.
+    """
+    encoded = encode_all(examples, tokenizer, max_length)
+    if not encoded.rows:
+        raise UserError(
+            f"{option}: of {len(examples)} examples none has a part to learn within --max-length {max_length} "
+            "tokens. Raise it, or shorten the prompts."
+        )
+    notes = []
+    if skipped := sum(example.skipped for example in examples):
+        notes.append(f"{skipped} answers are not learnt, since nothing stands before them.")
+    if encoded.without:
+        notes.append(
+            f"{encoded.without} of {len(examples)} examples left out: what is learnt lies beyond "
+            f"--max-length {max_length}."
+        )
+    if encoded.lost:
+        notes.append(f"{encoded.lost} of {encoded.turns} answers left out, which lie beyond --max-length.")
+    if encoded.cut:
+        notes.append(f"{encoded.cut} of {encoded.turns} answers end at --max-length.")
+    if encoded.apart:
+        notes.append(
+            f"{encoded.apart} of {encoded.turns} answers have rows of their own, since the chat template "
+            "writes an answer otherwise once others follow."
+        )
+    return encoded.rows, [f"{option}: {note}" for note in notes]
 
 
 def _pieces(example: Example, tokenizer: Any) -> list[list[Piece]]:

@@ -38,7 +38,7 @@ def identity(job: Job) -> dict[str, Any]:
     settings = {name: config[name] for name in ADAPTER_FIELDS}
     settings["target_modules"] = _plain(settings["target_modules"])
     return {
-        "model": _model(job.model),
+        "model": model_files(job.model),
         "adapter": {name: getattr(value, "value", value) for name, value in settings.items()},
         "training": {
             "steps": job.steps if job.steps > 0 else None,
@@ -74,7 +74,8 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set | list | tuple) else value
 
 
-def _model(name: str) -> dict[str, Any]:
+def model_files(name: str) -> dict[str, Any]:
+    """What tells a model from another: its name, and of a folder the files and their sizes."""
     folder = Path(name)
     if not folder.is_dir():
         return {"name": name}

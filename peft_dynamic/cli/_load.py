@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from peft_dynamic.cli._edge import UserError, blame
+from peft_dynamic.cli._edge import UserError, blame, debugging
 
 
 def model_class(config: Any, base: str) -> Any:
@@ -72,6 +72,66 @@ def load_decoder(name: str, dtype: Any, settings: dict[str, Any]) -> Any:
             f"--model: {name!r}, a {type(model).__name__}, sees what comes after a token: it is an encoder, and cannot "
             "be trained to go on with a text. Pass a decoder, such as a Llama or a GPT."
         )
+    return model
+
+
+def hush_transformers() -> None:
+    """Its bars and its log, which are switched in the process; a variable that says so is read when it is imported."""
+    from transformers.utils import logging
+
+    if not debugging():
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def load_tokenizer(name: str) -> Any:
+    """A model's tokenizer, which pads on the right.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    with blame(f"--model: {name!r} has no tokenizer that loads", "Pass a model with one."):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_classifier(name: str, dtype: Any, settings: dict[str, Any], others: dict[str, Any]) -> Any:
+    """A base model under a classifier's head, of which the adapter brings all that the checkpoint lacks.
+
+    Args:
+        name: the base model.
+        dtype: its dtype.
+        settings: further arguments of `from_pretrained`.
+        others: the adapter's tensors beside its factors, by their names in its file; the head is among them.
+
+    Raises:
+        UserError: it could not be loaded, or weights would be random.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    heads = [key for key in others if key.endswith(("classifier.weight", "score.weight", "classifier.out_proj.weight"))]
+    outputs = {"num_labels": len(others[heads[-1]])} if heads else {}
+    torch.manual_seed(0)  # the base model's own head is random, and the same at each call
+    with blame(f"--model: {name!r} could not be loaded as a classifier", "Pass the one that was trained on."):
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, **outputs, **settings
+        )
+    brought = {key.removeprefix("base_model.model.") for key in others}
+    random = sorted(map(str, {*found["missing_keys"]} - brought))
+    if random:
+        raise UserError(
+            f"--model: neither {name!r} nor the adapter has weights for {len(random)} tensors of "
+            f"{type(model).__name__}, such as {random[0]}: they would be random. Save the adapter with its head in "
+            "modules_to_save, or pass the classifier that was trained on."
+        )
+    if not settings:
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model
 
 

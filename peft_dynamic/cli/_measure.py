@@ -12,16 +12,17 @@ import torch
 from transformers import DataCollatorForSeq2Seq
 
 from peft_dynamic.cli._budget import Budget
-from peft_dynamic.cli._encode import Tokens
 from peft_dynamic.cli._load import autocast, device
 from peft_dynamic.ranks import RankCurve, RankRow
 
 Batch = dict[str, torch.Tensor]
 
 
-def batches(encoded: Sequence[Tokens], tokenizer: Any, size: int, seed: int) -> list[Batch]:
+def batches(
+    encoded: Sequence[dict[str, Any]], tokenizer: Any, size: int, seed: int, collator: Any = None
+) -> list[Batch]:
     """Padded batches, rows of a length together, in a random order: any number of the first ones is a fair sample."""
-    collator = DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100)
+    collator = collator or DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100)
     ordered = sorted(encoded, key=lambda row: len(row["input_ids"]))
     made = [dict(collator(ordered[i : i + size])) for i in range(0, len(ordered), size)]
     random.Random(seed).shuffle(made)
@@ -30,16 +31,58 @@ def batches(encoded: Sequence[Tokens], tokenizer: Any, size: int, seed: int) -> 
 
 def row_losses(model: Any, batch: Batch, dtype: torch.dtype) -> list[tuple[float, int]]:
     """For each row the sum of its tokens' losses, and the number of these tokens."""
-    labels = batch["labels"].to(device(model))
-    inputs = {key: value.to(device(model)) for key, value in batch.items() if key != "labels"}
-    with torch.no_grad(), autocast(model, dtype):
-        logits = model(**inputs).logits
+    logits, labels = _logits(model, batch, dtype)
     # the first token of a row is predicted from nothing
     losses = torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none"
+        logits[:, :-1].transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none"
     )
     counts = (labels[:, 1:] != -100).sum(1)
     return list(zip(losses.sum(1).tolist(), counts.tolist(), strict=True))
+
+
+def _logits(model: Any, batch: Batch, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch's logits in float32, and its labels beside them."""
+    inputs = {key: value.to(device(model)) for key, value in batch.items() if key != "labels"}
+    with torch.no_grad(), autocast(model, dtype):
+        logits = model(**inputs).logits
+    return logits.float(), batch["labels"].to(device(model))
+
+
+def text_metrics(model: Any, batches: list[Batch], dtype: torch.dtype) -> dict[str, Any]:
+    """The loss per learnt token, as a value for each row, and its exponential, the perplexity.
+
+    With L the loss per token over all rows, t_i and n_i a row's sum of losses and its tokens, and n their mean, a row's
+    value is L + (t_i - L n_i) / n. The mean of these is L, and the standard errors that are computed from them, of L
+    and of differences between ranks, are those of a ratio, as in `HeldOut.gain`.
+    """
+    rows = [row for batch in batches for row in row_losses(model, batch, dtype)]
+    tokens = sum(count for _, count in rows) / len(rows)
+    loss = sum(total for total, _ in rows) / len(rows) / tokens
+    values = [loss + (total - loss * count) / tokens for total, count in rows]
+    return {**_by_row(loss=values), "perplexity": perplexity(loss)}
+
+
+def label_metrics(model: Any, batches: list[Batch], dtype: torch.dtype) -> dict[str, Any]:
+    """Accuracy and loss of a classifier, a value for each row; of a model with one output the squared error."""
+    right, losses = [], []
+    for batch in batches:
+        logits, labels = _logits(model, batch, dtype)
+        if logits.shape[-1] == 1:
+            losses += (logits[:, 0] - labels.float()).square().tolist()
+        else:
+            losses += torch.nn.functional.cross_entropy(logits, labels, reduction="none").tolist()
+            right += (logits.argmax(-1) == labels).double().tolist()
+    return _by_row(accuracy=right, loss=losses) if right else _by_row(mse=losses)
+
+
+def _by_row(**values: list[float]) -> dict[str, Any]:
+    """Of a single row the number: a standard error needs two."""
+    return {name: row if len(row) > 1 else row[0] for name, row in values.items()}
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of a loss; infinite where no float can hold it."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 @dataclass
@@ -95,7 +138,7 @@ class HeldOut:
         """Mean loss per learnt token, and its exponential, the perplexity."""
         rows = self.rows_at(rank)
         mean = sum(total for total, _ in rows) / sum(count for _, count in rows)
-        return {"loss": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf}
+        return {"loss": mean, "perplexity": perplexity(mean)}
 
     def curve(self) -> RankCurve:
         """The curve so far: the base model first, if it was measured, and the ranks."""

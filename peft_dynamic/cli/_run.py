@@ -14,17 +14,16 @@ import torch
 from peft import get_peft_model
 from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments, set_seed
-from transformers.utils import logging as transformers_logging
+from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from peft_dynamic.cli import _identity
 from peft_dynamic.cli._budget import Budget, Pace, Plan, Schedule, plan
 from peft_dynamic.cli._check import check_in_stock_peft
 from peft_dynamic.cli._data import Example
-from peft_dynamic.cli._edge import UserError, blame, debugging, has_package, how_to_install
-from peft_dynamic.cli._encode import Encoded, encode_all, prompt_text
+from peft_dynamic.cli._edge import UserError, has_package, how_to_install
+from peft_dynamic.cli._encode import Tokens, encode_and_tell, prompt_text
 from peft_dynamic.cli._job import Job
-from peft_dynamic.cli._load import autocast, device, fast_dtype, load_decoder
+from peft_dynamic.cli._load import autocast, device, fast_dtype, hush_transformers, load_decoder, load_tokenizer
 from peft_dynamic.cli._measure import HeldOut, batches, choose, row_losses
 from peft_dynamic.cli._report import Findings, agreement, write_report
 from peft_dynamic.export import export_lora
@@ -41,9 +40,7 @@ GRACE = 60
 
 def run(job: Job) -> None:
     """Train, measure each rank, export the recommended one, check it, and leave a report."""
-    if not debugging():
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+    hush_transformers()
     _Run(job).all()
 
 
@@ -101,13 +98,9 @@ class _Run:
         then = _identity.read(job.output) if job.resume else None
         dtype = getattr(torch, then["dtype"]) if then else fast_dtype()
         self.found = Findings(dtype)
-        with blame(f"--model: {job.model!r} has no tokenizer that loads", "Pass a causal language model with one."):
-            self.tokenizer = AutoTokenizer.from_pretrained(job.model)
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.tokenizer.padding_side = "right"
-        self.examples = self.encoded("--data", job.examples).rows
-        self.held_out = self.encoded("--eval-data", job.held_out).rows
+        self.tokenizer = load_tokenizer(job.model)
+        self.examples = self.encoded("--data", job.examples)
+        self.held_out = self.encoded("--eval-data", job.held_out)
         if job.unused:
             self.found.notes.append(f"Columns that are not read: {', '.join(job.unused)}.")
         if job.four_bit:
@@ -128,35 +121,11 @@ class _Run:
             self.say(note)
         self.identify(then)
 
-    def encoded(self, option: str, examples: Sequence[Example]) -> Encoded:
+    def encoded(self, option: str, examples: Sequence[Example]) -> list[Tokens]:
         """The examples as tokens, with a note of what is left out."""
-        job = self.job
-        encoded = encode_all(examples, self.tokenizer, job.max_length)
-        if not encoded.rows:
-            raise UserError(
-                f"{option}: of {len(examples)} examples none has a part to learn within --max-length {job.max_length} "
-                "tokens. Raise it, or shorten the prompts."
-            )
-        what = f"{option}: "
-        if skipped := sum(example.skipped for example in examples):
-            self.found.notes.append(f"{what}{skipped} answers are not learnt, since nothing stands before them.")
-        if encoded.without:
-            self.found.notes.append(
-                f"{what}{encoded.without} of {len(examples)} examples left out: what is learnt lies beyond "
-                f"--max-length {job.max_length}."
-            )
-        if encoded.lost:
-            self.found.notes.append(
-                f"{what}{encoded.lost} of {encoded.turns} answers left out, which lie beyond --max-length."
-            )
-        if encoded.cut:
-            self.found.notes.append(f"{what}{encoded.cut} of {encoded.turns} answers end at --max-length.")
-        if encoded.apart:
-            self.found.notes.append(
-                f"{what}{encoded.apart} of {encoded.turns} answers have rows of their own, since the chat template "
-                "writes an answer otherwise once others follow."
-            )
-        return encoded
+        rows, notes = encode_and_tell(examples, self.tokenizer, self.job.max_length, option)
+        self.found.notes += notes
+        return rows
 
     def identify(self, then: dict[str, Any] | None) -> None:
         """Write run.yaml, or, in a run that goes on, say which versions are others now."""

@@ -19,7 +19,10 @@ def export(
     ] = None,
     model: Annotated[str | None, typer.Option(help="The base model, if it is not where the adapter says.")] = None,
 ) -> None:
-    """Write an adapter, of DyLoRA one rank of it, as a stock LoRA checkpoint for PEFT, vLLM or a converter."""
+    """Write an adapter, of DyLoRA one rank of it, as a stock LoRA checkpoint for PEFT, vLLM or a converter.
+
+    For example: peft-dynamic export peft-dynamic-out/adapter out/rank-4 --rank 4
+    """
     if not (adapter / "adapter_config.json").is_file():
         raise typer.BadParameter(f"{adapter} has no adapter_config.json: pass a saved adapter.", param_hint="ADAPTER")
     from peft_dynamic.cli._load import model_class, read_json
@@ -71,7 +74,10 @@ def _check(adapter: Path, written: dict[str, Any]) -> None:
     """Raise for what shows without a model."""
     kind = written.get("peft_type")
     if kind == "LORA":
-        raise typer.BadParameter(f"{adapter} is a stock LoRA adapter already.", param_hint="ADAPTER")
+        raise typer.BadParameter(
+            f"{adapter} is a stock LoRA adapter already. peft-dynamic resize writes another rank of it.",
+            param_hint="ADAPTER",
+        )
     method = method_of(written)
     if method is not None and not method.engines:
         raise typer.BadParameter(

