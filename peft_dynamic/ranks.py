@@ -77,7 +77,7 @@ class RankCurve(Curve[RankRow]):
     def settings(self, row: RankRow) -> dict[str, str]:
         if not self.over_budgets:
             return {"rank": "base" if row.is_base else str(row.rank)}
-        named = "base" if row.is_base else "per module" if row.rank is None else str(row.rank)
+        named = "base" if row.is_base else f"budget {row.budget}" if row.rank is None else str(row.rank)
         return {"rank": named, "parameters": f"{row.parameters:,}" if row.parameters else ""}
 
     def position(self, row: RankRow) -> int | None:
@@ -106,11 +106,11 @@ class RankCurve(Curve[RankRow]):
         centred = [value - mean(others) for value, *others in zip(own, *tables, strict=True)]
         return 1.96 * stdev(centred) / math.sqrt(len(own)) * math.sqrt(len(tables) / (len(tables) - 1))
 
-    def choice(self, metric: str) -> RankRow | None:
+    def choice(self, metric: str, tolerance: float) -> RankRow | None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return self.recommended_row(metric=metric)
+                return self.recommended_row(tolerance, metric)
         except ValueError:  # of a metric whose direction is not known, or that is nowhere finite
             return None
 

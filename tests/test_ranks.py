@@ -327,6 +327,12 @@ def test_the_picture_has_intervals_and_the_choice(tmp_path: Path, monkeypatch: p
     assert halves == pytest.approx([half, half])
     assert [text.get_text() for text in axis.texts] == ["recommended"]
     assert axis.texts[0].xy == (1, pytest.approx(1.1))
+    losses.plot(tmp_path / "curve.png", mark=False)
+    assert not drawn[1].axes[0].texts  # type: ignore[attr-defined]
+    flat = sampled(base=[3.0, 3, 3, 3], r1=[1.1, 1.1, 1.1, 1.1], r2=[1.0, 1, 1, 1])
+    for tolerance, rank in ((0.01, 2), (0.1, 1)):
+        flat.plot(tmp_path / "curve.png", tolerance=tolerance)
+        assert drawn[-1].axes[0].texts[0].xy[0] == rank  # type: ignore[attr-defined]
 
 
 # --- a stock LoRA, and budgets
@@ -408,7 +414,7 @@ def test_ranks_and_budgets_in_one_picture_have_parameters_below(tmp_path: Path) 
     model, inputs = stock()
     result = rank_curve(model, total(inputs), ranks=[1, 2], budgets=[0.2], base=False, progress=False)
     assert [(row.rank, row.parameters) for row in result.rows[:2]] == [(1, 117), (2, 234)]
-    assert "per module" in result.table()
+    assert "budget 0.2" in result.table()
     assert result.plot(tmp_path / "curve.png").exists()
     back = RankCurve.from_json(result.to_json())
     assert back.rows == result.rows

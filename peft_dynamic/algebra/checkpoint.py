@@ -107,7 +107,13 @@ def _folder(adapter: str | os.PathLike[str]) -> Path:
         return folder
     if isinstance(adapter, str) and REPO_ID.fullmatch(adapter) and "/" in adapter and not folder.exists():
         patterns = ["adapter_config.json", "adapter_model.safetensors"]
-        return Path(snapshot_download(adapter, allow_patterns=patterns))
+        try:
+            return Path(snapshot_download(adapter, allow_patterns=patterns))
+        except OSError as error:  # of the Hub's errors too: a name that nobody has is often a path with a slip
+            raise FileNotFoundError(
+                f"adapter={adapter!r} is no folder here, and could not be had from the Hub "
+                f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the path, or the name."
+            ) from error
     raise FileNotFoundError(
         f"adapter={str(adapter)!r} is no folder and no name on the Hub. Pass the folder of a saved adapter, or "
         "'user/name'."

@@ -11,8 +11,8 @@ from peft_dynamic.ranks import RankCurve, RankRow
 from peft_dynamic.reports.curve import direction, number
 
 
-def choice(curve: RankCurve, metric: str, tolerance: float) -> str:
-    """What `recommend` chooses, and why; nothing where no gain over the base model shows in the rows.
+def choice(curve: RankCurve, metric: str, tolerance: float) -> tuple[RankRow | None, str]:
+    """What `recommend` chooses, and why; None where no gain over the base model shows in the rows.
 
     Args:
         curve: with a rank or a budget at least.
@@ -23,19 +23,20 @@ def choice(curve: RankCurve, metric: str, tolerance: float) -> str:
     rows = [row for row in curve.rows if row.rank is not None] or [row for row in curve.rows if not row.is_base]
     finite = [row for row in rows if math.isfinite(row.metrics.get(metric, math.nan))]
     if not finite:
-        return f"Nothing is recommended: the {metric} is finite nowhere."
+        return None, f"Nothing is recommended: the {metric} is finite nowhere."
     best = max(finite, key=lambda row: (sign * row.metrics[metric], -(row.rank or row.parameters or 0)))
     bases = (row for row in curve.rows if row.is_base and math.isfinite(row.metrics.get(metric, math.nan)))
     base = next(bases, None)
     if base is not None and not _learnt(best, base, metric, sign):
-        return (
+        return None, (
             f"Nothing was learnt that these rows show. Of the best, {_named(best)}, {_level(best, base, metric)}. That "
             "is no gain of more than twice its standard error. None is recommended."
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a base model that is better, which is told above
         row = curve.recommended_row(tolerance, metric)
-    return f"Recommended: {_named(row)}. Here {_level(row, base, metric)}, {_why(row, best, base, metric, tolerance)}."
+    why = f"{_level(row, base, metric)}, {_why(row, best, base, metric, tolerance)}"
+    return row, f"Recommended: {_named(row)}. Here {why}."
 
 
 def _why(row: RankRow, best: RankRow, base: RankRow | None, metric: str, tolerance: float) -> str:

@@ -152,9 +152,11 @@ def _show(job: Curving, record: Record, whole: bool) -> None:
             f"{metric} was not measured; there are {', '.join(curve.metrics)}.", param_hint="--metric"
         )
     if len(curve.rows) > (curve.rows[0].is_base):
-        typer.echo(f"{'' if whole else 'So far. '}{choice(curve, metric, job.tolerance)}")
+        row, said = choice(curve, metric, job.tolerance)
+        typer.echo(f"{'' if whole else 'So far. '}{said}")
         if job.plot is not None:
-            curve.plot(job.plot, title=f"{job.subject.folder.name} on {Path(job.task.given.data).name}")
+            title = f"{job.subject.folder.name} on {Path(job.task.given.data).name}"
+            curve.plot(job.plot, title, mark=row is not None, tolerance=job.tolerance)
             typer.echo(f"The picture is in {job.plot}.")
     if job.out is not None:
         typer.echo(f"The curve is in {job.out}.")

@@ -32,6 +32,14 @@ from peft_dynamic.cli._subject import adapter_folder, read_config
 from peft_dynamic.cli._task import RowOptions, task_for
 
 
+class Engine(StrEnum):
+    """Who reads the file."""
+
+    peft = "peft"
+    vllm = "vllm"
+    llama_cpp = "llama.cpp"
+
+
 class Cut(StrEnum):
     """What a cut goes by."""
 
@@ -60,6 +68,9 @@ def resize(
         Cut, typer.Option(help="By the weights alone, by the modules' inputs, or by the loss too. auto: all there is.")
     ] = Cut.auto,
     damping: Annotated[float, typer.Option(help="How much of the plain cut is in one by data.")] = 0.1,
+    engine: Annotated[
+        Engine, typer.Option(help="Who reads it. For vllm and llama.cpp all modules are padded to the largest rank.")
+    ] = Engine.peft,
     model: MODEL = None,
     prompt_column: PROMPT = "prompt",
     completion_column: COMPLETION = "completion",
@@ -79,7 +90,7 @@ def resize(
     _check_how(data, moments, cut, damping, model)
     folder = adapter_folder(adapter)
     if data is None and moments is None:
-        _write(adapter, folder, out, size)
+        _write(adapter, folder, out, size, engine=engine.value)
         return
     task = None
     if data is not None:
@@ -87,7 +98,7 @@ def resize(
         given = RowOptions(data, columns, label_column, rows, max_length, batch_size)
         task = task_for(read_config(folder), given, adapter)
     found = _moments(adapter, folder, out, size, task, moments, model, four_bit)
-    _write(adapter, folder, out, size, moments=found, cut=cut.value, damping=damping)
+    _write(adapter, folder, out, size, moments=found, cut=cut.value, damping=damping, engine=engine.value)
 
 
 def _check_how(data: str | None, moments: Path | None, cut: Cut, damping: float, model: str | None) -> None:

@@ -84,7 +84,7 @@ class Curve(Generic[R]):
         """Half the width of the 95 % interval of a value; None where it is not known."""
         return None
 
-    def choice(self, metric: str) -> R | None:
+    def choice(self, metric: str, tolerance: float) -> R | None:
         """The row to mark in the picture."""
         return None
 
@@ -109,12 +109,14 @@ class Curve(Generic[R]):
             table.add_row(*self.settings(row).values(), *cells)
         return as_text(table, width=20 * len(columns) + 40 * len(self.metrics))
 
-    def plot(self, path: str | Path, title: str | None = None) -> Path:
+    def plot(self, path: str | Path, title: str | None = None, *, mark: bool = True, tolerance: float = 0.01) -> Path:
         """Draw each metric, levels to compare with as dashed lines, and write a picture.
 
         Args:
             path: where to write; ".png", ".svg" and ".pdf" say the format. Missing folders are made.
             title: a line above the picture.
+            mark: whether the row that a curve recommends is marked, where it does.
+            tolerance: of that choice.
 
         Returns:
             `path`.
@@ -129,12 +131,12 @@ class Curve(Generic[R]):
         figure = new_figure(type(self).__name__, 4.6 * len(self.metrics), 3.6)
         axes = figure.subplots(1, len(self.metrics), squeeze=False)[0]
         for axis, name in zip(axes, self.metrics, strict=True):
-            self._draw(axis, name)
+            self._draw(axis, name, self.choice(name, tolerance) if mark else None)
         if len(axes[0].get_legend_handles_labels()[0]) > 1:
             axes[0].legend(frameon=False)
         return save_figure(figure, path, title)
 
-    def _draw(self, axis: Any, name: str) -> None:
+    def _draw(self, axis: Any, name: str, chosen: R | None) -> None:
         """One metric."""
         for label in dict.fromkeys(self.series(row) for row in self.rows):
             rows = [row for row in self.rows if self.series(row) == label and name in row.metrics]
@@ -152,7 +154,6 @@ class Curve(Generic[R]):
             levels = [row.metrics[name] for row in rows if self.position(row) is None]
             if levels and math.isfinite(levels[0]):
                 self._draw_level(axis, name, levels[0], label)
-        chosen = self.choice(name)
         at = None if chosen is None else self.position(chosen)
         if chosen is not None and at is not None:
             axis.scatter([at], [chosen.metrics[name]], s=160, facecolors="none", edgecolors="0.2", zorder=3)

@@ -406,3 +406,12 @@ def test_dylora_s_rules_of_scale_are_read(rule: str, cap: dict[str, int], mixed:
     with torch.no_grad():
         expected = model.eval()(input_ids=rows(2)).logits
     torch.testing.assert_close(logits(tmp_path / "stock"), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_name_that_nobody_has_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def download(name: str, **kwargs: object) -> str:
+        raise ConnectionError(f"no {name}\nand more lines")
+
+    monkeypatch.setattr("peft_dynamic.algebra.checkpoint.snapshot_download", download)
+    with pytest.raises(FileNotFoundError, match=r"'runs/sql' is no folder here, .*ConnectionError: no runs/sql\)"):
+        resize_adapter("runs/sql", tmp_path / "out", rank=2)

@@ -375,7 +375,9 @@ CHOICES: list[tuple[RankCurve, str]] = [
 
 @pytest.mark.parametrize(("rows", "expected"), CHOICES)
 def test_what_is_recommended_and_why(rows: RankCurve, expected: str) -> None:
-    assert choice(rows, "loss", 0.01) == expected
+    row, said = choice(rows, "loss", 0.01)
+    assert said == expected
+    assert (row is None) == ("Recommended" not in said)
 
 
 def test_rows_have_their_order_and_their_names() -> None:

@@ -51,6 +51,14 @@ def test_resize_merge_and_average_write_adapters(adapter: Path, tmp_path: Path) 
     assert ranks(tmp_path / "mean") == {3}
 
 
+def test_resize_pads_for_an_engine(adapter: Path, tmp_path: Path) -> None:
+    result = invoke("resize", adapter, tmp_path / "vllm", "--parameters", 0.4, "--engine", "vllm")
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "vllm" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["rank_pattern"] == {}
+    assert ranks(tmp_path / "vllm") == {config["r"]}
+
+
 def test_inspect_shows_the_energy_of_each_rank(adapter: Path) -> None:
     result = invoke("inspect", adapter)
     assert result.exit_code == 0, result.output
