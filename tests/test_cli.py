@@ -1,6 +1,7 @@
 """The command: bad input is named before a model loads, and a tiny run leaves all that it promises."""
 
 import json
+import re
 import shutil
 import subprocess
 import zipfile
@@ -107,7 +108,7 @@ def test_help_lists_the_options() -> None:
 def test_the_papers_rules_are_an_option_and_the_packages_the_default(four_bit: bool) -> None:
     from peft_dynamic.cli.train import dylora_config
 
-    for paper, rules in ((False, ("svd", "alpha/r", "mostly_full")), (True, ("prefix", "alpha/b", "uniform"))):
+    for paper, rules in ((False, ("svd", "alpha/r", "full")), (True, ("prefix", "alpha/b", "uniform"))):
         config = dylora_config(None, "1,2,4", 16, "q_proj, v_proj", 3, four_bit, paper)
         assert (config.truncation, config.scaling, config.rank_sampling) == rules
         assert (config.r, config.ranks, config.lora_alpha, config.rank_seed) == (4, [1, 2, 4], 16, 3)
@@ -137,10 +138,13 @@ def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
 
 
 def test_a_run_leaves_what_it_says(whole: tuple[Path, str]) -> None:
+    from safetensors.torch import load_file
+
     from peft_dynamic.ranks import RankCurve
 
     folder, printed = whole
     assert "Recommended: rank" in printed
+    assert re.search(r"The ranks are cut by what [\d,]+ tokens of --data say of the loss\.", " ".join(printed.split()))
     assert "computes the same logits bit for bit" in " ".join(printed.split())
     out = folder / "out"
     curve = RankCurve.from_json(out / "curve.json")
@@ -149,6 +153,7 @@ def test_a_run_leaves_what_it_says(whole: tuple[Path, str]) -> None:
     assert json.loads((out / "adapter" / "adapter_config.json").read_text())["peft_type"] == "DYLORA"
     stock = json.loads((out / "lora" / "adapter_config.json").read_text())
     assert (stock["peft_type"], stock["r"]) == ("LORA", curve.recommend(0.01))
+    assert any(name.endswith("lora_schedule.moments") for name in load_file(out / "adapter/adapter_model.safetensors"))
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "curve.svg").read_text().startswith("<?xml")
     report = (out / "report.md").read_text(encoding="utf-8")

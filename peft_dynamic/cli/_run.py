@@ -32,6 +32,8 @@ from peft_dynamic.hub import write_model_card
 from peft_dynamic.ranks import RankCurve, rank_curve
 
 SAMPLE_TOKENS = 60
+# The rows that a cut goes by, as a share of the training's steps, and at most so many batches
+CALIBRATED, MOST_CALIBRATED = 0.03, 16
 # Of what loading took, until now: starting a second process that loads the same model again
 AGAIN = 1.5
 # The check may take this much longer than planned before it is given up, in seconds
@@ -178,11 +180,28 @@ class _Run:
             self.say(f"Ended after step {trained.global_step} of {wanted}: --max-minutes.")
         # Trainer leaves the forward pass under its own autocast; from here on precision is chosen where it matters
         self.model = trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if job.config.truncation == "svd":
+            self.calibrate()
         adapter = job.output / "adapter"
         self.model.save_pretrained(str(adapter))
         self.tokenizer.save_pretrained(str(adapter))
         (adapter / "README.md").unlink(missing_ok=True)  # PEFT's form with nothing filled in
         write_model_card(adapter)
+
+    def calibrate(self) -> None:
+        """Cut the ranks by what the adapter sees of training rows, as many as a few of its steps had."""
+        job = self.job
+        some = batches(self.examples, self.tokenizer, job.batch_size, job.seed)
+        some = some[: min(MOST_CALIBRATED, max(1, round(CALIBRATED * self.found.steps)))]
+        place = device(self.model)
+        try:
+            with autocast(self.model, self.found.dtype):
+                moments = self.model.calibrate([{key: value.to(place) for key, value in b.items()} for b in some])
+        except ValueError as error:  # of layers that cannot be measured; the plain cut is there
+            self.found.notes.append(f"The ranks are cut by the weights alone: {error}")
+            self.say(self.found.notes[-1])
+            return
+        self.say(f"The ranks are cut by what {moments.tokens:,} tokens of --data say of the loss.")
 
     def checkpoint(self) -> Path | None:
         """The last checkpoint that is whole, if the run goes on from one."""
@@ -223,7 +242,7 @@ class _Run:
         """What fits into the time that is left, by the time of a step and of a held-out row."""
         if not self.budget.limited:
             return Plan(steps, len(self.held_out))
-        step, row = self.time_a_step(), self.time_a_row()
+        step, row = (1 + CALIBRATED) * self.time_a_step(), self.time_a_row()
         levels = len(self.job.config.ranks) + 1
         return plan(self.budget, step, row, levels, steps, len(self.held_out), self.reserve, done)
 

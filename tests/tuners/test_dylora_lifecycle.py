@@ -70,13 +70,22 @@ def test_a_bad_rank_changes_nothing(rank: Any, error: type, message: str) -> Non
 
 
 def test_a_rank_outside_the_trained_list_warns_once() -> None:
-    model = mlp()
+    model = mlp(rank_sampling="mostly_full")
     with pytest.warns(UserWarning, match=r"rank 3 is not one of the trained ranks \[1, 2, 4, 8\]"):
         model.set_rank(3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.set_rank(4)
         model.set_rank(3)
+
+
+def test_no_rank_is_trained_more_than_another_by_default() -> None:
+    model = mlp()
+    assert model.peft_config["default"].rank_sampling == "full"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.set_rank(3)
+    assert mlp(truncation="prefix").peft_config["default"].rank_sampling == "mostly_full"
 
 
 def test_rank_pattern_caps_a_module() -> None:

@@ -21,10 +21,11 @@ REFUSED_FIELDS = METHODS["DYLORA"].refused
 class DyLoRAConfig(MixerConfig, LoraConfig):
     """Configuration of DyLoRA: train one LoRA adapter, use it at any rank.
 
-    Each optimizer step draws one rank b, and the forward pass uses an update of rank b made from the whole matrices
-    B (out, r) and A (r, in). Outside training the rank chosen by `set_rank` is used, r at first. The defaults are
-    what we measured best (benchmarks/LOG.md); `DyLoRAConfig.paper(...)` gives the paper's rules, eq. 7:
-    `alpha / b * B[:, :b] @ A[:b]` with every rank equally likely.
+    An optimizer step has one rank b, the largest unless `rank_sampling` draws lower ones, and its forward pass uses an
+    update of rank b made from the whole matrices B (out, r) and A (r, in). Outside training the rank chosen by
+    `set_rank` is used, r at first. The defaults are what we measured best (benchmarks/any_rank);
+    `DyLoRAConfig.paper(...)` gives the paper's rules, eq. 7: `alpha / b * B[:, :b] @ A[:b]` with every rank equally
+    likely.
 
     Everything of `LoraConfig` keeps its meaning, with these exceptions.
     Changed: `r` is the largest rank; `rank_pattern` caps a module's rank (a module capped at 4 runs at min(b, 4));
@@ -44,10 +45,10 @@ class DyLoRAConfig(MixerConfig, LoraConfig):
             is the best approximation of the full one; E and F of `functional.ranks.leading_components` give the cut
             factors `F[:b] A` and `B E[:, :b]`, made anew whenever A and B have changed, and gradients flow through them
             to all of A and B. "prefix": the first b rows of A and columns of B, the paper's.
-        rank_sampling: "mostly_full" (r with probability 3/4, the other ranks equally); "full" (r at every step, as
-            LoRA: the lower ranks are cuts of it; with truncation="svd" only); "uniform"; "geometric" (the
+        rank_sampling: "full" (r at every step, as LoRA: the lower ranks are cuts of it; with truncation="svd" only);
+            "mostly_full" (r with probability 3/4, the other ranks equally); "uniform"; "geometric" (the
             i-th rank of the list with probability proportional to `geometric_p * (1 - geometric_p) ** i`); or one
-            weight per rank.
+            weight per rank. None for "full", and for "mostly_full" under truncation="prefix".
         geometric_p: p of the geometric distribution; 0.15 in the paper.
         update: "nested" trains everything that the drawn rank b uses. "frozen", with truncation="prefix" only, is the
             paper's FROZEN: components up to the next smaller rank of the list take part in the forward pass but get no
@@ -88,10 +89,11 @@ class DyLoRAConfig(MixerConfig, LoraConfig):
             "first rows and columns."
         },
     )
-    rank_sampling: str | list[float] = field(
-        default="mostly_full",
+    rank_sampling: str | list[float] | None = field(
+        default=None,
         metadata={
-            "help": "How a step's rank is drawn: 'mostly_full', 'full', 'uniform', 'geometric', or a weight per rank."
+            "help": "How a step's rank is drawn: 'full', 'mostly_full', 'uniform', 'geometric', or a weight per rank. "
+            "None for 'full', and for 'mostly_full' under truncation='prefix'."
         },
     )
     geometric_p: float = field(
@@ -170,6 +172,8 @@ class DyLoRAConfig(MixerConfig, LoraConfig):
 
     def _check_sampling(self) -> None:
         name, ranks = self._name(), self.trained_ranks
+        if self.rank_sampling is None:  # written down, so that a saved adapter says what it was trained with
+            self.rank_sampling = "mostly_full" if self.truncation == "prefix" else "full"
         if isinstance(self.rank_sampling, str):
             if self.rank_sampling not in ("full", "mostly_full", "uniform", "geometric"):
                 raise ValueError(

@@ -39,7 +39,7 @@ class RankSchedule(nn.Module):
     def __init__(self, config: DyLoRAConfig) -> None:
         super().__init__()
         self.ranks = config.trained_ranks
-        self.weights = rank_weights(self.ranks, config.rank_sampling, config.geometric_p)
+        self.weights = rank_weights(self.ranks, config.rank_sampling or "full", config.geometric_p)
         self.seed = config.rank_seed
         self.update = config.update
         self.cuts_alone = config.rank_sampling == "full"  # no rank below the largest is trained more than another
