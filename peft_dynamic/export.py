@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -111,8 +112,12 @@ def export_lora(
 
 def _adapter(model: nn.Module, adapter_name: str | None) -> str:
     """The named adapter, or the first active one: of ours, or else a stock LoRA."""
-    ours = any(getattr(module, "lora_views", None) for module in model.modules())
-    if stock_layers(model, adapter_name) and (not ours or adapter_name is not None):
+    stock = {name for name, config in getattr(model, "peft_config", {}).items() if config.peft_type == "LORA"}
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    ours = {name for layer in layers for name in getattr(layer, "lora_views", {}) if name not in stock}
+    active = {name for layer in layers for name in layer.active_adapters}
+    wanted = active if adapter_name is None else {adapter_name}
+    if not wanted & ours and wanted & stock and stock_layers(model, adapter_name):
         return active_ranked_adapter(model, adapter_name)
     return active_adapter(model, adapter_name)
 
@@ -167,7 +172,7 @@ def _tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     """The adapter's checkpoint as PEFT would save it, but with each factor as the layer shows it."""
     tensors = get_peft_model_state_dict(model, adapter_name=name)
     for prefix, layer in viewed_layers(model, name):
-        if _is_dropped(layer, name):
+        if _is_dropped(model, layer, name):
             for part in ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"):
                 tensors.pop(f"{prefix}.{part}", None)
             continue
@@ -201,10 +206,24 @@ def _tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     }
 
 
-def _is_dropped(layer: Any, name: str) -> bool:
-    """Whether the layer is at rank 0, and one that the config can leave out; others keep a component of zeros."""
+def _is_dropped(model: Any, layer: Any, name: str) -> bool:
+    """Whether the layer is at rank 0, and one that the file can do without; others keep a component of zeros.
+
+    With trained biases PEFT looks for those of a layer where its adapter is.
+    """
     at_zero = isinstance(state := layer.lora_views[name], AdapterRanks) and state.rank == 0
-    return at_zero and not isinstance(layer, MultiheadAttention | ParamWrapper)
+    whole = model.peft_config[name].bias != "none" or isinstance(layer, MultiheadAttention | ParamWrapper)
+    return at_zero and not whole
+
+
+def only(kept: list[str], dropped: Iterable[str]) -> list[str] | str:
+    """`target_modules` for these modules: their names, or an expression where a name ends one that is left out.
+
+    PEFT takes a name in a list as the end of a module's.
+    """
+    if any(out.endswith(f".{name}") for name in kept for out in dropped):
+        return "|".join(f"({re.escape(name)})" for name in kept)
+    return kept
 
 
 def _put_matrix(
@@ -233,7 +252,7 @@ def _config(model: Any, name: str) -> tuple[LoraConfig, dict[str, str] | None]:
     values = {item.name: copy(getattr(ours, item.name)) for item in fields(LoraConfig) if item.init}
     values.pop("peft_type", None)
     layers = _named_layers(model, name)
-    kept = [(key, layer) for key, layer in layers if not _is_dropped(layer, name)]
+    kept = [(key, layer) for key, layer in layers if not _is_dropped(model, layer, name)]
     if not kept:
         raise ValueError(
             f"the adapter {name!r} is at rank 0 in all modules: there is nothing to write. Raise the rank."
@@ -253,8 +272,9 @@ def _config(model: Any, name: str) -> tuple[LoraConfig, dict[str, str] | None]:
         values["use_rslora"] = False
     if len(kept) < len(layers):
         plain = [key for key, layer in kept if not isinstance(layer, ParamWrapper)]
+        dropped = [key for key, layer in layers if _is_dropped(model, layer, name)]
         values |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-        values["target_modules"] = plain
+        values |= {"target_modules": only(plain, dropped), "init_lora_weights": True}
     mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     return LoraConfig(**values), None if ours.task_type else mapping
 

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its types are a pa
 
 from peft_dynamic.hosts.modes import adapters_disabled, evaluating
 from peft_dynamic.reports.curve import Curve, direction, measured_samples
-from peft_dynamic.rules import is_finite, is_number
+from peft_dynamic.rules import is_finite, is_number, plain
 from peft_dynamic.tuners.dylora.budget import budget_ranks, parameters_in_use
 from peft_dynamic.tuners.dylora.layer import ranked_layers
 from peft_dynamic.tuners.dylora.model import active_ranked_adapter, at_rank, held
@@ -51,7 +51,7 @@ class RankRow:
     def standard_error(self, metric: str) -> float | None:
         """Of the mean over the examples; None for a metric that is one number."""
         values = self.samples.get(metric)
-        return None if values is None else stdev(values) / math.sqrt(len(values))
+        return None if values is None or not all(map(math.isfinite, values)) else stdev(values) / math.sqrt(len(values))
 
 
 @dataclass
@@ -101,7 +101,8 @@ class RankCurve(Curve[RankRow]):
         """Of what differs between the rows: how hard an example is, is taken out (Cousineau 2005, Morey 2008)."""
         tables = [each.samples.get(metric, []) for each in self.rows if not each.is_base]
         own = row.samples.get(metric, [])
-        if row.is_base or not own or len(tables) < 2 or len({len(table) for table in tables}) > 1:
+        alike = len({len(table) for table in tables}) == 1 and all(math.isfinite(x) for table in tables for x in table)
+        if row.is_base or not own or len(tables) < 2 or not alike:
             return None
         centred = [value - mean(others) for value, *others in zip(own, *tables, strict=True)]
         return 1.96 * stdev(centred) / math.sqrt(len(own)) * math.sqrt(len(tables) / (len(tables) - 1))
@@ -184,7 +185,7 @@ class RankCurve(Curve[RankRow]):
                 is not known.
         """
         row = self.recommended_row(tolerance, metric, greater_is_better, standard_errors)
-        return row.rank if row.rank is not None else row.parameters or 0
+        return row.rank if row.rank is not None else row.parameters or 1
 
     def recommended_row(
         self,
@@ -212,7 +213,12 @@ class RankCurve(Curve[RankRow]):
                 "longer, or at another learning rate.",
                 stacklevel=3,
             )
-        good += [row for row in finite if _behind(row, best, name, sign) <= standard_errors]
+        good += [
+            row
+            for row in finite
+            if _behind(row, best, name, sign) <= standard_errors
+            and not (most > 0 and sign * (row.metrics[name] - base) <= 0)  # a noisy rank that learnt nothing
+        ]
         return min(good, key=lambda row: row.rank if row.rank is not None else row.parameters or 0)
 
     def gains(self, metric: str | None = None, greater_is_better: bool | None = None) -> dict[int, float]:
@@ -243,7 +249,7 @@ def _named(row: RankRow) -> str:
 def _behind(row: RankRow, best: RankRow, metric: str, sign: int) -> float:
     """By how many standard errors of the paired difference; infinite where the examples are not known."""
     own, other = row.samples.get(metric, []), best.samples.get(metric, [])
-    if not own or len(own) != len(other):
+    if not own or len(own) != len(other) or not all(map(math.isfinite, [*own, *other])):
         return math.inf
     differences = [sign * (b - a) for a, b in zip(own, other, strict=True)]
     error = stdev(differences) / math.sqrt(len(differences))
@@ -288,7 +294,7 @@ def rank_curve(
         moments: an `AdapterMoments` of the adapter, to cut by what it measured; None for the weights alone, or for what
             `calibrate` has put into a DyLoRA adapter.
         damping: as in `resize_adapter`.
-        cut: as in `resize_adapter`.
+        cut: as in `resize_adapter`; "plain" also for an adapter that was calibrated.
 
     Returns:
         The `RankCurve`, the base model first and the ranks increasing.
@@ -298,7 +304,7 @@ def rank_curve(
         ValueError: the model has no such adapter, the adapters are disabled or merged, or a rank is out of range.
     """
     name = active_ranked_adapter(model, adapter_name)
-    with held(model, [name]), weighed(model, name, None if cut == "plain" else moments, damping, cut):
+    with held(model, [name]), weighed(model, name, moments, damping, cut):
         settings = _settings(model, name, ranks, budgets)
         configs: Any = model.peft_config
         bias = getattr(configs[name], "bias", "none")
@@ -342,8 +348,11 @@ def _settings(
         )
     if ranks is None:
         ranks = () if budgets is not None else _usual_ranks(model.peft_config[name], layers, name)
-    wanted: list[tuple[RankRow, int | dict[str, int]]] = [(RankRow(rank, {}), rank) for rank in sorted(set(ranks))]
-    for budget in sorted(set(budgets or ()), key=lambda each: (isinstance(each, int), each)):
+    wanted: list[tuple[RankRow, int | dict[str, int]]] = []
+    for rank in sorted({plain(rank) for rank in ranks}):
+        wanted.append((RankRow(rank, {}), rank))
+    shares = {(isinstance(each, float), each): each for each in map(plain, () if budgets is None else budgets)}
+    for budget in (shares[key] for key in sorted(shares, key=lambda key: (not key[0], key[1]))):
         wanted.append((RankRow(None, {}, budget=budget), budget_ranks(model, budget, name)))
     if not wanted:
         raise ValueError("ranks=[]: pass at least one rank, or None for the trained ones.")

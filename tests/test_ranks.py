@@ -432,3 +432,36 @@ def test_moments_of_another_adapter_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             rank_curve(model, total(inputs), moments=moments, progress=False)
     assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_examples_that_are_not_finite_say_nothing(tmp_path: Path) -> None:
+    rows = [
+        RankRow(1, {"loss": math.nan}, samples={"loss": [math.nan, 1.0]}),
+        RankRow(2, {"loss": 1.0}, samples={"loss": [1.0, 1.1]}),
+    ]
+    broken = RankCurve(rows)
+    assert "NaN" not in broken.to_json()
+    back = RankCurve.from_json(broken.to_json())
+    assert math.isnan(back.rows[0].samples["loss"][0])
+    assert broken.rows[0].standard_error("loss") is None
+    assert broken.plot(tmp_path / "curve.png").exists()
+    assert back.recommend() == 2
+
+
+def test_a_noisy_rank_that_learnt_nothing_is_not_recommended() -> None:
+    rows = sampled(base=[1.0, 1.0], r1=[0.0, 6.0], r2=[0.5, 0.5])
+    assert rows.recommend() == 2
+
+
+def test_numpy_s_numbers_are_written_down() -> None:
+    import numpy as np
+
+    model, inputs = stock()
+    arguments = {"ranks": np.array([2, 1]), "budgets": np.array([100, 50]), "base": False, "progress": False}
+    result = rank_curve(model, total(inputs), **arguments)
+    assert result.ranks == [1, 2]
+    assert RankCurve.from_json(result.to_json()).rows == result.rows
+    mixed = rank_curve(model, total(inputs), budgets=[1, 1.0], base=False, progress=False)
+    assert [row.budget for row in mixed.rows] == [1.0, 1]
+    assert [row.parameters for row in mixed.rows] == [681, 0]  # the head has 5 outputs, and no sixth component
+    assert RankCurve.from_json(mixed.to_json()).rows == mixed.rows

@@ -28,7 +28,7 @@ from peft_dynamic.algebra.experts import Place, candidates, host_of, places
 from peft_dynamic.algebra.product import Product
 from peft_dynamic.algebra.trains import matrices_of_cores
 from peft_dynamic.engines import fit
-from peft_dynamic.export import FILES, PEFT_PREFIX, check_target
+from peft_dynamic.export import FILES, PEFT_PREFIX, check_target, only
 from peft_dynamic.functional.ranks import alpha_at
 from peft_dynamic.hub import REPO_ID, write_model_card
 from peft_dynamic.methods import METHODS, method_of
@@ -36,7 +36,10 @@ from peft_dynamic.tuners.lora_fields import check_product
 
 _ENDS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
 # What a file does not tell, beside the fields that make an adapter more than a product.
-_UNTOLD = {"layer_replication": "its layers are copies that the file does not name. Merge it into the base model"}
+_UNTOLD = {
+    "layer_replication": "its layers are copies that the file does not name. Merge it into the base model",
+    "ensure_weight_tying": "layers share their factors, which the file has twice. Load it and use export_lora",
+}
 
 
 @dataclass
@@ -269,6 +272,8 @@ def write_checkpoint(made: LoraCheckpoint, out: str | os.PathLike[str], engine: 
     kept = {module: product for module, product in made.products.items() if product.rank}
     if not kept:
         raise ValueError(f"out={str(out)!r}: no module would be left. Pass a larger rank or budget.")
+    if made.config.bias != "none":  # PEFT looks for a module's trained bias where its adapter is
+        kept = {module: product if product.rank else product.zeros() for module, product in made.products.items()}
     config = _stock_config(made, kept)
     tensors = dict(made.others)
     for module, product in _renamed(kept).items():
@@ -294,6 +299,8 @@ def _stock_config(made: LoraCheckpoint, kept: dict[str, Product]) -> LoraConfig:
     settings = {module: (product.rank, product.scale * product.rank) for module, product in kept.items()}
     rank, alpha = Counter(settings.values()).most_common(1)[0][0]
     fields = targets_of(kept)
+    out = [product.keys[0] for module, product in made.products.items() if module not in kept]
+    fields["target_modules"] = only(fields["target_modules"], out)
     if set(kept) == set(made.products):
         fields = {name: copy(getattr(ours, name, None)) for name in fields}
     carried = ("task_type", "fan_in_fan_out", "bias", "modules_to_save", "trainable_token_indices", "revision")

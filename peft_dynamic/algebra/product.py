@@ -67,6 +67,11 @@ class Product:
         """What must be the same of two products that are added up."""
         return (*self.a.shape[1:], len(self.b), self.experts, self.groups, self.of_parameter)
 
+    def zeros(self) -> Product:
+        """The same module with one step of zeros."""
+        a = self.a.new_zeros(self.experts * self.groups, *self.a.shape[1:])
+        return replace(self, a=a, b=self.b.new_zeros(len(self.b), self.experts, *self.b.shape[2:]))
+
     def with_factors(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> Product:
         """The same module with other matrices: A as (n, steps, in), B as (n, out, steps)."""
         shaped_a = a.reshape(-1, *self.a.shape[1:]).to(self.a.dtype)

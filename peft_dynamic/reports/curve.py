@@ -180,11 +180,16 @@ class Curve(Generic[R]):
         rows: list[dict[str, Any]] = [asdict(row) for row in self.rows]  # type: ignore[call-overload]  # a dataclass of the subclass
         for row in rows:
             for name in self.left_out_empty:
-                if not row[name]:
+                if row[name] is None or row[name] == {}:
                     del row[name]
             row["metrics"] = {
                 name: value if math.isfinite(value) else None for name, value in row.pop("metrics").items()
             }
+            if "samples" in row:
+                row["samples"] = {
+                    name: [value if math.isfinite(value) else None for value in values]
+                    for name, values in row["samples"].items()
+                }
         return write_json({"rows": rows}, path)
 
     @classmethod
@@ -202,7 +207,13 @@ class Curve(Generic[R]):
             rows = []
             for row in content["rows"]:
                 metrics = {name: math.nan if value is None else float(value) for name, value in row["metrics"].items()}
-                rows.append(cls.row_class(**{**row, "metrics": metrics}))
+                made = {**row, "metrics": metrics}
+                if "samples" in row:
+                    made["samples"] = {
+                        name: [math.nan if value is None else float(value) for value in values]
+                        for name, values in row["samples"].items()
+                    }
+                rows.append(cls.row_class(**made))
             return cls(rows)  # type: ignore[call-arg]  # a subclass is a dataclass
 
         return read_json(source, f"{cls.kind} curve", f"{cls.__name__}.to_json", build)

@@ -18,6 +18,7 @@ from peft_dynamic import (
     calibrate,
     export_lora,
     hotswap_adapter,
+    rank_curve,
     resize_adapter,
     set_rank,
 )
@@ -256,3 +257,73 @@ def test_one_pass_or_many_batches_are_the_same_sum() -> None:
     whole = adapter_moments(model, batches())
     for name, value in whole.inputs.items():
         torch.testing.assert_close(sum(part.inputs[name] for part in parts) / 3, value)
+
+
+def test_loading_something_else_leaves_it(tmp_path: Path) -> None:
+    model, other = adapted(), adapted()
+    model.calibrate(batches())
+    expected = at(model, 1)
+    other.save_pretrained(tmp_path / "plain")
+    model.load_adapter(tmp_path / "plain", "other")
+    model.eval()
+    assert torch.equal(at(model, 1), expected)
+    model.load_state_dict({}, strict=False)
+    assert torch.equal(at(model, 1), expected)
+
+
+def test_layers_that_share_factors_cannot_be_calibrated() -> None:
+    from tests.tuners.test_stock_ranks import tied
+
+    base = tied().unload()
+    targets = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(base, DyLoRAConfig(r=4, **targets))
+    with pytest.raises(ValueError, match="ensure_weight_tying=True"):
+        model.calibrate(batches())
+
+
+def test_a_curve_can_leave_it_out_and_names_what_it_lacks() -> None:
+    model = adapted()
+    ids = batches()[0]["input_ids"]
+
+    def one(**how: Any) -> float:
+        rows = rank_curve(model, lambda m: {"x": float(m(ids).logits[0, 0, 0])}, [1], base=False, progress=False, **how)
+        return rows[1]["x"]
+
+    plain = one()
+    moments = model.calibrate(batches())
+    calibrated = one()
+    assert calibrated != plain
+    assert one(cut="plain") == one(moments=moments, cut="plain") == plain
+    assert one(moments=moments) == pytest.approx(calibrated, rel=1e-5)
+    assert one() == calibrated
+    for how, message in (
+        ({"cut": "loss"}, "cut='loss' needs moments"),
+        ({"cut": "bogus"}, "cut='bogus': must be"),
+        ({"damping": -1}, "damping=-1"),
+        ({"moments": AdapterMoments(moments.inputs, {}, 1), "cut": "loss"}, "needs moments with loss=True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            one(**how)
+    with pytest.raises(TypeError, match="moments must be what adapter_moments gives, or None, got dict"):
+        one(moments={})
+
+
+def test_compiled_training_at_rank_0_has_fresh_bases() -> None:
+    """A layer that is set to rank 0 is trained at the drawn rank all the same."""
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = adapted(rank_sampling="uniform")
+        model.set_rank({"q_proj": 0})
+        run = torch.compile(model, backend="eager") if compiled else model
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        run.train()
+        losses.append([])
+        for batch in batches(6):
+            loss = run(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+        torch._dynamo.reset()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)

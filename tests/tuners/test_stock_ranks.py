@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention
 from torch import nn
 
-from peft_dynamic import at_rank, drawn_rank, export_lora, get_rank, resize_adapter, set_rank
+from peft_dynamic import at_rank, budget_ranks, drawn_rank, export_lora, get_rank, resize_adapter, set_rank
 from peft_dynamic.export import PEFT_PREFIX
 from tests.stock_cases import CASES, build
 
@@ -296,3 +296,204 @@ def test_attention_has_ranks_and_keeps_its_kind() -> None:
         assert (compute(model, inputs) - whole).abs().max() > 1e-2
     torch.testing.assert_close(compute(model, inputs), whole)
     assert fingerprint(model) == before
+
+
+# --- what a lower rank must not spoil
+
+
+def tied(**settings: Any) -> Any:
+    """Embedding and head share their factors."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True, "use_cache": False}
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+    targets = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(base, LoraConfig(r=8, **targets))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    return model.eval()
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_layers_that_share_factors_have_one_cut(tmp_path: Path) -> None:
+    model, ids = tied(), torch.randint(0, 60, (2, 5))
+    with at_rank(model, 2):
+        expected = compute(model, ids)
+        export_lora(model, tmp_path / "out")
+    loaded = PeftModel.from_pretrained(tied().unload(), tmp_path / "out").eval()
+    torch.testing.assert_close(compute(loaded, ids), expected, rtol=1e-3, atol=1e-3)
+    for ranks in ({"embed_tokens": 2}, {"lm_head": 0}):
+        with pytest.raises(ValueError, match="ensure_weight_tying=True"):
+            set_rank(model, ranks)
+    model.save_pretrained(tmp_path / "whole")
+    with pytest.raises(ValueError, match="ensure_weight_tying=True: layers share their factors"):
+        resize_adapter(tmp_path / "whole", tmp_path / "small", rank=2)
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_a_module_of_rank_0_keeps_its_trained_bias(bias: str, tmp_path: Path) -> None:
+    model, inputs = adapted(bias=bias)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.add_(1.0)
+    model.save_pretrained(tmp_path / "whole")
+    with at_rank(model, {"b": 0}):
+        expected = compute(model, inputs)
+        export_lora(model, tmp_path / "exported")
+    resize_adapter(tmp_path / "whole", tmp_path / "resized", rank={"b": 0})
+    for folder in ("exported", "resized"):
+        loaded = PeftModel.from_pretrained(build("linear")[0], tmp_path / folder).eval()
+        torch.testing.assert_close(compute(loaded, inputs), expected)
+
+
+class Nested(nn.Module):
+    """One module's name is the end of another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.sub = nn.Linear(8, 8), nn.ModuleDict({"a": nn.Linear(8, 8)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.sub["a"](self.a(x))
+
+
+def test_a_dropped_module_does_not_come_back_by_the_end_of_its_name(tmp_path: Path) -> None:
+    model = get_peft_model(Nested(), LoraConfig(r=4, target_modules=["a"], init_lora_weights=False)).eval()
+    x, ranks = torch.randn(3, 8), {r"^base_model\.model\.sub\.a": 0}
+    model.save_pretrained(tmp_path / "whole")
+    with at_rank(model, ranks):
+        expected = compute(model, x)
+        export_lora(model, tmp_path / "exported")
+    resize_adapter(tmp_path / "whole", tmp_path / "resized", rank={r"^sub\.a": 0})
+    for folder in ("exported", "resized"):
+        loaded = PeftModel.from_pretrained(Nested(), tmp_path / folder).eval()
+        assert [name for name, _ in layers(loaded)] == ["base_model.model.a"]
+        torch.testing.assert_close(compute(loaded, x), expected)
+
+
+def two_active() -> tuple[Any, torch.Tensor]:
+    model, inputs = adapted()
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["a"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    return model, inputs
+
+
+def test_all_active_adapters_get_the_rank_also_where_one_has_one() -> None:
+    model, _ = two_active()
+    set_rank(model, 4, "default")
+    set_rank(model, 2)
+    assert (get_rank(model, "default"), get_rank(model, "other")) == (2, 2)
+
+
+def test_what_is_refused_changes_nothing() -> None:
+    model, _ = two_active()
+    with pytest.raises(ValueError, match=r"rank=6 for .* is outside 1\.\.4"):
+        set_rank(model, 6)
+    assert (get_rank(model, "default"), get_rank(model, "other")) == (8, 4)
+    model, _ = adapted()
+    before = fingerprint(model)
+    dict(layers(model))["base_model.model.b"].merge()
+    with pytest.raises(ValueError, match="is merged at rank 8"):
+        set_rank(model, 2)
+    dict(layers(model))["base_model.model.b"].unmerge()
+    assert get_rank(model) == 8
+    assert fingerprint(model) == before
+    nn.init.constant_(dict(layers(model))["base_model.model.b"].lora_A["default"].weight, float("nan"))
+    for call in (lambda: set_rank(model, 2), lambda: budget_ranks(model, 0.5)):
+        with pytest.raises(RuntimeError, match="holds NaN"):
+            call()
+    assert get_rank(model) == 8
+
+
+def test_an_active_lora_is_exported_beside_another_that_has_a_rank(tmp_path: Path) -> None:
+    model, inputs = two_active()
+    set_rank(model, 2, "default")
+    model.set_adapter("other")
+    export_lora(model, tmp_path / "out")
+    loaded = PeftModel.from_pretrained(build("linear")[0], tmp_path / "out").eval()
+    torch.testing.assert_close(compute(loaded, inputs), compute(model, inputs))
+
+
+@pytest.mark.parametrize("name", ["hotswap_adapter", "prepare_model_for_compiled_hotswap"])
+def test_what_would_write_into_the_part_in_use_is_refused(name: str, tmp_path: Path) -> None:
+    from peft.utils import hotswap
+
+    model, inputs = adapted()
+    twin, _ = adapted()
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.3)
+    twin.save_pretrained(tmp_path)
+    call = getattr(hotswap, name)
+    words: dict[str, Any] = {"target_rank": 16}
+    if name == "hotswap_adapter":
+        words = {"model_name_or_path": str(tmp_path), "adapter_name": "default"}
+    set_rank(model, 2)
+    with pytest.raises(ValueError, match="'default' is at a lower rank"):
+        call(model, **words)
+    set_rank(model, 8)
+    call(model, **words)
+    expected = twin if name == "hotswap_adapter" else adapted()[0]
+    torch.testing.assert_close(compute(model, inputs), compute(expected, inputs))
+
+
+@pytest.mark.parametrize("how", ["merge_and_unload", "unload", "delete"])
+def test_hooks_go_with_the_adapter(how: str) -> None:
+    model, inputs = adapted()
+    set_rank(model, 2)
+    if how == "delete":
+        root = model.get_base_model()
+        model.add_adapter("other", LoraConfig(r=4, target_modules=["a"]))
+        model.set_adapter("other")
+        model.delete_adapter("default")
+    else:
+        root = getattr(model, how)()
+    root(inputs)
+    assert (len(root._forward_hooks), len(root._forward_pre_hooks)) == (0, 0)
+
+
+def test_a_copy_s_hooks_go_too() -> None:
+    model, inputs = adapted()
+    before = fingerprint(model)
+    set_rank(model, 2)
+    twin = copy.deepcopy(model)
+    set_rank(twin, 8)
+    assert fingerprint(twin) == before
+    assert get_rank(model) == 2
+    twin = copy.deepcopy(model)
+    small = compute(model, inputs)
+    assert torch.equal(compute(twin, inputs), small)
+    root = twin.unload()
+    root(inputs)
+    assert not root._forward_hooks
+
+
+@pytest.mark.parametrize("case", ["attention", "experts"])
+@pytest.mark.parametrize("share", [0.3, 0.5])
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+def test_budgets_keep_together_what_a_file_keeps_together(case: str, share: float, tmp_path: Path) -> None:
+    model, inputs = adapted(case)
+    model.save_pretrained(tmp_path / "whole")
+    resize_adapter(tmp_path / "whole", tmp_path / "resized", parameters=share)
+    with at_rank(model, budget_ranks(model, share)):
+        export_lora(model, tmp_path / "exported")
+        expected = compute(model, inputs)
+    for folder in ("exported", "resized"):
+        loaded = PeftModel.from_pretrained(build(case)[0], tmp_path / folder).eval()
+        torch.testing.assert_close(compute(loaded, inputs), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_an_adapter_may_be_deleted_inside_the_block() -> None:
+    model, _ = adapted()
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["a"]))
+    with at_rank(model, 2, "default"):
+        model.set_adapter("other")
+        model.delete_adapter("default")
+    assert get_rank(model) == 4

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import nn
 
 from peft_dynamic.functional.products import allocate, spectrum
@@ -12,7 +14,7 @@ from peft_dynamic.rules import is_finite, is_int, is_number
 from peft_dynamic.tuners.checkpoint import PREFIX
 from peft_dynamic.tuners.dylora.layer import ranked_layers
 from peft_dynamic.tuners.dylora.model import active_ranked_adapter, held
-from peft_dynamic.tuners.dylora.ranks import AdapterRanks
+from peft_dynamic.tuners.dylora.ranks import AdapterRanks, check_finite
 from peft_dynamic.tuners.dylora.weigh import check_svd
 
 
@@ -33,21 +35,52 @@ def budget_ranks(model: nn.Module, parameters: int | float, adapter_name: str | 
     Raises:
         ValueError, TypeError: the budget has no meaning, or the adapter is cut to its first components.
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     name = active_ranked_adapter(model, adapter_name)
     with held(model, [name]):
         layers: dict[str, Any] = dict(ranked_layers(model, name))
         states: dict[str, AdapterRanks] = {key: layer.lora_views[name] for key, layer in layers.items()}
         check_svd(states, name, "a budget")
-        values, costs = {}, {}
-        for key, state in states.items():
-            unit = state.per_rank * state.parts[0][2].divisor
-            sigma = spectrum(*state.grams()).square().sum(0)[: state.max_rank // unit * state.per_rank]
-            scale = float(layers[key].scaling[name])
-            values[key] = (abs(scale) * sigma.view(-1, state.per_rank).sum(1).sqrt()).tolist()
-            costs[key] = sum(factor.numel() for factor in state.factors()) // len(values[key])
+        values: dict[str, list[float]] = {}
+        costs: dict[str, int] = {}
+        groups = {group[0]: group for group in _kept_together(layers)}
+        for first, group in groups.items():
+            rows = [_worth(layers[key], name, states[key]) for key in group]
+            values[first] = torch.stack(rows).sum(0).sqrt().tolist()
+            numbers = sum(factor.numel() for key in group for factor in states[key].factors())
+            costs[first] = numbers // len(values[first])
         whole = sum(costs[key] * len(values[key]) for key in costs)
         taken = allocate(values, costs, numbers_of_budget(parameters, whole))
-        return {exactly(key): steps * states[key].parts[0][2].divisor for key, steps in taken.items()}
+        return {
+            exactly(key): taken[first] * states[key].parts[0][2].divisor
+            for first, group in groups.items()
+            for key in group
+        }
+
+
+def _worth(layer: Any, adapter_name: str, state: AdapterRanks) -> torch.Tensor:
+    """Of each step of the layer's rank, largest first: (s sigma)^2, of all its experts or groups together."""
+    check_finite(state, *state.plain_grams())
+    sigma = spectrum(*state.grams()).square().sum(0).cpu()
+    steps = state.max_rank // (state.per_rank * state.parts[0][2].divisor)
+    scale = float(layer.scaling[adapter_name])
+    return scale**2 * sigma[: steps * state.per_rank].view(-1, state.per_rank).sum(1)
+
+
+def _kept_together(layers: dict[str, Any]) -> list[list[str]]:
+    """The modules by what has one rank in a file: an attention and its projection, parameters of a module alike."""
+    groups: dict[Any, list[str]] = {}
+    owners = {
+        id(layer.get_base_layer().out_proj): id(layer)
+        for layer in layers.values()
+        if isinstance(layer, MultiheadAttention)
+    }
+    for key, layer in layers.items():
+        mark: Any = owners.get(id(layer), id(layer))
+        if isinstance(layer, ParamWrapper):
+            mark = (id(layer.get_base_layer()), *layer.r.values())
+        groups.setdefault(mark, []).append(key)
+    return list(groups.values())
 
 
 def numbers_of_budget(parameters: int | float, whole: int) -> int:

@@ -133,16 +133,20 @@ def _dynamic_adapters(model: nn.Module, adapter_name: str | None, stock: bool = 
     known: dict[str, None] = {}
     active: dict[str, None] = {}
     found = [(layer, ranked_adapters(layer)) for _, layer in ranked_layers(model)]
-    own = {name for _, names in found for name in names}
-    if stock and (adapter_name not in own if adapter_name is not None else not _any_active(found)):
-        found += [
-            (layer, [name for name in adapters_of(layer) if _is_lora(model, name)]) for _, layer in stock_layers(model)
-        ]
+    own = [(layer, [name for name in names if not _is_lora(model, name)]) for layer, names in found]
+    names_of_own = {name for _, names in own for name in names}
+    found = own
+    if stock and (adapter_name not in names_of_own if adapter_name is not None else not _any_active(own)):
+        for _, layer in stock_layers(model):
+            found.append((layer, [name for name in adapters_of(layer) if _is_lora(model, name)]))
     for layer, ranked in found:
         known.update(dict.fromkeys(ranked))
         active.update(dict.fromkeys(name for name in layer.active_adapters if name in ranked))
     if not known:
-        raise ValueError("the model has no DyLoRA adapter. Add one with get_peft_model(model, DyLoRAConfig(...)).")
+        raise ValueError(
+            "the model has no DyLoRA adapter, and no LoRA adapter of its own. Add one with get_peft_model(model, "
+            "DyLoRAConfig(...)), or pass the PeftModel itself instead of a module around it."
+        )
     if adapter_name is None:
         if not active:
             raise ValueError(
@@ -159,7 +163,7 @@ def _any_active(found: list[tuple[Any, list[str]]]) -> bool:
 
 
 def _is_lora(model: Any, name: str) -> bool:
-    return getattr(model.peft_config.get(name), "peft_type", None) == "LORA"
+    return getattr(getattr(model, "peft_config", {}).get(name), "peft_type", None) == "LORA"
 
 
 def active_ranked_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
@@ -171,6 +175,7 @@ def _ranks_of_layers(model: nn.Module, rank: int | dict[str, int], adapter_name:
     """Module name -> rank asked for, checked in whole before anything is changed."""
     layers: dict[str, Any] = dict(ranked_layers(model, adapter_name))
     if isinstance(rank, dict):
+        _check_untied(model, adapter_name, f"rank={rank!r}")
         wanted = {}
         used = set()
         for name in layers:
@@ -202,6 +207,16 @@ def _ranks_of_layers(model: nn.Module, rank: int | dict[str, int], adapter_name:
     return wanted
 
 
+def _check_untied(model: Any, adapter_name: str, what: str) -> None:
+    """Raise ValueError where two layers share their factors, so that each cannot be cut in its own way."""
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if getattr(config, "ensure_weight_tying", False):
+        raise ValueError(
+            f"{what}: the adapter {adapter_name!r} has ensure_weight_tying=True, so that layers share their factors "
+            "and have one cut. Pass one rank for all modules, without a calibration."
+        )
+
+
 def set_rank(model: nn.Module, rank: int | dict[str, int], adapter_name: str | None = None) -> None:
     """Use `rank` for evaluation, generation, merging and export from now on; training goes on drawing its own.
 
@@ -218,7 +233,7 @@ def set_rank(model: nn.Module, rank: int | dict[str, int], adapter_name: str | N
         rank: the rank of all modules, from 1 to r (a module capped by `rank_pattern` uses its cap where that is less);
             or a dict from module names (their ends, or regular expressions, as in `rank_pattern`) to ranks, which
             leaves the modules it does not name as they are. Rank 0, in a dict, leaves a module without its update.
-        adapter_name: the adapter, or None for every active one.
+        adapter_name: the adapter, or None for every active one: of DyLoRA, or where none is, every active LoRA.
 
     Raises:
         ValueError: a rank outside 1..r, a key that matches no module, a merged adapter, or a LoRA that is more than
@@ -229,8 +244,13 @@ def set_rank(model: nn.Module, rank: int | dict[str, int], adapter_name: str | N
     """
     names = _dynamic_adapters(model, adapter_name)
     with held(model, names), turn(_schedules(model, names)):
-        for name in names:
-            _apply_rank(model, rank, name)
+        before = _asked(model, names)
+        try:
+            for name in names:
+                _apply_rank(model, rank, name)
+        except Exception:
+            _put_back(before)
+            raise
 
 
 @contextmanager
@@ -244,6 +264,20 @@ def held(model: nn.Module, names: list[str]) -> Iterator[None]:
 
 def _schedules(model: nn.Module, names: list[str]) -> list[RankSchedule]:
     return [next(layer for _, layer in ranked_layers(model, name)).lora_views[name].schedule for name in names]
+
+
+def _asked(model: nn.Module, names: list[str]) -> list[tuple[Any, str, int]]:
+    """Each layer, the adapter, and the rank that it was asked for."""
+    layers = [(layer, name) for name in names for _, layer in ranked_layers(model, name)]
+    return [(layer, name, layer.lora_views[name].asked) for layer, name in layers]
+
+
+def _put_back(before: list[tuple[Any, str, int]]) -> None:
+    there = [each for each in before if each[1] in each[0].__dict__.get("lora_views", {})]  # an adapter may be gone
+    for layer, name, asked in there:
+        if layer.lora_views[name].asked != asked:
+            set_layer_rank(layer, name, asked)
+    prepare((ranks, ranks.rank) for layer, name, _ in there if (ranks := layer.lora_views[name]))
 
 
 def _apply_rank(model: nn.Module, rank: int | dict[str, int], adapter_name: str) -> None:
@@ -313,17 +347,13 @@ def at_rank(model: nn.Module, rank: int | dict[str, int], adapter_name: str | No
     """
     names = _dynamic_adapters(model, adapter_name)
     with held(model, names), turn(_schedules(model, names)):
-        layers = [(layer, name) for name in names for _, layer in ranked_layers(model, name)]
-        before = [(layer, name, layer.lora_views[name].asked) for layer, name in layers]
+        before = _asked(model, names)
         try:
             for name in names:
                 _apply_rank(model, rank, name)
             yield
         finally:
-            for layer, name, asked in before:
-                if layer.lora_views[name].asked != asked:
-                    set_layer_rank(layer, name, asked)
-            prepare((ranks, ranks.rank) for layer, name, _ in before if (ranks := layer.lora_views[name]))
+            _put_back(before)
 
 
 def calibrate(
@@ -357,6 +387,7 @@ def calibrate(
     name = _dynamic_adapters(model, adapter_name, stock=False)[0]
     states = {key: layer.lora_views[name] for key, layer in ranked_layers(model, name)}
     check_svd(states, name, "a calibration")
+    _check_untied(model, name, "calibrate")
     (schedule,) = _schedules(model, [name])
     with at_rank(model, schedule.ranks[-1], name):
         moments = adapter_moments(model, batches, loss, name)

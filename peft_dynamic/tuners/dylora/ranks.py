@@ -276,7 +276,7 @@ def find_bases(many: Iterable[AdapterRanks]) -> None:
         alike: dict[Any, list[tuple[AdapterRanks, torch.Tensor, torch.Tensor]]] = {}
         for ranks in many:
             gram_a, gram_b = ranks.grams()
-            _check_finite(ranks, gram_a, gram_b)
+            check_finite(ranks, gram_a, gram_b)
             alike.setdefault((gram_a.shape[-1], gram_a.device), []).append((ranks, gram_a, gram_b))
         for group in alike.values():
             sizes = [len(gram_a) for _, gram_a, _ in group]
@@ -287,12 +287,13 @@ def find_bases(many: Iterable[AdapterRanks]) -> None:
                 ranks.keep_basis(e_part, f_part)
 
 
-def _check_finite(ranks: AdapterRanks, gram_a: torch.Tensor, gram_b: torch.Tensor) -> None:
+def check_finite(ranks: AdapterRanks, gram_a: torch.Tensor, gram_b: torch.Tensor) -> None:
+    """Raise RuntimeError for factors that hold NaN or infinite values."""
     for name, gram in (("lora_A", gram_a), ("lora_B", gram_b)):
         if not gram.isfinite().all():
             what = "NaN" if gram.isnan().any() else "infinite values"
             raise RuntimeError(
-                f"DyLoRA: {name} of {ranks.name or 'a layer'} holds {what} after optimizer step "
-                f"{ranks.schedule.steps} and has no leading components. The training has diverged: go back to a "
-                "checkpoint before, lower the learning rate, clip the gradients, or look for NaN in the loss."
+                f"{name} of {ranks.name or 'a layer'} holds {what} after optimizer step {ranks.schedule.steps} and has "
+                "no leading components. The training has diverged: go back to a checkpoint before, lower the learning "
+                "rate, clip the gradients, or look for NaN in the loss."
             )

@@ -100,7 +100,8 @@ class RankSchedule(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name in self.optional_buffers:
             found = state_dict.get(prefix + name)
-            self.register_buffer(name, None if found is None else torch.zeros_like(found, device="cpu"))
+            if found is not None or prefix + "step" in state_dict:  # every module is asked, whatever is loaded
+                self.register_buffer(name, None if found is None else torch.zeros_like(found, device="cpu"))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:  # .half() would lose what a decomposition needs

@@ -104,7 +104,8 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     if stepped and not _was_skipped(optimizer):
         for schedule in _led(optimizer, stepped):
             schedule.advance()
-    prepare((ranks, min(ranks.of(ranks.schedule.drawn), ranks.rank)) for ranks in stepped)
+    # the rank that comes next is the drawn one or the set one; at rank 0 a layer needs no basis
+    prepare((ranks, min(ranks.of(ranks.schedule.drawn), ranks.rank or ranks.max_rank)) for ranks in stepped)
     if not stepped:
         for schedule in {ranks.schedule for ranks in _live()}:
             _count_foreign_step(schedule, optimizer)

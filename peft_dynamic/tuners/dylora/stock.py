@@ -6,12 +6,16 @@ rank.
 
 from __future__ import annotations
 
+import copy
 import threading
+import weakref
 from collections.abc import Iterable
+from functools import wraps
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
+from peft.utils import hotswap
 from torch import nn
 
 from peft_dynamic.tuners.computed import COMPUTED_CLASSES, ComputedModule, ComputedParameterDict
@@ -35,10 +39,60 @@ class WholeSchedule(RankSchedule):
         self.config = DyLoRAConfig(r=rank, ranks=[rank], rank_sampling="full")
         super().__init__(self.config)
         self.users = 0  # blocks and calls that need the layers ranked
-        self.handles: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"users": 0, "handles": []}
+        return self.__dict__ | {"users": 0}
+
+
+class CutHooks(PassHooks):
+    """Hooks that go when the layers are gone, by PEFT's merge_and_unload, unload or delete_adapter.
+
+    Args:
+        schedule: of the adapter.
+        layer: one of its layers.
+        adapter_name: the adapter.
+    """
+
+    def __init__(self, schedule: WholeSchedule, layer: Any, adapter_name: str) -> None:
+        super().__init__(schedule)
+        self.layer, self.adapter_name = weakref.ref(layer), adapter_name
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        layer = self.layer()
+        if layer is None or adapter_gone(layer, self.adapter_name, self.schedule):
+            remove_hooks(module, self.schedule)
+        else:
+            super().enter(module, args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PassHooks:
+        schedule, layer = copy.deepcopy(self.schedule, memo), self.layer()
+        if layer is None or not isinstance(schedule, WholeSchedule):
+            return PassHooks(schedule)
+        return CutHooks(schedule, copy.deepcopy(layer, memo), self.adapter_name)
+
+    def __reduce__(self) -> Any:  # an unpickled model's hooks stay: its layers have no name here
+        return PassHooks, (self.schedule,)
+
+
+def adapter_gone(layer: Any, adapter_name: str, schedule: RankSchedule) -> bool:
+    """Whether the layer no longer has the adapter with this schedule."""
+    state = layer.__dict__.get("lora_views", {}).get(adapter_name)
+    return state is None or state.schedule is not schedule
+
+
+def remove_hooks(root: nn.Module, schedule: RankSchedule) -> None:
+    """Take the hooks of this schedule off a model."""
+    kinds: list[tuple[Any, list[Any]]] = [
+        (root._forward_pre_hooks, [root._forward_pre_hooks_with_kwargs]),
+        (root._forward_hooks, [root._forward_hooks_with_kwargs, root._forward_hooks_always_called]),
+    ]
+    for hooks, more in kinds:
+        for key, hook in list(hooks.items()):
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, PassHooks) and owner.schedule is schedule:
+                hooks.pop(key)
+                for each in more:
+                    each.pop(key, None)
 
 
 def stock_layers(model: nn.Module, adapter_name: str | None = None) -> list[tuple[str, Any]]:
@@ -88,8 +142,7 @@ def release(model: nn.Module, adapter_name: str, schedule: WholeSchedule | None)
         states = [layer.lora_views[adapter_name] for layer in layers]
         if not schedule.users and all(state.rank == state.max_rank for state in states):
             _make_stock(layers, adapter_name)
-            for handle in schedule.handles:
-                handle.remove()
+            remove_hooks(_root(model), schedule)
 
 
 def _make_ranked(model: Any, adapter_name: str) -> WholeSchedule:
@@ -115,12 +168,16 @@ def _make_ranked(model: Any, adapter_name: str) -> WholeSchedule:
             done.append(layer)
             _rank_layer(layer, adapter_name, schedule)
             layer.lora_views[adapter_name].name = name
-    except Exception:
+    except BaseException:
         _make_stock(done, adapter_name)
         raise
-    root = model.get_base_model() if hasattr(model, "get_base_model") else model
-    schedule.handles = PassHooks(schedule).register(root)
+    CutHooks(schedule, layers[0][1], adapter_name).register(_root(model))
     return schedule
+
+
+def _root(model: Any) -> nn.Module:
+    root: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return root
 
 
 def _rank_layer(layer: Any, adapter_name: str, schedule: WholeSchedule) -> None:
@@ -152,3 +209,26 @@ def _make_stock(layers: Iterable[Any], adapter_name: str) -> None:
             layer.lora_alpha[adapter_name], layer.use_rslora[adapter_name] = alphas.pop(adapter_name)
         if not alphas:
             layer.__dict__.pop("stock_alpha", None)
+
+
+def _whole_only(stock: Any, what: str) -> Any:
+    """PEFT's function, which writes into the factors that a layer shows: refused while a LoRA shows a part of them."""
+
+    @wraps(stock)
+    def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for name, layer in ranked_layers(model):
+            for adapter_name, state in layer.lora_views.items():
+                if isinstance(getattr(state, "schedule", None), WholeSchedule):
+                    raise ValueError(
+                        f"{what}: the LoRA adapter {adapter_name!r} is at a lower rank ({name}), and this would write "
+                        "into the part in use. Call set_rank with its full rank first."
+                    )
+        return stock(model, *args, **kwargs)
+
+    vars(call)["of_peft_dynamic"] = True  # a second import of this file wraps nothing twice
+    return call
+
+
+for _name in ("hotswap_adapter", "hotswap_adapter_from_state_dict", "prepare_model_for_compiled_hotswap"):
+    if not hasattr(getattr(hotswap, _name), "of_peft_dynamic"):
+        setattr(hotswap, _name, _whole_only(getattr(hotswap, _name), _name))

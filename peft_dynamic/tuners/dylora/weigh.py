@@ -13,6 +13,19 @@ from peft_dynamic.functional.products import damped
 from peft_dynamic.rules import is_finite, is_number
 from peft_dynamic.tuners.dylora.layer import ranked_layers
 from peft_dynamic.tuners.dylora.ranks import AdapterRanks, layers_of
+from peft_dynamic.tuners.moments import AdapterMoments
+
+
+def check_cut(moments: Any, damping: float, cut: str) -> None:
+    """Raise ValueError or TypeError for a cut that has no meaning, or needs other moments."""
+    if cut not in ("auto", "plain", "inputs", "loss"):
+        raise ValueError(f"cut={cut!r}: must be 'auto', 'plain', 'inputs' or 'loss'.")
+    if not (is_number(damping) and is_finite(damping) and damping >= 0):
+        raise ValueError(f"damping={damping!r}: must be a number of at least 0.")
+    if moments is not None and not isinstance(moments, AdapterMoments):
+        raise TypeError(f"moments must be what adapter_moments gives, or None, got {type(moments).__name__}.")
+    if cut in ("inputs", "loss") and (moments is None or (cut == "loss" and not moments.losses)):
+        raise ValueError(f"cut={cut!r} needs moments" + (" with loss=True." if cut == "loss" else ": pass moments."))
 
 
 def check_svd(states: Mapping[str, AdapterRanks], adapter_name: str, what: str) -> None:
@@ -37,12 +50,7 @@ def weigh(model: nn.Module, adapter_name: str, moments: Any, damping: float = 0.
     Raises:
         ValueError: they are of another adapter, or not finite.
     """
-    if cut not in ("auto", "inputs", "loss"):
-        raise ValueError(f"cut={cut!r}: must be 'auto', 'inputs' or 'loss' with moments.")
-    if not (is_number(damping) and is_finite(damping) and damping >= 0):
-        raise ValueError(f"damping={damping!r}: must be a number of at least 0.")
-    if cut == "loss" and not moments.losses:
-        raise ValueError("cut='loss' needs moments with loss=True.")
+    check_cut(moments, damping, cut)
     layers = dict(ranked_layers(model, adapter_name))
     states = {key: layer.lora_views[adapter_name] for key, layer in layers.items()}
     check_svd(states, adapter_name, "a calibration")
@@ -75,15 +83,21 @@ def _of_module(moments: Mapping[str, torch.Tensor], module: str, state: AdapterR
 
 @contextmanager
 def weighed(model: nn.Module, adapter_name: str, moments: Any, damping: float, cut: str) -> Iterator[None]:
-    """`weigh` inside a block; what was there before comes back after it. Without moments nothing changes."""
-    if moments is None:
+    """`weigh` inside a block, or with cut="plain" no moments; what was there before comes back after it."""
+    check_cut(moments, damping, cut)
+    if moments is None and cut == "auto":
         yield
         return
     states = [layer.lora_views[adapter_name] for _, layer in ranked_layers(model, adapter_name)]
     schedule = states[0].schedule
     before = schedule.moments, schedule.moments_step
     try:
-        weigh(model, adapter_name, moments, damping, cut)
+        if cut == "plain":
+            schedule.keep_moments(None)
+            for state in states:
+                state.forget()
+        else:
+            weigh(model, adapter_name, moments, damping, cut)
         yield
     finally:
         schedule.moments, schedule.moments_step = before
