@@ -497,3 +497,14 @@ def test_an_adapter_may_be_deleted_inside_the_block() -> None:
         model.set_adapter("other")
         model.delete_adapter("default")
     assert get_rank(model) == 4
+
+
+def test_what_get_rank_gives_can_be_set_again() -> None:
+    model = get_peft_model(Nested(), LoraConfig(r=4, target_modules=["a"], init_lora_weights=False)).eval()
+    set_rank(model, {r"^base_model\.model\.sub\.a": 2})
+    found = get_rank(model)
+    assert found == {"base_model.model.a": 4, "base_model.model.sub.a": 2}
+    assert isinstance(found, dict)
+    set_rank(model, 1)
+    set_rank(model, found)
+    assert get_rank(model) == found

@@ -179,7 +179,7 @@ def _ranks_of_layers(model: nn.Module, rank: int | dict[str, int], adapter_name:
         wanted = {}
         used = set()
         for name in layers:
-            key = get_pattern_key(list(rank), name)
+            key = name if name in rank else get_pattern_key(list(rank), name)  # as get_rank gives them
             if key in rank:
                 wanted[name] = rank[key]
                 used.add(key)
