@@ -41,7 +41,7 @@ class RankRow:
     metrics: dict[str, float]
     budget: int | float | None = None
     parameters: int | None = None
-    samples: dict[str, list[float]] = field(default_factory=dict)
+    samples: dict[str, list[float]] = field(default_factory=dict, repr=False)
 
     @property
     def is_base(self) -> bool:
@@ -96,6 +96,9 @@ class RankCurve(Curve[RankRow]):
         if not self.over_budgets or at < 1000:
             return str(at)
         return f"{at / 1e6:.3g}M" if at >= 1e6 else f"{at / 1e3:.3g}k"
+
+    def named(self, row: RankRow) -> str:
+        return f": {_named(row)}" if self.over_budgets else ""
 
     def interval(self, row: RankRow, metric: str) -> float | None:
         """Of what differs between the rows: how hard an example is, is taken out (Cousineau 2005, Morey 2008)."""
@@ -243,7 +246,7 @@ class RankCurve(Curve[RankRow]):
 
 
 def _named(row: RankRow) -> str:
-    return f"rank {row.rank}" if row.rank is not None else f"the budget {row.budget}"
+    return f"rank {row.rank}" if row.rank is not None else f"budget {row.budget}"
 
 
 def _behind(row: RankRow, best: RankRow, metric: str, sign: int) -> float:

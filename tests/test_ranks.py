@@ -461,7 +461,13 @@ def test_numpy_s_numbers_are_written_down() -> None:
     result = rank_curve(model, total(inputs), **arguments)
     assert result.ranks == [1, 2]
     assert RankCurve.from_json(result.to_json()).rows == result.rows
-    mixed = rank_curve(model, total(inputs), budgets=[1, 1.0], base=False, progress=False)
-    assert [row.budget for row in mixed.rows] == [1.0, 1]
-    assert [row.parameters for row in mixed.rows] == [681, 0]  # the head has 5 outputs, and no sixth component
+    mixed = rank_curve(model, total(inputs), budgets=[100, 1.0], base=False, progress=False)
+    assert [row.budget for row in mixed.rows] == [1.0, 100]
+    assert mixed.rows[0].parameters == 681  # the head has 5 outputs, and no sixth component
     assert RankCurve.from_json(mixed.to_json()).rows == mixed.rows
+
+
+def test_a_budget_that_leaves_nothing_is_refused() -> None:
+    model, inputs = stock()
+    with pytest.raises(ValueError, match=r"parameters=1: no module would be left; a component takes 21 or more\."):
+        rank_curve(model, total(inputs), budgets=[1], progress=False)

@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -257,6 +257,17 @@ def _renamed(kept: Mapping[str, Product]) -> dict[str, Product]:
             named[module] = host + ".base_layer" * inside[host]
             inside[host] += 1
     return {named.get(module, module): product for module, product in kept.items()}
+
+
+def check_apart(adapters: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str]) -> None:
+    """Raise FileExistsError where the result would replace one of the adapters that it is made of."""
+    for adapter in adapters:
+        folder = Path(adapter).expanduser()
+        if folder.is_dir() and os.path.realpath(folder) == os.path.realpath(out):
+            raise FileExistsError(
+                f"out={os.fspath(out)!r} is an adapter that is read, and would lose what the result lacks. Pass "
+                "another folder."
+            )
 
 
 def write_checkpoint(made: LoraCheckpoint, out: str | os.PathLike[str], engine: str = "peft") -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from peft_dynamic.algebra.checkpoint import LoraCheckpoint, read_checkpoint, targets_of, write_checkpoint
+from peft_dynamic.algebra.checkpoint import LoraCheckpoint, check_apart, read_checkpoint, targets_of, write_checkpoint
 from peft_dynamic.algebra.experts import host_of
 from peft_dynamic.algebra.product import Product
 from peft_dynamic.algebra.resize import check_groups, weights_of
@@ -63,6 +63,7 @@ def merge_adapters(
     for name, weight in adapters.items():
         if not is_finite(weight):
             raise ValueError(f"adapters: the weight of {name!r} must be a finite number, got {weight!r}.")
+    check_apart(adapters, out)
     read = [read_checkpoint(name) for name in adapters]
     whole = [each.name for each in read if each.others]
     if whole and len(read) > 1:
@@ -115,6 +116,7 @@ def average_adapters(
     """
     if isinstance(adapters, str | os.PathLike) or not isinstance(adapters, Sequence) or not adapters:
         raise TypeError(f"adapters={adapters!r}: must be a list of folders or names.")
+    check_apart(adapters, out)
     read = [read_checkpoint(name) for name in adapters]
     first = read[0]
     for each in read[1:]:

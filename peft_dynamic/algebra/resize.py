@@ -13,11 +13,11 @@ from typing import Any
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from peft_dynamic.algebra.checkpoint import LoraCheckpoint, read_checkpoint, write_checkpoint
+from peft_dynamic.algebra.checkpoint import LoraCheckpoint, check_apart, read_checkpoint, write_checkpoint
 from peft_dynamic.algebra.experts import host_of
 from peft_dynamic.algebra.product import Product
 from peft_dynamic.engines import check_engine
-from peft_dynamic.functional.products import allocate, singular_values
+from peft_dynamic.functional.products import allocate, singular_values, too_small
 from peft_dynamic.functional.products import cut as cut_to
 from peft_dynamic.rules import is_finite, is_int, is_number
 from peft_dynamic.tuners.moments import AdapterMoments
@@ -75,6 +75,7 @@ def resize_adapter(
             )
         budget = {"rank": rank, "parameters": parameters, "bytes": bytes}
         return _resize_loaded(adapter, str(out), **budget, moments=moments, damping=damping, cut=cut)
+    check_apart([adapter], out)
     read = read_checkpoint(adapter)
     weights = weights_of(read, moments, damping, cut)
     ranks = wanted_ranks(read, rank, parameters, bytes, weights)
@@ -215,6 +216,8 @@ def _within(
         values[first] = [math.hypot(*step) for step in steps]
         costs[first] = sum(p.cost * (p.a.element_size() if in_bytes else 1) for p in products)
     found = allocate(values, costs, budget)
+    if not any(found.values()):
+        raise ValueError(too_small(budget, min(costs.values()), "bytes" if in_bytes else "parameters"))
     return {module: found[group[0]] * read.products[module].groups for group in read.shared for module in group}
 
 

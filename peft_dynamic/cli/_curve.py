@@ -141,6 +141,15 @@ class _Measuring:
         return times[-1] * sum(tokens) / tokens[0]
 
 
+def _command_for(job: Curving, row: RankRow) -> str:
+    """The command that writes what was recommended: of DyLoRA as the model has it, which may be calibrated."""
+    kind = str(getattr(job.subject.read.config.peft_type, "value", job.subject.read.config.peft_type))
+    if row.rank is not None and kind in ("DYLORA", "QDYLORA"):
+        return f"peft-dynamic export {job.subject.shown} OUT --rank {row.rank}"
+    size = f"--rank {row.rank}" if row.rank is not None else f"--parameters {row.parameters}"
+    return f"peft-dynamic resize {job.subject.shown} OUT {size}"
+
+
 def _show(job: Curving, record: Record, whole: bool) -> None:
     curve = record.curve
     if not curve.rows:
@@ -154,6 +163,8 @@ def _show(job: Curving, record: Record, whole: bool) -> None:
     if len(curve.rows) > (curve.rows[0].is_base):
         row, said = choice(curve, metric, job.tolerance)
         typer.echo(f"{'' if whole else 'So far. '}{said}")
+        if whole and row is not None:
+            typer.echo(f"Write it: {_command_for(job, row)}")
         if job.plot is not None:
             title = f"{job.subject.folder.name} on {Path(job.task.given.data).name}"
             curve.plot(job.plot, title, mark=row is not None, tolerance=job.tolerance)

@@ -156,8 +156,25 @@ def _write(adapter: str, folder: Path, out: Path, size: dict[str, Any], **how: A
     _check(read, out, size)
     with bad_input():
         resize_adapter(folder, out, **size, **how)
-        after = read_checkpoint(out).size
-    typer.echo(f"{out} has {after:,} of the {read.size:,} numbers of {adapter}, as a stock LoRA adapter.")
+        after = read_checkpoint(out)
+    typer.echo(f"{out} has {after.size:,} of the {read.size:,} numbers of {adapter}, as a stock LoRA adapter.")
+    ranks = sorted({product.rank for product in after.products.values()})
+    span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    if "moments" not in how and _is_calibrated(folder):
+        typer.echo(
+            f"{adapter} was calibrated, and this cut goes by its weights alone. For the ranks that it has itself: "
+            "peft-dynamic export ADAPTER OUT --rank."
+        )
+    gone = len(read.products) - len(after.products)
+    typer.echo(f"Its modules have {span}{f'; {gone} of {len(read.products)} got none' if gone else ''}.")
+
+
+def _is_calibrated(folder: Path) -> bool:
+    """Whether it is a DyLoRA adapter with a calibration, which only the loaded model knows."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        return any(name.endswith(".lora_schedule.moments") for name in file.keys())  # noqa: SIM118  # it is no dict
 
 
 def _moments(
@@ -198,6 +215,11 @@ def merge(
     """
     from peft_dynamic.algebra import merge_adapters
 
+    if "=" in str(out) and not out.exists():
+        raise typer.BadParameter(
+            f"{out} looks like ADAPTER=WEIGHT. The folder to write comes first: peft-dynamic merge OUT ADAPTER=WEIGHT.",
+            param_hint="OUT",
+        )
     weights: dict[str, float] = {}
     for word in adapters:
         name, found, weight = word.rpartition("=")
@@ -223,6 +245,11 @@ def average(
     """
     from peft_dynamic.algebra import average_adapters
 
+    if len(adapters) < 2:
+        raise typer.BadParameter(
+            "one adapter has no mean. The folder to write comes first: peft-dynamic average OUT ADAPTER OTHER.",
+            param_hint="ADAPTERS",
+        )
     with bad_input():
         average_adapters(adapters, out, rank)
     typer.echo(f"{out} is the mean of {len(adapters)} adapters, as a stock LoRA adapter.")

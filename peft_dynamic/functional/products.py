@@ -175,3 +175,15 @@ def allocate(values: Mapping[str, Sequence[float]], costs: Mapping[str, int], bu
             break
         ranks[layer] += 1
     return ranks
+
+
+def too_small(budget: int, least: int, name: str) -> str:
+    """What to say where `allocate` finds no room for the first component.
+
+    Args:
+        budget: what was given.
+        least: the smallest cost of a component.
+        name: of the argument.
+    """
+    share = ", or a share as a float up to 1.0" if name == "parameters" else ""
+    return f"{name}={budget}: no module would be left; a component takes {least} or more. Pass a larger count{share}."

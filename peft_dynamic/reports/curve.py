@@ -84,6 +84,10 @@ class Curve(Generic[R]):
         """Half the width of the 95 % interval of a value; None where it is not known."""
         return None
 
+    def named(self, row: R) -> str:
+        """What stands behind "recommended" in the picture."""
+        return ""
+
     def choice(self, metric: str, tolerance: float) -> R | None:
         """The row to mark in the picture."""
         return None
@@ -157,7 +161,15 @@ class Curve(Generic[R]):
         at = None if chosen is None else self.position(chosen)
         if chosen is not None and at is not None:
             axis.scatter([at], [chosen.metrics[name]], s=160, facecolors="none", edgecolors="0.2", zorder=3)
-            axis.annotate("recommended", (at, chosen.metrics[name]), (8, 10), textcoords="offset points")
+            right = at == max(self.positions)
+            axis.annotate(
+                f"recommended{self.named(chosen)}",
+                (at, chosen.metrics[name]),
+                (-8 if right else 8, 10),
+                textcoords="offset points",
+                ha="right" if right else "left",
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+            )
         if self.log_scale:
             axis.set_xscale("log", base=2)
         axis.set_xticks(_ticks(self.positions), labels=[self.tick(at) for at in _ticks(self.positions)])
@@ -173,7 +185,7 @@ class Curve(Generic[R]):
         if min(ends) - 5 * (max(ends) - min(ends)) <= level <= max(ends) + 5 * (max(ends) - min(ends)):
             axis.axhline(level, color="0.45", linestyle="--", label=label)
         else:
-            axis.plot([], [], color="0.45", linestyle="--", label=f"{label}: {number(level)}")
+            axis.plot([], [], color="0.45", linestyle="--", label=f"{label}: {number(level)} (not in the picture)")
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The curve as JSON text, also written to `path` if given. A value that is not finite becomes null."""

@@ -35,6 +35,10 @@ class AdapterMoments:
     losses: dict[str, torch.Tensor]
     tokens: int
 
+    def __repr__(self) -> str:
+        what = "inputs and gradients" if self.losses else "inputs"
+        return f"AdapterMoments({len(self.inputs)} modules, {what}, {self.tokens:,} tokens)"
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write them as safetensors, with the number of tokens in the header."""
         path = Path(path)
@@ -83,7 +87,8 @@ def adapter_moments(
 
     Both are sums in float64 over the tokens that `attention_mask` keeps. The model runs in eval mode, so that dropout
     and gradient checkpointing are off. No gradient of a parameter is touched. Layers over a quantised base work too. A
-    module that runs several times in a pass has the sum of its uses. Of an embedding z is the column of A of the token.
+    module that runs several times in a pass has the sum of its uses, and one that sees a row of each text, such as a
+    pooler, the mean over the texts. Of an embedding z is the column of A of the token.
 
     Args:
         model: a `PeftModel`, or a transformers model, with LoRA layers; a DyLoRA adapter is measured at the set rank.
@@ -165,6 +170,7 @@ class _Sums:
         self.tokens = 0
         self.seen: list[tuple[str, torch.Tensor, torch.Tensor | None]] = []  # and what leads to d
         self.mask: torch.Tensor | None = None
+        self.texts: dict[str, int] = {}  # how many rows a module saw that sees one of each text
 
     def begin(self, batch: Mapping[str, torch.Tensor], two_streams: bool) -> None:
         self.seen, mask = [], batch.get("attention_mask")
@@ -214,11 +220,14 @@ class _Sums:
         self.seen = []
 
     def _add(self, sums: dict[str, torch.Tensor], name: str, rows: torch.Tensor, factor: float) -> None:
-        if self.mask is not None:
+        per_text = self.mask is not None and rows.shape[:-1].numel() == len(self.mask) != self.mask.numel()
+        if per_text:  # a pooler: it sees one row of each text, and no padding
+            self.texts[name] = self.texts.get(name, 0) + (len(rows) if sums is self.inputs else 0)
+        elif self.mask is not None:
             if rows.shape[:-1].numel() != self.mask.numel():
                 raise ValueError(
                     f"the attention_mask of shape {tuple(self.mask.shape)} does not fit what {name} sees, "
-                    f"{tuple(rows.shape)}: other tokens, or one row of each text. Pass batches without padding and "
+                    f"{tuple(rows.shape)}: other tokens. Pass batches without padding and "
                     "without attention_mask, or leave the module out of the adapter."
                 )
             rows = rows.reshape(self.mask.numel(), -1)[self.mask.flatten().to(rows.device) != 0]
@@ -228,6 +237,7 @@ class _Sums:
 
     def moments(self, loss: bool) -> AdapterMoments:
         count = max(self.tokens, 1)
-        inputs = {name: value / count for name, value in self.inputs.items()}
+        # the gradients are over all tokens, for modules that see fewer rows too: so worths compare between modules
+        inputs = {name: value / self.texts.get(name, count) for name, value in self.inputs.items()}
         losses = {name: value / count for name, value in self.losses.items()} if loss else {}
         return AdapterMoments(inputs, losses, self.tokens)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
+from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from peft_dynamic import AdapterMoments, adapter_moments, merge_adapters, resize_adapter
@@ -222,12 +223,24 @@ def test_modules_that_see_other_tokens_than_the_mask_are_refused() -> None:
         adapter_moments(model, [{"input_ids": ids, "attention_mask": mask, "labels": ids}])
     found = adapter_moments(model, [{"input_ids": ids, "labels": ids[:, :3].contiguous()}])
     assert len(found.inputs) == 3
-    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-    bert = BertForSequenceClassification(BertConfig(vocab_size=40, **small))
-    model = get_peft_model(bert, LoraConfig(r=2, target_modules=["pooler.dense"], task_type="SEQ_CLS"))
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1])}
-    with pytest.raises(ValueError, match=r"of shape \(2, 5\) does not fit what .*pooler.dense sees, \(2, 2\)"):
-        adapter_moments(model, [batch])
+
+
+class Trimmed(nn.Module):
+    """Sees all tokens of a text but the last two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.a = nn.Embedding(40, 8), nn.Linear(8, 3)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.a(self.emb(input_ids[:, :-2]))
+
+
+def test_a_module_that_sees_a_part_of_the_tokens_is_refused() -> None:
+    model = get_peft_model(Trimmed(), LoraConfig(r=2, target_modules=["a"]))
+    batch = {"input_ids": torch.randint(3, 40, (2, 5)), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+    with pytest.raises(ValueError, match=r"of shape \(2, 5\) does not fit what .*a sees, \(2, 3, 2\)"):
+        adapter_moments(model, [batch], loss=False)
 
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
@@ -331,3 +344,30 @@ def test_moments_that_do_not_fit_a_merge_are_refused(tmp_path: Path) -> None:
     swapped = {one: moments[other], other: moments[one]}
     refused(r"moments\['.*'\]: they are of another adapter", moments=swapped)
     refused("damping=-1: must be a number", moments=moments, damping=-1)
+
+
+def test_a_pooler_sees_one_row_of_each_text() -> None:
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = BertForSequenceClassification(BertConfig(**sizes, intermediate_size=32))
+    config = LoraConfig(r=4, target_modules=["pooler.dense", "query"], task_type="SEQ_CLS", init_lora_weights=False)
+    model = get_peft_model(base, config).eval()
+    name = "base_model.model.bert.pooler.dense"
+    layer = model.get_submodule(name)
+    seen: list[torch.Tensor] = []
+    handle = layer.lora_A["default"].register_forward_hook(
+        lambda _, args, out: (out.retain_grad(), seen.append(out))[1]
+    )
+    data = batches()
+    for batch in data:
+        batch["labels"] = torch.tensor([0, 1])
+        model(**batch).loss.backward()
+    handle.remove()
+    model.zero_grad()
+    found = adapter_moments(model, data)
+    z, d = (torch.cat([each.detach().double() for each in kind]) for kind in (seen, [o.grad for o in seen]))  # type: ignore[union-attr,misc]
+    assert len(z) == 2 * len(data)
+    torch.testing.assert_close(found.inputs[name], z.mT @ z / len(z))
+    scale = layer.scaling["default"]
+    torch.testing.assert_close(found.losses[name], d.mT @ d / scale**2 / found.tokens)

@@ -51,6 +51,17 @@ def test_resize_merge_and_average_write_adapters(adapter: Path, tmp_path: Path) 
     assert ranks(tmp_path / "mean") == {3}
 
 
+def test_resize_says_what_it_leaves_out(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), DyLoRAConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    perturb(model)
+    ids = torch.randint(3, 60, (2, 6))
+    model.eval().calibrate([{"input_ids": ids, "labels": ids}])
+    model.save_pretrained(tmp_path / "calibrated")
+    result = invoke("resize", tmp_path / "calibrated", tmp_path / "out", "--rank", 2)
+    assert "was calibrated, and this cut goes by its weights alone" in " ".join(result.output.split())
+    assert "Its modules have rank 2." in result.output
+
+
 def test_resize_pads_for_an_engine(adapter: Path, tmp_path: Path) -> None:
     result = invoke("resize", adapter, tmp_path / "vllm", "--parameters", 0.4, "--engine", "vllm")
     assert result.exit_code == 0, result.output
@@ -186,7 +197,11 @@ def test_moments_are_kept_for_their_adapter(tiny: Path, tmp_path: Path, monkeypa
         (["resize", "nowhere", "out", "--rank", 2], "is no folder and no name on the Hub"),
         (["merge", "out", "ADAPTER"], "must be ADAPTER=WEIGHT"),
         (["merge", "out", "ADAPTER=much"], "must be ADAPTER=WEIGHT"),
-        (["average", "out", "nowhere"], "is no folder and no name on the Hub"),
+        (["average", "out", "nowhere", "other"], "is no folder and no name on the Hub"),
+        (["average", "out", "ADAPTER"], "one adapter has no mean. The folder to write comes first"),
+        (["merge", "sql=0.7", "ADAPTER=0.3"], "sql=0.7 looks like ADAPTER=WEIGHT. The folder to write comes first"),
+        (["resize", "ADAPTER", "ADAPTER", "--rank", 2], "is an adapter that is read"),
+        (["average", "ADAPTER", "ADAPTER", "ADAPTER"], "is an adapter that is read"),
         (["inspect", "nowhere"], "is no folder and no name on the Hub"),
     ],
 )

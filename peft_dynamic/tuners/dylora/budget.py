@@ -9,7 +9,7 @@ import torch
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import nn
 
-from peft_dynamic.functional.products import allocate, spectrum
+from peft_dynamic.functional.products import allocate, spectrum, too_small
 from peft_dynamic.rules import is_finite, is_int, is_number
 from peft_dynamic.tuners.checkpoint import PREFIX
 from peft_dynamic.tuners.dylora.layer import ranked_layers
@@ -47,10 +47,13 @@ def budget_ranks(model: nn.Module, parameters: int | float, adapter_name: str | 
         for first, group in groups.items():
             rows = [_worth(layers[key], name, states[key]) for key in group]
             values[first] = torch.stack(rows).sum(0).sqrt().tolist()
-            numbers = sum(factor.numel() for key in group for factor in states[key].factors())
-            costs[first] = numbers // len(values[first])
+            size = sum(factor.numel() for key in group for factor in states[key].factors())
+            costs[first] = size // len(values[first])
         whole = sum(costs[key] * len(values[key]) for key in costs)
-        taken = allocate(values, costs, numbers_of_budget(parameters, whole))
+        numbers = numbers_of_budget(parameters, whole)
+        taken = allocate(values, costs, numbers)
+        if not any(taken.values()):
+            raise ValueError(too_small(numbers, min(costs.values()), "parameters"))
         return {
             exactly(key): taken[first] * states[key].parts[0][2].divisor
             for first, group in groups.items()
