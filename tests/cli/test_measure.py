@@ -246,6 +246,8 @@ def test_an_adapter_with_biases_has_no_row_for_the_base_model(tiny: Path, tmp_pa
     assert result.exit_code == 0, result.output
     assert "No row for the base model" in result.output
     assert "Recommended: rank " in result.output
+    words = " ".join(result.output.split())
+    assert f"Write it: peft-dynamic export {adapter} OUT --rank " in words
 
 
 @pytest.mark.parametrize("outputs", [1, 3])
