@@ -1,5 +1,6 @@
 """What the studies of quality share: a task's rows, their batches, one way to train and one to evaluate."""
 
+import gzip
 import json
 import random
 import re
@@ -40,6 +41,10 @@ class Task:
 
 
 def read(path: Path) -> list[Row]:
+    """Of a file of JSON lines, or of the compressed one beside its place."""
+    packed = path.with_name(path.name + ".gz")
+    if packed.exists():
+        return [json.loads(line) for line in gzip.decompress(packed.read_bytes()).decode().splitlines()]
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
@@ -55,6 +60,10 @@ def instruction(row: Row, tokenizer: Any) -> list[int]:
 
 def encode(row: Row, tokenizer: Any, max_length: int) -> Row:
     """A sentence or pair with its class or its similarity (0 to 5, here -1 to 1), or a prompt and its completion."""
+    if "triples" in row:
+        row = {**row, "mr": "; ".join(" | ".join(triple) for triple in row["triples"])}
+    if "answer" in row and "question" in row and "instruction" not in row:
+        row = {"mr": row["question"], "ref": row["answer"]}
     if "mr" in row:
         prompt = tokenizer(row["mr"] + "\n")["input_ids"]
         answer = tokenizer((row["ref"] if "ref" in row else row["refs"][0]) + tokenizer.eos_token)["input_ids"]

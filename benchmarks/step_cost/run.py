@@ -25,7 +25,7 @@ def variants() -> dict[str, Any]:
     common = {"r": RANKS[-1], "lora_alpha": 16, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
     return {
         "lora": LoraConfig(**common),
-        "dylora": DyLoRAConfig(ranks=RANKS, **common),
+        "dylora": DyLoRAConfig(ranks=RANKS, rank_sampling="mostly_full", **common),
         "dylora uniform": DyLoRAConfig(ranks=RANKS, rank_sampling="uniform", **common),
         "dylora paper": DyLoRAConfig.paper(ranks=RANKS, **common),
     }
