@@ -14,6 +14,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from peft_dynamic.reports.picture import PLOT_SUFFIXES as PLOT_SUFFIXES  # here before, as the next
+from peft_dynamic.reports.picture import new_figure as new_figure
+from peft_dynamic.reports.picture import picture_path as picture_path
+from peft_dynamic.reports.picture import plain_axis as plain_axis
+from peft_dynamic.reports.picture import save_figure as save_figure
+
 # Directions that nobody disputes, without the prefixes that trainers put before them.
 LOWER_IS_BETTER = {
     *("loss", "nll", "perplexity", "ppl", "bits_per_byte", "bpb", "bits_per_character", "bpc"),
@@ -27,7 +33,6 @@ GREATER_IS_BETTER = {
     *("rouge1", "rouge2", "rougel", "rougelsum", "reward", "pass_rate", "win_rate"),
 }
 PREFIXES = ("eval_", "test_", "validation_", "val_", "mean_")
-PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 class Row(Protocol):
@@ -344,52 +349,6 @@ def as_text(table: Table, width: int) -> str:
     text = io.StringIO()
     Console(file=text, width=width, color_system=None).print(table)
     return text.getvalue()
-
-
-def picture_path(path: str | Path) -> Path:
-    """The path of a picture to be written.
-
-    Raises:
-        ValueError: its suffix is none of the formats.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in PLOT_SUFFIXES:
-        raise ValueError(
-            f"path={str(path)!r}: the suffix says the format and must be one of {', '.join(PLOT_SUFFIXES)}; "
-            f"try {path.stem + '.png'!r}."
-        )
-    return path
-
-
-def new_figure(owner: str, width: float, height: float) -> Any:
-    """An empty matplotlib figure, in inches.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure  # not pyplot: no global state, no display
-    except ImportError as error:
-        raise ImportError(
-            f"{owner}.plot needs matplotlib, the extra peft-dynamic[plot]: pip install matplotlib (or, in a checkout, "
-            f"pip install '.[plot]'). {owner}.table() does without."
-        ) from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def plain_axis(axis: Any) -> None:
-    """A light grid, and no frame above and on the right."""
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def save_figure(figure: Any, path: Path, title: str | None) -> Path:
-    """Write a figure, under its title if it has one; missing folders are made."""
-    if title:
-        figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
 
 
 def write_json(content: Any, path: str | Path | None) -> str:

@@ -349,19 +349,6 @@ def attach(layer: LoraLayer, adapter_name: str, state: LayerState) -> None:
     note_unit(layer, adapter_name)
 
 
-def detach(layer: Any, adapter_name: str) -> None:
-    """Take back what `attach` did."""
-    views = layer.__dict__.get("lora_views", {})
-    views.pop(adapter_name, None)
-    if "lora_views" in layer.__dict__ and not views:
-        del layer.lora_views
-        scaling, names = dict(layer.__dict__.pop("_scaling")), layer.__dict__.pop("other_param_names")
-        layer.__class__ = type(layer).__mro__[2]
-        layer.scaling = scaling
-        if (rest := tuple(name for name in names if name != "lora_views")) != layer.other_param_names:
-            layer.other_param_names = rest
-
-
 def note_unit(layer: Any, adapter_name: str) -> None:
     """The adapter's scale in this layer was written for the `lora_alpha` and `r` that are set."""
     layer.scaling.units[adapter_name] = layer.lora_alpha[adapter_name] / layer.r[adapter_name]

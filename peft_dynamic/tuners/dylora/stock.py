@@ -23,7 +23,6 @@ from peft_dynamic.tuners.dylora.config import DyLoRAConfig
 from peft_dynamic.tuners.dylora.layer import make_ranked, ranked_layers
 from peft_dynamic.tuners.dylora.schedule import RankSchedule
 from peft_dynamic.tuners.dylora.steps import PassHooks
-from peft_dynamic.tuners.factors import detach
 from peft_dynamic.tuners.lora_fields import check_product
 
 STOCK_CLASSES = {computed: stock for stock, computed in COMPUTED_CLASSES.items()}
@@ -209,6 +208,19 @@ def _make_stock(layers: Iterable[Any], adapter_name: str) -> None:
             layer.lora_alpha[adapter_name], layer.use_rslora[adapter_name] = alphas.pop(adapter_name)
         if not alphas:
             layer.__dict__.pop("stock_alpha", None)
+
+
+def detach(layer: Any, adapter_name: str) -> None:
+    """Take back what `tuners.factors.attach` did."""
+    views = layer.__dict__.get("lora_views", {})
+    views.pop(adapter_name, None)
+    if "lora_views" in layer.__dict__ and not views:
+        del layer.lora_views
+        scaling, names = dict(layer.__dict__.pop("_scaling")), layer.__dict__.pop("other_param_names")
+        layer.__class__ = type(layer).__mro__[2]
+        layer.scaling = scaling
+        if (rest := tuple(name for name in names if name != "lora_views")) != layer.other_param_names:
+            layer.other_param_names = rest
 
 
 def _whole_only(stock: Any, what: str) -> Any:
