@@ -212,7 +212,10 @@ def test_copies_and_other_dtypes_keep_it() -> None:
 def test_it_is_measured_at_the_full_rank_and_leaves_the_set_one() -> None:
     model, other = adapted(), adapted()
     set_rank(model, 2)
+    whole = adapter_moments(other, batches())
     first, second = model.calibrate(batches()), other.calibrate(batches())
+    assert second.tokens == whole.tokens
+    assert all(torch.equal(second.losses[name], value) for name, value in whole.losses.items())
     assert model.get_rank() == 2
     assert all(torch.equal(first.inputs[name], second.inputs[name]) for name in second.inputs)
     assert torch.equal(logits(model), at(other, 2))
