@@ -329,6 +329,10 @@ def test_the_picture_has_intervals_and_the_choice(tmp_path: Path, monkeypatch: p
     assert axis.texts[0].xy == (1, pytest.approx(1.1))
     losses.plot(tmp_path / "curve.png", mark=False)
     assert not drawn[1].axes[0].texts  # type: ignore[attr-defined]
+    both = curve(loss={1: 1.0, 2: 0.9}, accuracy={1: 0.9, 2: 0.8}, base=2.0)
+    for metric, rank in ((None, 2), ("loss", 2), ("accuracy", 1)):
+        both.plot(tmp_path / "curve.png", metric=metric)
+        assert [axis.texts[0].xy[0] for axis in drawn[-1].axes] == [rank, rank]  # type: ignore[attr-defined]
     flat = sampled(base=[3.0, 3, 3, 3], r1=[1.1, 1.1, 1.1, 1.1], r2=[1.0, 1, 1, 1])
     for tolerance, rank in ((0.01, 2), (0.1, 1)):
         flat.plot(tmp_path / "curve.png", tolerance=tolerance)

@@ -167,7 +167,7 @@ def _show(job: Curving, record: Record, whole: bool) -> None:
             typer.echo(f"Write it: {_command_for(job, row)}")
         if job.plot is not None:
             title = f"{job.subject.folder.name} on {Path(job.task.given.data).name}"
-            curve.plot(job.plot, title, mark=row is not None, tolerance=job.tolerance)
+            curve.plot(job.plot, title, mark=row is not None, tolerance=job.tolerance, metric=metric)
             typer.echo(f"The picture is in {job.plot}.")
     if job.out is not None:
         typer.echo(f"The curve is in {job.out}.")

@@ -118,7 +118,15 @@ class Curve(Generic[R]):
             table.add_row(*self.settings(row).values(), *cells)
         return as_text(table, width=20 * len(columns) + 40 * len(self.metrics))
 
-    def plot(self, path: str | Path, title: str | None = None, *, mark: bool = True, tolerance: float = 0.01) -> Path:
+    def plot(
+        self,
+        path: str | Path,
+        title: str | None = None,
+        *,
+        mark: bool = True,
+        tolerance: float = 0.01,
+        metric: str | None = None,
+    ) -> Path:
         """Draw each metric, levels to compare with as dashed lines, and write a picture.
 
         Args:
@@ -126,6 +134,7 @@ class Curve(Generic[R]):
             title: a line above the picture.
             mark: whether the row that a curve recommends is marked, where it does.
             tolerance: of that choice.
+            metric: what that choice goes by, for all metrics that are drawn; None for the first.
 
         Returns:
             `path`.
@@ -139,8 +148,9 @@ class Curve(Generic[R]):
             raise ValueError(f"the curve has no {self.kind}s to draw: measure some with {self.kind}_curve first.")
         figure = new_figure(type(self).__name__, 4.6 * len(self.metrics), 3.6)
         axes = figure.subplots(1, len(self.metrics), squeeze=False)[0]
+        chosen = self.choice(metric or self.metrics[0], tolerance) if mark else None
         for axis, name in zip(axes, self.metrics, strict=True):
-            self._draw(axis, name, self.choice(name, tolerance) if mark else None)
+            self._draw(axis, name, chosen)
         if len(axes[0].get_legend_handles_labels()[0]) > 1:
             axes[0].legend(frameon=False)
         return save_figure(figure, path, title)
@@ -164,9 +174,9 @@ class Curve(Generic[R]):
             if levels and math.isfinite(levels[0]):
                 self._draw_level(axis, name, levels[0], label)
         at = None if chosen is None else self.position(chosen)
-        if chosen is not None and at is not None:
+        if chosen is not None and at is not None and name in chosen.metrics:
             axis.scatter([at], [chosen.metrics[name]], s=160, facecolors="none", edgecolors="0.2", zorder=3)
-            right = at == max(self.positions)
+            right = at in self.positions[len(self.positions) // 2 :]
             axis.annotate(
                 f"recommended{self.named(chosen)}",
                 (at, chosen.metrics[name]),
