@@ -26,6 +26,9 @@ import torch
 
 from peft_dynamic.functional.ranks import bases_of, gram_matrices
 
+# Beside the largest, smaller singular values are rounding, as roots of it: of components that are not there.
+ROUNDING = 1e-6
+
 
 def grams(
     a: torch.Tensor,
@@ -74,7 +77,8 @@ def spectrum(gram_a: torch.Tensor, gram_b: torch.Tensor) -> torch.Tensor:
     values, vectors = torch.linalg.eigh(gram_a)
     # through the eigenvectors, not Cholesky's factor: rows of A may be dependent, or 0
     left = vectors * values.clamp(min=0).sqrt()[..., None, :]
-    return torch.linalg.eigvalsh(left.mT @ gram_b @ left).flip(-1).clamp(min=0).sqrt()
+    sigma = torch.linalg.eigvalsh(left.mT @ gram_b @ left).flip(-1).clamp(min=0).sqrt()
+    return torch.where(sigma > ROUNDING * sigma[..., :1], sigma, 0.0)
 
 
 def singular_values(a: torch.Tensor, b: torch.Tensor, *moments: Any) -> torch.Tensor:

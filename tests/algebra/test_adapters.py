@@ -413,5 +413,6 @@ def test_a_name_that_nobody_has_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pat
         raise ConnectionError(f"no {name}\nand more lines")
 
     monkeypatch.setattr("peft_dynamic.algebra.checkpoint.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)  # where no such file lies about
     with pytest.raises(FileNotFoundError, match=r"'runs/sql' is no folder here, .*ConnectionError: no runs/sql\)"):
         resize_adapter("runs/sql", tmp_path / "out", rank=2)

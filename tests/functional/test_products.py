@@ -162,3 +162,13 @@ def test_equal_adapters_lose_nothing_at_their_own_rank() -> None:
     stacked = weighted_sum([(a, b), (a, b)], [1.0, 0.5])
     cut_a, cut_b = cut(*stacked, 3, (pooled([a, a], [moment, moment]), None), 0.0)
     torch.testing.assert_close(cut_b @ cut_a, 1.5 * b @ a, atol=1e-9, rtol=1e-7)
+
+
+def test_a_component_that_is_not_there_has_a_singular_value_of_0() -> None:
+    """Six components into five outputs: the sixth is rounding, another on each CPU, and no budget takes it."""
+    generator = torch.Generator().manual_seed(4)
+    a, b = torch.randn(6, 16, generator=generator), torch.randn(5, 6, generator=generator)
+    values = singular_values(a, b)
+    assert values[5] == 0
+    torch.testing.assert_close(values[:5], torch.linalg.svdvals((b @ a).double()), rtol=1e-5, atol=0)
+    assert allocate({"x": values.tolist()}, {"x": 21}, 1000) == {"x": 5}
