@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import (
     set_seed,
 )
 
+from benchmarks.study import Context
 from benchmarks.training import adamw, descended, fit
 
 Row = dict[str, Any]
@@ -178,6 +180,20 @@ class Data:
             for rows in epoch[:left]:
                 yield collate(rows, self.pad)
             left -= min(left, len(epoch))
+
+
+@cache
+def rows_of(name: str, context: Context) -> Data:
+    """The rows of a task of a study, read once."""
+    return Data(name, Task(**context.settings["tasks"][name]), context.paths["data"], context.paths["models"])
+
+
+def labelled(batch: Batch) -> Batch:
+    """With labels of the width that the model's own loss wants."""
+    missing = batch["input_ids"].shape[1] - batch["labels"].shape[-1]
+    if batch["labels"].dim() == 1 or not missing:
+        return batch
+    return {**batch, "labels": torch.nn.functional.pad(batch["labels"], (missing, 0), value=-100)}
 
 
 def load(task: Task, seed: int, models: Path, num_labels: int = 2) -> tuple[torch.nn.Module, str]:

@@ -257,13 +257,13 @@ def _config(model: Any, name: str) -> tuple[LoraConfig, dict[str, str] | None]:
         raise ValueError(
             f"the adapter {name!r} is at rank 0 in all modules: there is nothing to write. Raise the rank."
         )
-    settings = {key: (layer.r[name], _as_int(layer.lora_alpha[name])) for key, layer in kept}
+    settings = {key: (layer.r[name], as_whole(layer.lora_alpha[name])) for key, layer in kept}
     rank, alpha = Counter(settings.values()).most_common(1)[0][0]
     values |= {
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {_pattern(key): b for key, (b, _) in settings.items() if b != rank},
-        "alpha_pattern": {_pattern(key): a for key, (_, a) in settings.items() if a != alpha},
+        "rank_pattern": {exactly(key): b for key, (b, _) in settings.items() if b != rank},
+        "alpha_pattern": {exactly(key): a for key, (_, a) in settings.items() if a != alpha},
         "modules_to_save": _trained_whole(model, name, ours.modules_to_save or []) or None,
         "inference_mode": True,
         "base_model_name_or_path": ours.base_model_name_or_path or base.__dict__.get("name_or_path") or None,
@@ -306,10 +306,11 @@ def _named_layers(model: nn.Module, name: str) -> list[tuple[str, LoraLayer]]:
     return found
 
 
-def _pattern(key: str) -> str:
+def exactly(key: str) -> str:
     """A `rank_pattern` key that matches this module alone: PEFT reads it as the end of a name, and as an expression."""
     return "^" + key.replace(".", r"\.")
 
 
-def _as_int(value: float) -> float:
+def as_whole(value: float) -> float:
+    """A number as an int where it is one, as in a config that a user writes."""
     return int(value) if float(value).is_integer() else value

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from torch import nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its types are a package of their own
 
+from peft_dynamic.functional.ranks import usual_ranks
 from peft_dynamic.hosts.modes import adapters_disabled, evaluating
 from peft_dynamic.reports.curve import Curve, direction, measured_samples
 from peft_dynamic.rules import is_finite, is_number, plain
@@ -368,5 +369,4 @@ def _settings(
 def _usual_ranks(config: Any, layers: list[Any], name: str) -> Sequence[int]:
     if hasattr(config, "trained_ranks"):
         return config.trained_ranks
-    most = max(layer.lora_views[name].max_rank for layer in layers)
-    return [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
+    return usual_ranks(max(layer.lora_views[name].max_rank for layer in layers))

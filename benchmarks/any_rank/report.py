@@ -194,6 +194,11 @@ def report(rows: list[Row], context: Context) -> str:
         task: {WAYS[way][0]: mean(area(found[way], "loss").values()) for way in shared}
         for task, found in all_found.items()
     }
+    lines = []
+    for way in shared:
+        means = [mean(over_ranks(found[way], "loss").values()) for found in all_found.values()]
+        lines.append([WAYS[way][0], *(f"{each:.4f}" for each in means)])
+    parts.append("### Mean loss over the ranks\n\n" + table(["way", *all_found], lines))
     if len(areas) > 1:
         parts.append("### Over the tasks\n\nBy the AURAC of the loss:\n\n" + borda_table(areas, False, 1, 4))
     if not all_found:

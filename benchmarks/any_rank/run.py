@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import get_linear_schedule_with_warmup
 
 from benchmarks.study import Cell, Context
-from benchmarks.tasks import Batch, Data, Task, evaluate, load, logits_and_labels, loss_of
+from benchmarks.tasks import Batch, Data, Task, evaluate, labelled, load, logits_and_labels, loss_of, rows_of
 from benchmarks.training import descended, fit
 from peft_dynamic import AdapterMoments, DyLoRAConfig, adapter_moments, budget_ranks, resize_adapter
 from peft_dynamic.functional.products import grams
@@ -26,19 +25,6 @@ CUTS: dict[str, tuple[dict[str, Any], bool]] = {
     "loss, shared": ({"cut": "loss"}, True),
 }
 Curve = dict[int, dict[str, float]]
-
-
-@cache
-def rows_of(name: str, context: Context) -> Data:
-    return Data(name, Task(**context.settings["tasks"][name]), context.paths["data"], context.paths["models"])
-
-
-def labelled(batch: Batch) -> Batch:
-    """With labels of the width that the model's own loss wants."""
-    missing = batch["input_ids"].shape[1] - batch["labels"].shape[-1]
-    if batch["labels"].dim() == 1 or not missing:
-        return batch
-    return {**batch, "labels": torch.nn.functional.pad(batch["labels"], (missing, 0), value=-100)}
 
 
 def build(task: Task, cell: Cell, context: Context) -> Any:

@@ -1,15 +1,13 @@
 """One LoRA run, cut afterwards: by its weights alone, by what its modules see, and by the loss."""
 
 import time
-from functools import cache
 from typing import Any
 
-import torch
 from peft import LoraConfig, get_peft_model
 
 from benchmarks.study import Cell, Context
 from benchmarks.summary import paired, shown, shown_paired, spread, table
-from benchmarks.tasks import Batch, Data, Task, evaluate, load, train
+from benchmarks.tasks import Task, evaluate, labelled, load, rows_of, train
 from peft_dynamic import adapter_moments, resize_adapter
 
 # How the components are chosen -> the arguments of resize_adapter, and whether modules share a budget
@@ -20,19 +18,6 @@ ARMS: dict[str, tuple[dict[str, Any], bool]] = {
     "plain, allocated": ({"cut": "plain"}, True),
     "loss, allocated": ({"cut": "loss"}, True),
 }
-
-
-@cache
-def rows_of(name: str, context: Context) -> Data:
-    return Data(name, Task(**context.settings["tasks"][name]), context.paths["data"], context.paths["models"])
-
-
-def labelled(batch: Batch) -> Batch:
-    """With labels of the width that the model's own loss wants."""
-    missing = batch["input_ids"].shape[1] - batch["labels"].shape[-1]
-    if batch["labels"].dim() == 1 or not missing:
-        return batch
-    return {**batch, "labels": torch.nn.functional.pad(batch["labels"], (missing, 0), value=-100)}
 
 
 def run(cell: Cell, context: Context) -> dict[str, Any]:

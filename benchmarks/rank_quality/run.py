@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from benchmarks.study import Cell, Context
-from benchmarks.tasks import Data, Task, evaluate, load, train
+from benchmarks.tasks import Data, Task, evaluate, load, rows_of, train
 from peft_dynamic import DyLoRAConfig
 
 
@@ -72,11 +71,6 @@ def curves(
                     result[how][b] = evaluate(model, data.evaluation)
             result[how][rank] = result["trained"][rank]
     return result
-
-
-@cache
-def rows_of(name: str, context: Context) -> Data:
-    return Data(name, Task(**context.settings["tasks"][name]), context.paths["data"], context.paths["models"])
 
 
 def run(cell: Cell, context: Context) -> dict[str, Any]:

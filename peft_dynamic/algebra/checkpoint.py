@@ -28,7 +28,7 @@ from peft_dynamic.algebra.experts import Place, candidates, host_of, places
 from peft_dynamic.algebra.product import Product
 from peft_dynamic.algebra.trains import matrices_of_cores
 from peft_dynamic.engines import fit
-from peft_dynamic.export import FILES, PEFT_PREFIX, check_target, only
+from peft_dynamic.export import FILES, PEFT_PREFIX, as_whole, check_target, exactly, only
 from peft_dynamic.functional.ranks import alpha_at
 from peft_dynamic.hub import REPO_ID, write_model_card
 from peft_dynamic.methods import METHODS, method_of
@@ -320,17 +320,9 @@ def _stock_config(made: LoraCheckpoint, kept: dict[str, Product]) -> LoraConfig:
         **{name: copy(getattr(ours, name)) for name in carried},
         **fields,
         r=rank,
-        lora_alpha=_whole(alpha),
-        rank_pattern={_exactly(key): b for key, (b, _) in patterns if b != rank},
-        alpha_pattern={_exactly(key): _whole(x) for key, (_, x) in patterns if x != alpha},
+        lora_alpha=as_whole(alpha),
+        rank_pattern={exactly(key): b for key, (b, _) in patterns if b != rank},
+        alpha_pattern={exactly(key): as_whole(x) for key, (_, x) in patterns if x != alpha},
         base_model_name_or_path=ours.base_model_name_or_path,
         inference_mode=True,
     )
-
-
-def _exactly(key: str) -> str:
-    return "^" + key.replace(".", r"\.")
-
-
-def _whole(value: float) -> float:
-    return int(value) if float(value).is_integer() else value

@@ -13,6 +13,7 @@ from rich.table import Table
 from peft_dynamic.algebra.checkpoint import LoraCheckpoint
 from peft_dynamic.algebra.resize import spectra
 from peft_dynamic.export import PEFT_PREFIX
+from peft_dynamic.functional.ranks import usual_ranks
 from peft_dynamic.reports.curve import as_text, new_figure, picture_path, plain_axis, save_figure
 
 # What nearly all of the energy is, in the sentence and in the picture
@@ -50,11 +51,6 @@ def rank_for(kept: dict[str, list[float]], share: float = NEARLY_ALL) -> int:
         share: from 0 to 1.
     """
     return max(_first(shares, share) for shares in kept.values())
-
-
-def usual_ranks(most: int) -> list[int]:
-    """The powers of two below a rank, and that rank."""
-    return [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
 
 
 def summary(read: LoraCheckpoint) -> dict[str, Any]:

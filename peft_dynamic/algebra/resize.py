@@ -20,6 +20,7 @@ from peft_dynamic.engines import check_engine
 from peft_dynamic.functional.products import allocate, singular_values, too_small
 from peft_dynamic.functional.products import cut as cut_to
 from peft_dynamic.rules import is_finite, is_int, is_number
+from peft_dynamic.tuners.dylora.weigh import check_cut
 from peft_dynamic.tuners.moments import AdapterMoments
 
 
@@ -127,15 +128,12 @@ def weights_of(
     read: LoraCheckpoint, moments: AdapterMoments | None, damping: float, how: str, name: str = "moments"
 ) -> dict[str, tuple[Any, ...]]:
     """Module -> the further arguments of `functional.products.grams`; `name` is what messages call the moments."""
-    if how not in ("auto", "plain", "inputs", "loss"):
-        raise ValueError(f"cut={how!r}: must be 'auto', 'plain', 'inputs' or 'loss'.")
-    _check(is_number(damping) and damping >= 0 and is_finite(damping), "damping", damping, "a number of at least 0")
+    check_cut(moments, damping, how)
     if how == "auto":
         how = "plain" if moments is None else "loss" if moments.losses else "inputs"
     if how == "plain":
         return dict.fromkeys(read.products, ())
-    if moments is None or (how == "loss" and not moments.losses):
-        raise ValueError(f"cut={how!r} needs moments" + (" with loss=True." if how == "loss" else ": pass moments."))
+    assert moments is not None  # by check_cut
     weights: dict[str, tuple[Any, ...]] = {}
     for module, product in read.products.items():
         if product.experts * product.groups > 1:

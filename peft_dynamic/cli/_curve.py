@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 import typer
 
-from peft_dynamic.algebra.inspect import usual_ranks
 from peft_dynamic.cli import _load
 from peft_dynamic.cli._budget import Budget
 from peft_dynamic.cli._choice import choice
@@ -18,6 +17,7 @@ from peft_dynamic.cli._interrupt import Interrupted
 from peft_dynamic.cli._record import Record, Setting
 from peft_dynamic.cli._subject import Subject
 from peft_dynamic.cli._task import Evaluate, LabelTask, TextTask
+from peft_dynamic.functional.ranks import usual_ranks
 from peft_dynamic.hosts.modes import adapters_disabled, evaluating
 from peft_dynamic.ranks import RankRow, rank_curve
 from peft_dynamic.reports.curve import measured_samples, number

@@ -247,6 +247,7 @@ def dylora_config(
         typer.BadParameter: they fit no adapter.
     """
     from peft_dynamic import DyLoRAConfig, QDyLoRAConfig
+    from peft_dynamic.functional.ranks import usual_ranks
 
     listed = None
     if ranks is not None:
@@ -258,7 +259,7 @@ def dylora_config(
             ) from error
     largest = r if r is not None else listed[-1] if listed else 32
     if listed is None and largest >= 1:
-        listed = [*(2**i for i in range(largest.bit_length()) if 2**i < largest), largest]
+        listed = usual_ranks(largest)
     modules = target_modules if target_modules == "all-linear" else [name.strip() for name in target_modules.split(",")]
     alpha: Any = int(lora_alpha) if float(lora_alpha).is_integer() else lora_alpha  # typed as int, any number works
     kind = QDyLoRAConfig if four_bit else DyLoRAConfig

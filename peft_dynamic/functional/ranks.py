@@ -67,6 +67,11 @@ def slice_rank(
     return weight.flatten(dim - 1, dim + 1) if grouped else weight
 
 
+def usual_ranks(most: int) -> list[int]:
+    """The powers of two below a rank, and that rank."""
+    return [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
+
+
 def rank_weights(ranks: Sequence[int], sampling: str | Sequence[float], geometric_p: float) -> tuple[float, ...]:
     """Probability of each rank.
 

@@ -59,7 +59,7 @@ def test_the_moments_are_those_of_the_tokens_that_are_no_padding() -> None:
     for name, outputs in seen.items():
         keep = [batch["attention_mask"].flatten() != 0 for batch in data]
         z = torch.cat([o.detach().flatten(0, 1)[k] for o, k in zip(outputs, keep, strict=True)]).double()
-        d = torch.cat([o.grad.flatten(0, 1)[k] for o, k in zip(outputs, keep, strict=True)]).double()  # type: ignore[union-attr]
+        d = torch.cat([o.grad.flatten(0, 1)[k] for o, k in zip(outputs, keep, strict=True)]).double()  # type: ignore[union-attr]  # each has a gradient
         torch.testing.assert_close(found.inputs[name], z.mT @ z / found.tokens)
         scale = layers[name].scaling["default"]
         torch.testing.assert_close(found.losses[name], d.mT @ d / scale**2 / found.tokens, atol=1e-12, rtol=1e-5)
@@ -366,7 +366,7 @@ def test_a_pooler_sees_one_row_of_each_text() -> None:
     handle.remove()
     model.zero_grad()
     found = adapter_moments(model, data)
-    z, d = (torch.cat([each.detach().double() for each in kind]) for kind in (seen, [o.grad for o in seen]))  # type: ignore[union-attr,misc]
+    z, d = (torch.cat([each.detach().double() for each in kind]) for kind in (seen, [o.grad for o in seen]))  # type: ignore[union-attr,misc]  # as above
     assert len(z) == 2 * len(data)
     torch.testing.assert_close(found.inputs[name], z.mT @ z / len(z))
     scale = layer.scaling["default"]

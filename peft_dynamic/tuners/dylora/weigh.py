@@ -21,7 +21,7 @@ def check_cut(moments: Any, damping: float, cut: str) -> None:
     if cut not in ("auto", "plain", "inputs", "loss"):
         raise ValueError(f"cut={cut!r}: must be 'auto', 'plain', 'inputs' or 'loss'.")
     if not (is_number(damping) and is_finite(damping) and damping >= 0):
-        raise ValueError(f"damping={damping!r}: must be a number of at least 0.")
+        raise (ValueError if is_number(damping) else TypeError)(f"damping={damping!r}: must be a number of at least 0.")
     if moments is not None and not isinstance(moments, AdapterMoments):
         raise TypeError(f"moments must be what adapter_moments gives, or None, got {type(moments).__name__}.")
     if cut in ("inputs", "loss") and (moments is None or (cut == "loss" and not moments.losses)):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from peft.utils.peft_types import PeftType
 
+from peft_dynamic.functional.ranks import usual_ranks
 from peft_dynamic.tuners.dylora.config import DyLoRAConfig
 
 
@@ -31,7 +32,7 @@ class QDyLoRAConfig(DyLoRAConfig):
 
     def __post_init__(self) -> None:
         if self.ranks is None and isinstance(self.r, int) and self.r >= 1:
-            self.ranks = [*(2**i for i in range(self.r.bit_length()) if 2**i < self.r), self.r]
+            self.ranks = usual_ranks(self.r)
         super().__post_init__()
         self.peft_type = PeftType.QDYLORA  # the member that hosts.registry adds
 
