@@ -1,4 +1,6 @@
 # The public names, and where each is: read by type checkers, and by __init__.py.
+from peft_dynamic.callbacks import ExitCurveCallback as ExitCurveCallback
+from peft_dynamic.callbacks import RankCurveCallback as RankCurveCallback
 from peft_dynamic.citations import CitationEvaluation as CitationEvaluation
 from peft_dynamic.citations import EntailmentCache as EntailmentCache
 from peft_dynamic.citations import EntailmentModel as EntailmentModel
@@ -13,6 +15,7 @@ from peft_dynamic.exits import generate_adaptive as generate_adaptive
 from peft_dynamic.exits import generate_speculative as generate_speculative
 from peft_dynamic.exits import paper_thresholds as paper_thresholds
 from peft_dynamic.exits import truncate_to_exit as truncate_to_exit
+from peft_dynamic.trainers.arguments import AdapterParser as AdapterParser
 from peft_dynamic.trainers.citation.collators import CitationDataCollator as CitationDataCollator
 from peft_dynamic.trainers.citation.collators import FiDDataCollator as FiDDataCollator
 from peft_dynamic.trainers.citation.data import CitationReport as CitationReport
