@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from peft_dynamic.cli import export, inspect, measure, models, resize, train
+from peft_dynamic.cli import _recipe, cite, classify, export, inspect, measure, models, ppo, resize, sft, soft, train
 from peft_dynamic.cli._edge import Edge
 
 app = typer.Typer(
@@ -17,6 +17,8 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command()(train.train)
+for training in (sft.sft, soft.soft, ppo.ppo, cite.cite, classify.classify):
+    app.command(**_recipe.PASSED_ON)(training)
 app.command()(export.export)
 app.command()(models.models)
 for verb in (measure.measure, inspect.inspect, resize.resize, resize.merge, resize.average):
