@@ -297,7 +297,7 @@ def _is_words(value: Any) -> bool:
 def _value(value: Any, field: dataclasses.Field) -> Any:
     """A value as the configuration takes it: from a YAML file as it is, from a command line out of its words."""
     if not _is_words(value):
-        return value
+        return str(value) if isinstance(value, str) else value  # argparse has made a word of a file's text
     words, kind = [str(word) for word in value], str(field.type)
     if not words:
         if "bool" in kind:

@@ -27,7 +27,7 @@ ADAPTER_FIELDS = (
     *("rank_seed", "truncation", "scaling", "rank_sampling", "update"),
 )
 # What a run writes into its folder; nothing else there is touched.
-FILES = (NAME, "curve.json", "curve.png", "curve.svg", "report.md")
+FILES = (NAME, "curve.json", "curve.png", "curve.svg", "report.md", "sft.yaml", "rows.jsonl")
 FOLDERS = ("adapter", "lora")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 

@@ -30,7 +30,7 @@ class Job:
     seed: int
     tolerance: float
     max_minutes: float | None
-    save_steps: int
+    save_steps: int | None  # None: every fifth of the run, until it is through
     output: Path
     started: float  # by time.monotonic
     resume: bool = False

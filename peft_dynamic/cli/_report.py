@@ -56,7 +56,7 @@ def write_report(job: Job, found: Findings) -> None:
 learning rate {job.learning_rate:g}, r = {config.r}, ranks {config.ranks}, lora_alpha {config.lora_alpha:g},
 truncation {config.truncation}, rank sampling {config.rank_sampling}, scaling {config.scaling}, seed {job.seed},
 {"4-bit base, " if job.four_bit else ""}{str(found.dtype).removeprefix("torch.")}, {platform.machine()}.
-`run.yaml` has every setting, the versions and the data's hash.""",
+`run.yaml` has every setting, the versions and the data's hash. `sft.yaml` is the training for `peft-dynamic sft`.""",
         "## What was not used\n\n" + "\n".join(f"- {note}" for note in found.notes or ["Everything was used."]),
         f"## The rank curve\n\nOver {found.held_out.rows} of {len(job.held_out)} held-out examples: the loss per "
         "learnt token, its exponential, and the gain over the base model with its standard error over the rows.\n\n"

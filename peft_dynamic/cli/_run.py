@@ -26,6 +26,7 @@ from peft_dynamic.cli._job import Job
 from peft_dynamic.cli._load import autocast, device, fast_dtype, hush_transformers, load_decoder, load_tokenizer
 from peft_dynamic.cli._measure import HeldOut, batches, choose, row_losses
 from peft_dynamic.cli._report import Findings, agreement, write_report
+from peft_dynamic.cli._yaml import write_recipe
 from peft_dynamic.export import export_lora
 from peft_dynamic.hosts.modes import adapters_disabled
 from peft_dynamic.hub import write_model_card
@@ -163,6 +164,8 @@ class _Run:
                 f"{len(self.held_out)} held-out examples."
             )
         self.held_batches = self.held_batches[: math.ceil(fits.rows / job.batch_size)]
+        dtype = str(self.found.dtype).removeprefix("torch.")
+        write_recipe(job, self.examples, fits.steps, dtype, not torch.cuda.is_available())
         schedule = Schedule(fits.steps)
         trainer = _Trainer(
             model=self.model,
@@ -226,8 +229,9 @@ class _Run:
             per_device_train_batch_size=job.batch_size,
             learning_rate=job.learning_rate,
             logging_steps=max(1, steps // 10),
-            save_strategy="steps" if job.save_steps else "no",
-            save_steps=job.save_steps or 500,
+            save_strategy="no" if job.save_steps == 0 else "steps",
+            save_steps=job.save_steps or max(1, steps // 5),
+            save_total_limit=2 if job.save_steps is None else None,
             bf16=self.found.dtype == torch.bfloat16,
             use_cpu=not torch.cuda.is_available(),
             seed=job.seed,

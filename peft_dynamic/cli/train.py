@@ -75,8 +75,9 @@ def train(
         ),
     ] = None,
     save_steps: Annotated[
-        int, typer.Option(help="Write a checkpoint every so many steps; 0 for none but where the training stops early.")
-    ] = 0,
+        int | None,
+        typer.Option(help="Keep a checkpoint of every so many steps. Default: every fifth of the run, until it ends."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
     output: Annotated[Path, typer.Option(help="The folder to write.")] = Path("peft-dynamic-out"),
     overwrite: Annotated[
@@ -151,7 +152,7 @@ def _check_numbers(
     seed: int,
     tolerance: float,
     max_minutes: float | None,
-    save_steps: int,
+    save_steps: int | None,
 ) -> None:
     require(steps is None or steps >= 1, "--steps", steps, "at least 1")
     require(0 < epochs < math.inf, "--epochs", epochs, "above 0")
@@ -161,7 +162,7 @@ def _check_numbers(
     require(0 <= seed < 2**32, "--seed", seed, "at least 0 and below 2^32")
     require(0 <= tolerance < math.inf, "--tolerance", tolerance, "at least 0; 0.01 is one per cent")
     require(max_minutes is None or max_minutes > 0, "--max-minutes", max_minutes, "above 0")
-    require(save_steps >= 0, "--save-steps", save_steps, "at least 0")
+    require(save_steps is None or save_steps >= 0, "--save-steps", save_steps, "at least 0")
 
 
 def _check_output(output: Path, resume: bool, overwrite: bool, demo: bool) -> None:

@@ -297,3 +297,29 @@ def test_the_whole_list_of_options_has_the_adapters(tmp_path: Path) -> None:
         "--report_to",
     ):
         assert option in result.output
+
+
+def test_train_writes_the_file_with_which_sft_gives_its_weights(tmp_path: Path, tiny: Path) -> None:
+    rows = write(tmp_path / "rows.jsonl", ROWS)
+    options = [
+        "--model",
+        tiny,
+        "--data",
+        rows,
+        "--eval-data",
+        rows,
+        "--ranks",
+        "1,2",
+        "--steps",
+        "6",
+        "--batch-size",
+        "2",
+    ]
+    done = forked("train", *options, "--output", tmp_path / "out", check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run("sft", tmp_path, config=tmp_path / "out" / "sft.yaml")
+    ours, theirs = weights(tmp_path / "out" / "adapter"), weights(tmp_path / "out" / "sft")
+    trained = [name for name in theirs if "lora_" in name]
+    assert trained
+    for name in trained:
+        assert torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6), name

@@ -56,11 +56,13 @@ def test_words_are_what_the_configuration_takes(tmp_path: Path, words: list[str]
 
 def test_a_file_and_what_is_written_of_it(tmp_path: Path) -> None:
     settings = {"adapter": "dylora", "r": 4, "ranks": [1, 4], "target_modules": ["0", "2"], "learning_rate": 1e-3}
+    settings["rank_sampling"] = "full"
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings))
     parser = AdapterParser(KINDS)
     _, training, _, config = parsed(tmp_path, "--config", str(tmp_path / "a.yaml"), "--r", "4", parser=parser)
     assert (config.ranks, config.target_modules, training.learning_rate) == ([1, 4], {"0", "2"}, 1e-3)
     assert parser.given == {**settings, "output_dir": str(tmp_path), "bf16": False}
+    assert yaml.safe_load(yaml.safe_dump(parser.given)) == parser.given
     # a word comes before the file
     *_, config = parsed(tmp_path, f"--config={tmp_path / 'a.yaml'}", "--ranks", "2,4")
     assert config.ranks == [2, 4]
