@@ -177,8 +177,8 @@ def _check_output(output: Path, resume: bool, overwrite: bool, demo: bool) -> No
         raise typer.BadParameter("--overwrite removes what it goes on from: pass one of them.", param_hint="--resume")
     if resume and not found:
         raise typer.BadParameter(
-            f"{output} has no checkpoints to go on from; they are written where --save-steps is given, and where a "
-            "training is stopped.",
+            f"{output} has no checkpoints to go on from. A run that ends by itself removes them, unless --save-steps "
+            "is given.",
             param_hint="--resume",
         )
     if overwrite or demo or resume:
