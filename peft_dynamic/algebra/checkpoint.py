@@ -27,10 +27,10 @@ from safetensors.torch import load_file, save_file
 from peft_dynamic.algebra.experts import Place, candidates, host_of, places
 from peft_dynamic.algebra.product import Product
 from peft_dynamic.algebra.trains import matrices_of_cores
+from peft_dynamic.cards import REPO_ID, write_model_card
 from peft_dynamic.engines import fit
 from peft_dynamic.export import FILES, PEFT_PREFIX, as_whole, check_target, exactly, only
 from peft_dynamic.functional.ranks import alpha_at
-from peft_dynamic.hub import REPO_ID, write_model_card
 from peft_dynamic.methods import METHODS, method_of
 from peft_dynamic.tuners.lora_fields import check_product
 

@@ -118,12 +118,12 @@ def test_a_calibration_without_its_names_is_refused(tmp_path: Path, names: torch
 def test_what_has_no_such_rank_is_refused(tmp_path: Path) -> None:
     adapted("llama").save_pretrained(tmp_path / "whole")
     for rank in (0, 9, 2.0, True):
-        with pytest.raises(ValueError, match=r"must be a whole number from 1 to 8, the adapter's r"):
+        with pytest.raises(ValueError, match="must be a whole number from 1 to 8, the adapter's r"):
             write_rank(tmp_path / "whole", tmp_path / "out", rank)
     with pytest.raises(FileExistsError, match="is an adapter that is read"):
         write_rank(tmp_path / "whole", tmp_path / "whole", 2)
     get_peft_model(build("llama")[0], LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "stock")
-    with pytest.raises(ValueError, match="is a LORA adapter, which has one rank. Use resize_adapter"):
+    with pytest.raises(ValueError, match=r"is a LORA adapter, which has one rank\. Use resize_adapter"):
         write_rank(tmp_path / "stock", tmp_path / "out", 2)
     assert not (tmp_path / "out").exists()
 
