@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def _base_lines(config: Mapping[str, Any], base: str) -> list[str]:
             "",
             f"base = AutoModel.from_pretrained({literal(base)})  # or its class",
         ]
-    if not _MODULE.fullmatch(library) or not _MODULE.fullmatch(name):
+    if not _MODULE.fullmatch(library) or not _MODULE.fullmatch(name) or "." in name or iskeyword(name):
         return ["", "base = ...  # the model that it was trained on"]
     if library.partition(".")[0] == "transformers":
         return [f"from transformers import {name}", "", f"base = {name}.from_pretrained({literal(base)})"]

@@ -90,7 +90,8 @@ def merge_readmes(local: Path | None, remote: Path | None, into: Path) -> None:
         return
     data: dict[str, Any] = {}
     for card in reversed(cards):
-        data |= card.data.to_dict()
+        found = card.data.to_dict()
+        data |= found | {"tags": [*_tags(data), *(tag for tag in _tags(found) if tag not in _tags(data))]}
     merged = ModelCard(f"---\n{ModelCardData(**data, ignore_metadata_errors=True).to_yaml()}\n---\n")
     merged.text = next((text for card in cards if (text := own_text(card.text))), "")
     merged.save(into)
@@ -166,7 +167,7 @@ def _fill_in(data: Any, config: Mapping[str, Any], source: str, facts: CardFacts
         data.base_model = base
     method = method_of(config)
     own = method.tags if method is not None else [one_line(config["peft_type"], 40).lower()]
-    tags = [data.tags] if isinstance(data.tags, str) else list(data.tags or [])
+    tags = _tags({"tags": data.tags})
     adapts = "base_model:adapter:"  # as PEFT begins a tag of its own, with the base model's place behind it
     tags = [f"{tag}" for tag in tags if not str(tag).startswith(adapts) or _is_shareable(str(tag)[len(adapts) :])]
     data.tags = [*tags, *(tag for tag in own if tag not in tags)]
@@ -181,6 +182,11 @@ def _fill_in(data: Any, config: Mapping[str, Any], source: str, facts: CardFacts
         kept = [each for each in data.eval_results or [] if not _OUR_RESULT.fullmatch(str(each.metric_name))]
         data.eval_results = [*kept, *_results(task, facts)]
         data.model_name = data.model_name or source.rpartition("/")[2]
+
+
+def _tags(data: Mapping[str, Any]) -> list[Any]:
+    tags = data.get("tags") or []
+    return [tags] if isinstance(tags, str) else [*tags]
 
 
 def _is_shareable(base: Any) -> bool:

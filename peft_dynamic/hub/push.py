@@ -53,6 +53,11 @@ class Shared:
     why_none: str = ""
     own_readme: Path | None = None
 
+    @property
+    def base(self) -> str | None:
+        """The base model's name on the Hub, where it is known."""
+        return self.facts.base_model or base_repo(self.config)
+
     def files(self) -> list[tuple[str, int]]:
         """Path and bytes of each file."""
         paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
@@ -240,7 +245,7 @@ def write_cards(shared: Shared, repo_id: str, theirs: Path | None = None) -> Non
         theirs: the README that is in the repository.
     """
     merge_readmes(shared.own_readme, theirs, shared.folder / "README.md")
-    config = {**shared.config, "base_model_name_or_path": shared.facts.base_model or base_repo(shared.config)}
+    config = {**shared.config, "base_model_name_or_path": shared.base}
     write_model_card(shared.folder, repo_id, shared.facts, config if shared.facts.whole else None)
     for path in sorted(shared.folder.glob("*/adapter_config.json")):
         (path.parent / "README.md").unlink(missing_ok=True)
