@@ -27,19 +27,12 @@ LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM
 
 
 def trained(output: Path, callback: HubCallback | None, config: Any = DYLORA, **settings: Any) -> Trainer:
-    arguments = {"max_steps": 2, "save_steps": 1, "push_to_hub": True, "hub_model_id": "me/poet"} | settings
+    arguments: dict[str, Any] = {"max_steps": 2, "save_steps": 1, "push_to_hub": True, "hub_model_id": "me/poet"}
+    arguments |= {"per_device_train_batch_size": 2, "learning_rate": 0.1, "use_cpu": True, "report_to": []}
+    arguments |= {"disable_tqdm": True, "hub_always_push": True, **settings}
     trainer = Trainer(
         get_peft_model(build("llama")[0], config),
-        TrainingArguments(
-            str(output),
-            per_device_train_batch_size=2,
-            learning_rate=0.1,
-            use_cpu=True,
-            report_to=[],
-            disable_tqdm=True,
-            hub_always_push=True,
-            **arguments,
-        ),  # fmt: skip
+        TrainingArguments(str(output), **arguments),
         train_dataset=[{"input_ids": torch.arange(i, i + 6), "labels": torch.arange(i, i + 6)} for i in range(4)],
         callbacks=[callback] if callback else [],
     )
