@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from peft import LoraConfig
+from safetensors.torch import save_file
 
 from peft_dynamic import DyLoRAConfig, RankCurve, write_card
 from peft_dynamic.cards import CardFacts, Twin, write_model_card
 from peft_dynamic.cards.text import code, fenced, inline, literal, one_line, table
 from peft_dynamic.hub.known import samples_of
 from peft_dynamic.ranks import RankRow
-from tests.stock_cases import build
 
 NASTY = [
     "`rm -rf`",
@@ -180,13 +181,15 @@ not one either
 
 def run_folder(folder: Path) -> Path:
     """As `peft-dynamic train` leaves it, with an adapter of real tensors."""
-    from peft import get_peft_model
-
-    config = DyLoRAConfig(r=8, ranks=[2, 4, 8], target_modules=["q_proj"], task_type="CAUSAL_LM")
-    get_peft_model(build("llama")[0], config).save_pretrained(folder / "adapter")
+    DyLoRAConfig(r=8, ranks=[2, 4, 8], target_modules=["a"], task_type="CAUSAL_LM").save_pretrained(folder / "adapter")
+    place = "base_model.model.a"
+    factors = {f"{place}.lora_A.weight": torch.randn(8, 16), f"{place}.lora_B.weight": torch.randn(16, 8)}
+    factors[f"{place}.lora_schedule.step"] = torch.tensor(3)
+    save_file(factors, folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
     LoraConfig(r=4, task_type="CAUSAL_LM").save_pretrained(str(folder / "lora"))
     (folder / "run.yaml").write_text(json.dumps(RUN))
     (folder / "report.md").write_text(REPORT)
+    (folder / "curve.png").write_bytes(b"a picture")
     rows = [RankRow(None, {"loss": 2.0, "a|b": 1.0}), RankRow(2, {"loss": 1.5}), RankRow(4, {"loss": 1.0, "a|b": 3.0})]
     RankCurve([*rows, RankRow(8, {"loss": 0.99})]).to_json(folder / "curve.json")
     return folder
@@ -194,7 +197,6 @@ def run_folder(folder: Path) -> Path:
 
 def test_the_card_of_a_run(tmp_path: Path) -> None:
     run_folder(tmp_path)
-    (tmp_path / "curve.png").write_bytes(b"a picture")
     path, facts = write_card(tmp_path, "me/poet", license="apache-2.0", base_model="you/base")
     assert path == tmp_path / "adapter" / "README.md"
     card = ModelCard.load(path)

@@ -22,18 +22,19 @@ from tests.hub_server import TOKEN, Hub
 from tests.stock_cases import build, compute
 
 hub = hub_server.hub  # fixture
+TARGETS = ["q_proj", "down_proj"]
 pytestmark = pytest.mark.filterwarnings(hub_server.HOSTS_WARNING)
 
 
 def adapted(**settings: Any) -> Any:
-    config = {"r": 8, "ranks": [1, 2, 4, 8], "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings
+    config = {"r": 8, "ranks": [1, 2, 4, 8], "target_modules": TARGETS, "task_type": "CAUSAL_LM"} | settings
     model = get_peft_model(build("llama")[0], DyLoRAConfig(**config))
     perturb(model)
     return model.eval()
 
 
 def stock(**settings: Any) -> Any:
-    config = {"r": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings
+    config = {"r": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM"} | settings
     model = get_peft_model(build("llama")[0], LoraConfig(**config))
     perturb(model)
     return model.eval()

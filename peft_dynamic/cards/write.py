@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,13 @@ def own_text(body: str) -> str:
     """What a user wrote below the metadata: all but our part, and PEFT's form where nothing is filled in."""
     body = re.sub(f"{re.escape(START)}.*?{re.escape(END)}", "", body, flags=re.DOTALL).strip()
     filled = re.sub(r"### Framework versions\s+- PEFT \S+$", "", body)
-    return "" if filled.split() == ModelCard.from_template(ModelCardData()).text.split() else body
+    return "" if not body or filled.split() == _form() else body
+
+
+@cache
+def _form() -> list[str]:
+    """The words of PEFT's form; the template takes longer to read than all else here."""
+    return str(ModelCard.from_template(ModelCardData()).text).split()
 
 
 def _body(top: Mapping[str, Any], whole: Mapping[str, Any], source: str, facts: CardFacts) -> str:

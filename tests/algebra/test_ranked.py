@@ -63,7 +63,7 @@ def same_adapter(ours: Path, theirs: Path) -> None:
 def test_the_file_gives_what_the_model_gives(tmp_path: Path, case: str, rules: str) -> None:
     model = adapted(case, **RULES[rules])
     model.save_pretrained(tmp_path / "whole")
-    for rank in (2, 4, 8):
+    for rank in (2, 8):
         write_rank(tmp_path / "whole", tmp_path / f"ours-{rank}", rank)
         export_lora(model, tmp_path / f"theirs-{rank}", rank=rank)
         same_adapter(tmp_path / f"ours-{rank}", tmp_path / f"theirs-{rank}")
