@@ -197,8 +197,7 @@ def _settings(content: Any) -> Iterator[tuple[str, str]]:
     """Name and value of each setting that may be shown, and whose value is a number or one plain word."""
     found: dict[str, Any] = {}
     for key, value in _walk(content):
-        if key in SHOWN:
-            found.setdefault(key, value)
+        found.setdefault(key, value)
     for key in SHOWN:
         value = found.get(key)
         values = value if isinstance(value, list) and 0 < len(value) <= 16 else [value]

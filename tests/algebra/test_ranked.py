@@ -10,7 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_dynamic import DyLoRAConfig, export_lora
-from peft_dynamic.algebra.ranked import write_rank
+from peft_dynamic.algebra.product import Product
+from peft_dynamic.algebra.ranked import _rank_at, write_rank
 from peft_dynamic.tuners.dylora.weigh import weigh
 from tests.conformance.cases import perturb
 from tests.stock_cases import CASES, build, compute
@@ -126,6 +127,12 @@ def test_what_has_no_such_rank_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is a LORA adapter, which has one rank\. Use resize_adapter"):
         write_rank(tmp_path / "stock", tmp_path / "out", 2)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("own", "at_two", "at_six"), [(8, 2, 6), (4, 2, 4), (16, 4, 12)])
+def test_the_rank_of_a_module_that_is_capped_or_fused(own: int, at_two: int, at_six: int) -> None:
+    product = Product(torch.zeros(own, 3), torch.zeros(5, own), 1.0, (".a", ".b"))
+    assert (_rank_at(2, product, 8), _rank_at(6, product, 8), _rank_at(8, product, 8)) == (at_two, at_six, own)
 
 
 def test_stock_peft_computes_what_the_model_computes(tmp_path: Path) -> None:
