@@ -12,6 +12,7 @@ from peft_dynamic.density import measure_density as measure_density
 from peft_dynamic.density import sparse_inference as sparse_inference
 from peft_dynamic.export import export_lora as export_lora
 from peft_dynamic.hub import push_adapter as push_adapter
+from peft_dynamic.hub import write_card as write_card
 from peft_dynamic.ranks import RankCurve as RankCurve
 from peft_dynamic.ranks import rank_curve as rank_curve
 from peft_dynamic.tuners.density_lora import DensityLoRAConfig as DensityLoRAConfig

@@ -22,8 +22,8 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
+from peft_dynamic.cards import write_model_card
 from peft_dynamic.engines import check_engine, fit
-from peft_dynamic.hub import write_model_card
 from peft_dynamic.methods import method_of
 from peft_dynamic.tuners.dylora.model import active_ranked_adapter, at_rank, held
 from peft_dynamic.tuners.dylora.ranks import AdapterRanks

@@ -30,13 +30,16 @@ def pushed(monkeypatch: pytest.MonkeyPatch) -> dict:
     def create_repo(self: HfApi, repo_id: str, **kwargs: object) -> None:
         seen["created"] = {"repo_id": repo_id, "token": self.token, **kwargs}
 
-    def upload_folder(self: HfApi, folder_path: Path, **kwargs: object) -> SimpleNamespace:
-        seen["files"] = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+    def create_commit(self: HfApi, operations: list, **kwargs: object) -> SimpleNamespace:
+        sent = {each.path_in_repo: Path(each.path_or_fileobj).read_bytes() for each in operations}
+        seen["files"] = {name: content for name, content in sent.items() if "/" not in name}
+        seen["folders"] = {name.partition("/")[0] for name in sent if "/" in name}
         seen["upload"] = kwargs
         return SimpleNamespace(commit_url="https://huggingface.co/me/poet/commit/1")
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda *args, **kwargs: [])
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
     return seen
 
 

@@ -15,6 +15,7 @@ from peft_dynamic.exits import generate_adaptive as generate_adaptive
 from peft_dynamic.exits import generate_speculative as generate_speculative
 from peft_dynamic.exits import paper_thresholds as paper_thresholds
 from peft_dynamic.exits import truncate_to_exit as truncate_to_exit
+from peft_dynamic.hub.callback import HubCallback as HubCallback
 from peft_dynamic.trainers.arguments import AdapterParser as AdapterParser
 from peft_dynamic.trainers.citation.collators import CitationDataCollator as CitationDataCollator
 from peft_dynamic.trainers.citation.collators import FiDDataCollator as FiDDataCollator

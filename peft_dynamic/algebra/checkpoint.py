@@ -27,10 +27,10 @@ from safetensors.torch import load_file, save_file
 from peft_dynamic.algebra.experts import Place, candidates, host_of, places
 from peft_dynamic.algebra.product import Product
 from peft_dynamic.algebra.trains import matrices_of_cores
+from peft_dynamic.cards import REPO_ID, write_model_card
 from peft_dynamic.engines import fit
 from peft_dynamic.export import FILES, PEFT_PREFIX, as_whole, check_target, exactly, only
 from peft_dynamic.functional.ranks import alpha_at
-from peft_dynamic.hub import REPO_ID, write_model_card
 from peft_dynamic.methods import METHODS, method_of
 from peft_dynamic.tuners.lora_fields import check_product
 
@@ -138,7 +138,7 @@ def _config(written: Mapping[str, Any], folder: Path, name: str) -> Any:
 
 def _parted(shown: str, config: Any, tensors: dict[str, torch.Tensor], name: str) -> LoraCheckpoint:
     if any(key.endswith(".lora_A.cores") for key in tensors):
-        tensors, config = matrices_of_cores(tensors, config, name, lambda key: int(_settings(config, key)[0]))
+        tensors, config = matrices_of_cores(tensors, config, name, lambda key: int(settings_of(config, key)[0]))
     found: dict[str, tuple[torch.Tensor, torch.Tensor, tuple[str, str]]] = {}
     others = dict(tensors)
     for key in tensors:
@@ -174,7 +174,7 @@ def _products(found: Mapping[str, tuple[Any, Any, tuple[str, str]]], config: Any
     told: dict[str, Place] = {}
     for host, rows in wrapped.items():
         try:
-            told |= places(rows, candidates(host, targets), lambda key: _settings(config, key))
+            told |= places(rows, candidates(host, targets), lambda key: settings_of(config, key))
         except ValueError as error:
             raise ValueError(
                 f"{name}: of the parameters of {host} {error}. Merge the adapter into its base model."
@@ -205,13 +205,14 @@ def _mixed(product: Product, mixer: torch.Tensor, module: str, name: str) -> Pro
     return product.with_factors(mixer.double() @ a.double(), b, product.scale)
 
 
-def _settings(config: Any, key: str) -> tuple[int, float]:
+def settings_of(config: Any, key: str) -> tuple[int, float]:
+    """The rank and the alpha that a configuration gives a module."""
     return _of_pattern(config.rank_pattern, key, config.r), _of_pattern(config.alpha_pattern, key, config.lora_alpha)
 
 
 def _check_shapes(product: Product, config: Any, module: str, name: str) -> None:
     a, b, count = product.a, product.b, product.experts
-    rank = _settings(config, product.keys[0])[0]
+    rank = settings_of(config, product.keys[0])[0]
     fits = a.dim() >= 2 and b.dim() >= 2 and product.rank == rank
     fits = fits and len(a) == b.shape[1] * product.groups == rank * count and len(b) % product.groups == 0
     if not fits or b[0, 0].numel() != 1:
@@ -227,7 +228,7 @@ def _of_pattern(pattern: Mapping[str, Any] | None, key: str, otherwise: Any) -> 
 
 
 def _scale(config: Any, key: str, rank: int) -> float:
-    alpha = _settings(config, key)[1]
+    alpha = settings_of(config, key)[1]
     if getattr(config, "use_rslora", False):
         return float(alpha) / math.sqrt(rank)
     rule = getattr(config, "scaling", None)

@@ -5,7 +5,22 @@ import sys
 
 import typer
 
-from peft_dynamic.cli import _recipe, cite, classify, export, inspect, measure, models, ppo, resize, sft, soft, train
+from peft_dynamic.cli import (
+    _recipe,
+    card,
+    cite,
+    classify,
+    export,
+    inspect,
+    measure,
+    models,
+    ppo,
+    push,
+    resize,
+    sft,
+    soft,
+    train,
+)
 from peft_dynamic.cli._edge import Edge
 
 app = typer.Typer(
@@ -23,6 +38,8 @@ app.command()(export.export)
 app.command()(models.models)
 for verb in (measure.measure, inspect.inspect, resize.resize, resize.merge, resize.average):
     app.command()(verb)
+app.command()(push.push)
+app.command()(card.card)
 
 
 def main() -> None:

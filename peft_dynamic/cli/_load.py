@@ -23,7 +23,7 @@ def model_class(config: Any, base: str) -> Any:
     """
     import transformers
 
-    from peft_dynamic.hub import model_class_name
+    from peft_dynamic.cards import model_class_name
 
     library, name = model_class_name(vars(config))
     if name is None:

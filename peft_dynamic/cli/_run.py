@@ -16,6 +16,7 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments, set_seed
 
+from peft_dynamic.cards import write_model_card
 from peft_dynamic.cli import _identity
 from peft_dynamic.cli._budget import Budget, Pace, Plan, Schedule, plan
 from peft_dynamic.cli._check import check_in_stock_peft
@@ -29,7 +30,6 @@ from peft_dynamic.cli._report import Findings, agreement, write_report
 from peft_dynamic.cli._yaml import write_recipe
 from peft_dynamic.export import export_lora
 from peft_dynamic.hosts.modes import adapters_disabled
-from peft_dynamic.hub import write_model_card
 from peft_dynamic.ranks import RankCurve, rank_curve
 
 SAMPLE_TOKENS = 60

@@ -147,6 +147,33 @@ def leading_components(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, 
     return e.to(dtype), f.to(dtype)
 
 
+def leading_part(
+    matrices: torch.Tensor,
+    dim: int,
+    rank: int,
+    basis: tuple[torch.Tensor, torch.Tensor],
+    mixer: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One factor of the leading components: F[:rank] A, or F[:rank] M A with a mixer; or B E[:, :rank].
+
+    Args:
+        matrices: A as (n, r, in) for dim 0, B as (n, out, r) for dim 1.
+        dim: where the rank lies, 0 or 1.
+        rank: components to keep.
+        basis: E and F of `leading_components`; the result has their dtype.
+        mixer: (n, r, r) or None; of A alone.
+
+    Returns:
+        (n, rank, in) or (n, out, rank).
+    """
+    e, f = basis
+    matrices = matrices.to(e.dtype)
+    if dim == 1:
+        return matrices @ e[:, :, :rank]
+    leading = f[:, :rank] if mixer is None else f[:, :rank] @ mixer.to(f)
+    return leading @ matrices
+
+
 def gram_matrices(
     a: torch.Tensor, b: torch.Tensor, mixer: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -38,7 +38,7 @@ def probe(arguments: list[str], argv0: str = "/some/where/bin/peft-dynamic") -> 
 
 
 @pytest.mark.parametrize(
-    "verb", [[], *([verb] for verb in ("train", "export", "models", "measure", "inspect", "resize"))]
+    "verb", [[], *([verb] for verb in ("train", "export", "models", "measure", "inspect", "resize", "push", "card"))]
 )
 def test_help_waits_for_no_library(verb: list[str]) -> None:
     printed = probe([*verb, "--help"])
@@ -49,7 +49,7 @@ def test_help_waits_for_no_library(verb: list[str]) -> None:
 
 def test_every_verb_has_an_example() -> None:
     verbs = {str(each.callback.__name__) for each in app.registered_commands if each.callback}
-    assert verbs >= {"train", "export", "measure", "inspect", "resize", "merge", "average", "models"}
+    assert verbs >= {"train", "export", "measure", "inspect", "resize", "merge", "average", "models", "push", "card"}
     for verb in verbs:
         assert f"For example: peft-dynamic {verb} " in message(invoke(verb, "--help"))
 
@@ -60,6 +60,8 @@ def test_a_slip_in_the_arguments_waits_for_no_library() -> None:
     assert "HEAVY []" in probe(["measure", "a/b", "--data", "x.jsonl", "--minutes", "0"])
     assert "HEAVY []" in probe(["inspect", "nowhere"])
     assert "HEAVY []" in probe(["resize", "nowhere", "out", "--rank", "2"])
+    assert "HEAVY []" in probe(["push", "nowhere", "me/poet"])
+    assert "HEAVY []" in probe(["card", "nowhere"])
     assert "HEAVY []" in probe(["models", "gpt5"], "peft-dynamic.exe")
 
 

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 from peft import LoraConfig
 from peft.utils.peft_types import PeftType
 
 from peft_dynamic.functional.ranks import SCALING_RULES
+from peft_dynamic.hosts.saving import after_saving
 from peft_dynamic.methods import METHODS
 from peft_dynamic.rules import FLAG, check_rules, is_finite, is_int, is_number, plain
 from peft_dynamic.tuners.lora_fields import check_init, check_lora_fields, check_refused
@@ -68,6 +70,10 @@ class DyLoRAConfig(MixerConfig, LoraConfig):
         rank_seed: seed of the rank draws. The rank of step t depends on this seed and t alone: not on torch's or
             python's generators, the process, or how often the step is retried.
 
+        hub_ranks: ranks of which `save_pretrained` also writes stock LoRAs, into folders `rank-4` and so on beside the
+            adapter. So `model.push_to_hub` and `trainer.push_to_hub` carry them: a push cannot be told from a save, and
+            an ordinary save is not to grow. None for none; `push_adapter` makes them by itself.
+
     Raises:
         ValueError, TypeError: an argument has no meaning; the message names it, its value, the rule and the fix.
 
@@ -109,6 +115,10 @@ class DyLoRAConfig(MixerConfig, LoraConfig):
     )
     use_mixer: bool = field(default=False, metadata={"help": "Put MoSLoRA's r x r mixer between the factors."})
     rank_seed: int = field(default=0, metadata={"help": "Seed of the rank draws; the same on every process."})
+    hub_ranks: list[int] | None = field(
+        default=None,
+        metadata={"help": "Ranks of which every save also writes a stock LoRA, so that push_to_hub carries them."},
+    )
 
     def __post_init__(self) -> None:
         check_refused(self, REFUSED_FIELDS)
@@ -132,6 +142,13 @@ class DyLoRAConfig(MixerConfig, LoraConfig):
     def paper(cls, **kwargs: Any) -> Self:
         """The paper's rules: truncation="prefix", scaling="alpha/b", rank_sampling="uniform"; `kwargs` as usual."""
         return cls(**{"truncation": "prefix", "scaling": "alpha/b", "rank_sampling": "uniform", **kwargs})
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's; and with `hub_ranks` the stock LoRAs beside an adapter whose tensors are there."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.hub_ranks:
+            for step in after_saving:
+                step(self, Path(save_directory))
 
     @property
     def trained_ranks(self) -> tuple[int, ...]:
@@ -164,6 +181,16 @@ class DyLoRAConfig(MixerConfig, LoraConfig):
                     f"{name}: rank_pattern caps a module's rank, so each value must lie in 1..r={self.r}; "
                     f"got {rank!r} for {pattern!r}. Lower it, or raise r."
                 )
+
+        if self.hub_ranks is not None:
+            listed = self.hub_ranks
+            if isinstance(listed, str) or not isinstance(listed, Sequence) or not all(map(is_int, listed)):
+                raise TypeError(f"{name}: hub_ranks must be a list of ints or None, got {listed!r}.")
+            if not all(1 <= rank <= self.r for rank in listed):
+                raise ValueError(
+                    f"{name}: hub_ranks must lie in 1..r={self.r}, got {listed!r}. Lower them, or raise r."
+                )
+            self.hub_ranks = [int(rank) for rank in listed]
 
     def _is_fused(self, pattern: str, rank: int) -> bool:
         """Whether PEFT wrote this entry, for two projections of experts that are one of `target_parameters`."""

@@ -18,6 +18,7 @@ from peft_dynamic.tuners.dylora.schedule import RankSchedule
 # What may differ between the two adapters: what only training reads.
 _MAY_DIFFER = {"rank_sampling", "geometric_p", "update", "rank_seed", "lora_dropout", "lora_alpha", "inference_mode"}
 _MAY_DIFFER |= {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "init_lora_weights", "ranks"}
+_MAY_DIFFER |= {"hub_ranks"}
 
 
 def hotswap_adapter(

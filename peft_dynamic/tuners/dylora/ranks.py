@@ -14,7 +14,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from peft_dynamic.functional.ranks import alpha_at, bases_of, gram_matrices, slice_rank
+from peft_dynamic.functional.ranks import alpha_at, bases_of, gram_matrices, leading_part, slice_rank
 from peft_dynamic.hosts.offload import is_sharded
 from peft_dynamic.tuners.computed import ComputedFactor
 from peft_dynamic.tuners.dylora.schedule import RankSchedule
@@ -64,11 +64,10 @@ class RankedFactor(ComputedFactor):
     def _leading(self, full: torch.Tensor, rank: int) -> torch.Tensor:
         """The factor of the leading singular components: F[:rank] M A or B E[:, :rank], back in the factor's layout."""
         e, f = (constant.to(full.device) for constant in self.owner.basis())  # the model may have moved since
-        matrices = self.matrices(full).to(e.dtype)
+        mixer = None if self.mixer is None else self.mixer.value
+        cut = leading_part(self.matrices(full), self.dim, rank, (e, f), mixer)
         if self.dim == 0:
-            leading = f[:, :rank] if self.mixer is None else f[:, :rank] @ self.mixer.value.to(f)
-            return (leading @ matrices).reshape(-1, *full.shape[1:]).to(full.dtype)
-        cut = matrices @ e[:, :, :rank]
+            return cut.reshape(-1, *full.shape[1:]).to(full.dtype)
         if self.groups[1] > 1:
             cut = cut.permute(1, 2, 0)
         return cut.reshape(full.shape[0], -1, *full.shape[2:]).to(full.dtype)

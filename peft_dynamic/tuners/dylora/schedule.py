@@ -31,10 +31,11 @@ class RankSchedule(nn.Module):
     """
 
     stock = False
-    optional_buffers = ("moments", "moments_step")
+    optional_buffers = ("moments", "moments_step", "moments_of")
     step: torch.Tensor
     moments: torch.Tensor | None
     moments_step: torch.Tensor | None
+    moments_of: torch.Tensor | None
 
     def __init__(self, config: DyLoRAConfig) -> None:
         super().__init__()
@@ -70,17 +71,23 @@ class RankSchedule(nn.Module):
 
     # --- what a calibration measured
 
-    def keep_moments(self, grams: Sequence[tuple[torch.Tensor, torch.Tensor]] | None) -> None:
+    def keep_moments(
+        self, grams: Sequence[tuple[torch.Tensor, torch.Tensor]] | None, names: Sequence[str] = ()
+    ) -> None:
         """Cut by these from now on, until the factors are trained further; None for the plain cut.
 
-        Kept as one float32 buffer, so that it travels with the checkpoint as the step number does.
+        Kept as one float32 buffer, so that it travels with the checkpoint as the step number does. Beside it are the
+        layers' names, one a line in UTF-8: a checkpoint alone does not say in which order a model has its layers.
 
         Args:
             grams: K_A and K_B, (n, r, r) each, of each layer in the order of their making.
+            names: of these layers.
         """
         flat = [] if grams is None else [gram.flatten().float().cpu() for pair in grams for gram in pair]
         self.register_buffer("moments", torch.cat(flat) if flat else None)
         self.register_buffer("moments_step", self.step.clone() if flat else None)
+        written = torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8) if flat and names else None
+        self.register_buffer("moments_of", written)
 
     def current_moments(self) -> torch.Tensor | None:
         """Those of `keep_moments`, unless an optimizer has stepped since: then they are of other factors."""

@@ -54,17 +54,19 @@ def weigh(model: nn.Module, adapter_name: str, moments: Any, damping: float = 0.
     layers = dict(ranked_layers(model, adapter_name))
     states = {key: layer.lora_views[adapter_name] for key, layer in layers.items()}
     check_svd(states, adapter_name, "a calibration")
-    grams = {}
+    grams, names = {}, {}
     for key, state in states.items():
         by_loss = moments.losses and cut != "inputs"
         pair = (_of_module(moments.inputs, key, state), _of_module(moments.losses, key, state) if by_loss else None)
+        names[state.order] = key.removeprefix("base_model.model.")
         plain = state.plain_grams()
         grams[state.order] = tuple(
             own if moment is None else damped(own, moment.to(own.device), damping)
             for own, moment in zip(plain, pair, strict=True)
         )
     schedule = next(iter(states.values())).schedule
-    schedule.keep_moments([grams[state.order] for state in layers_of(schedule)])
+    in_order = [state.order for state in layers_of(schedule)]
+    schedule.keep_moments([grams[order] for order in in_order], [names[order] for order in in_order])
     for state in states.values():
         state.forget()
 
@@ -90,7 +92,7 @@ def weighed(model: nn.Module, adapter_name: str, moments: Any, damping: float, c
         return
     states = [layer.lora_views[adapter_name] for _, layer in ranked_layers(model, adapter_name)]
     schedule = states[0].schedule
-    before = schedule.moments, schedule.moments_step
+    before = schedule.moments, schedule.moments_step, schedule.moments_of
     try:
         if cut == "plain":
             schedule.keep_moments(None)
@@ -100,6 +102,6 @@ def weighed(model: nn.Module, adapter_name: str, moments: Any, damping: float, c
             weigh(model, adapter_name, moments, damping, cut)
         yield
     finally:
-        schedule.moments, schedule.moments_step = before
+        schedule.moments, schedule.moments_step, schedule.moments_of = before
         for state in states:
             state.forget()
