@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,10 +28,12 @@ from peft_dynamic.algebra.experts import Place, candidates, host_of, places
 from peft_dynamic.algebra.product import Product
 from peft_dynamic.algebra.trains import matrices_of_cores
 from peft_dynamic.engines import fit
-from peft_dynamic.export import FILES, PEFT_PREFIX, as_whole, check_target, exactly, only
+from peft_dynamic.export import FILES, PEFT_PREFIX, as_whole, exactly, only
 from peft_dynamic.functional.ranks import alpha_at
 from peft_dynamic.hub import REPO_ID, write_model_card
 from peft_dynamic.methods import METHODS, method_of
+from peft_dynamic.rules import check_apart as check_apart  # here before
+from peft_dynamic.rules import check_target
 from peft_dynamic.tuners.lora_fields import check_product
 
 _ENDS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
@@ -257,17 +259,6 @@ def _renamed(kept: Mapping[str, Product]) -> dict[str, Product]:
             named[module] = host + ".base_layer" * inside[host]
             inside[host] += 1
     return {named.get(module, module): product for module, product in kept.items()}
-
-
-def check_apart(adapters: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str]) -> None:
-    """Raise FileExistsError where the result would replace one of the adapters that it is made of."""
-    for adapter in adapters:
-        folder = Path(adapter).expanduser()
-        if folder.is_dir() and os.path.realpath(folder) == os.path.realpath(out):
-            raise FileExistsError(
-                f"out={os.fspath(out)!r} is an adapter that is read, and would lose what the result lacks. Pass "
-                "another folder."
-            )
 
 
 def write_checkpoint(made: LoraCheckpoint, out: str | os.PathLike[str], engine: str = "peft") -> Path:

@@ -5,21 +5,21 @@ import sys
 
 import typer
 
-from peft_dynamic.cli import export, inspect, measure, models, resize, train
+from peft_dynamic.cli import _version, export, inspect, measure, merge, models, resize, train
 from peft_dynamic.cli._edge import Edge
 
 app = typer.Typer(
     name="peft-dynamic",
     cls=Edge,
-    help="Adapters of dynamic rank for Hugging Face PEFT: train once, pick a rank.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+app.callback(invoke_without_command=True)(_version.command)
 app.command()(train.train)
 app.command()(export.export)
 app.command()(models.models)
-for verb in (measure.measure, inspect.inspect, resize.resize, resize.merge, resize.average):
+for verb in (measure.measure, inspect.inspect, resize.resize, merge.merge, merge.average):
     app.command()(verb)
 
 

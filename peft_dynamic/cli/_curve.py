@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
@@ -41,8 +42,8 @@ class Curving:
     started: float  # by time.monotonic
 
 
-def run(job: Curving) -> None:
-    """Measure what the file has not, and show all of it."""
+def run(job: Curving) -> dict[str, Any]:
+    """Measure what the file has not, and show all of it; the same as an answer for other programs."""
     wanted = _wanted(job)
     about = {**job.subject.identity(), "data": job.task.identity(), "dtype": None}
     record = Record(job.out, about)
@@ -55,10 +56,22 @@ def run(job: Curving) -> None:
         record.about["dtype"] = record.about["dtype"] or str(_load.fast_dtype()).removeprefix("torch.")
         _Measuring(job, record).all(missing)
     missing = [setting for setting in wanted if setting not in record.rows]
-    _show(job, record, not missing)
+    chosen = _show(job, record, not missing)
     if missing:
         kept = f"Go on with: {command_line()}" if job.out else "Pass --out to keep the rows and go on another time."
         typer.echo(f"Missing: {', '.join(map(str, missing))}. {kept}")
+    rows = [
+        {"setting": str(at), **_numbers(row), "seconds": record.seconds.get(str(at))}
+        for at, row in sorted(record.rows.items(), key=lambda pair: pair[0].order)
+    ]
+    about = {"adapter": job.subject.shown, "base_model": job.subject.base, "data": job.task.given.data}
+    return {**about, "rows": rows, "missing": list(map(str, missing)), **chosen}
+
+
+def _numbers(row: RankRow) -> dict[str, Any]:
+    """A row without the values of its examples, which are in the file of --out."""
+    found = {"rank": row.rank, "budget": row.budget, "parameters": row.parameters, "metrics": row.metrics}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _wanted(job: Curving) -> list[Setting]:
@@ -150,10 +163,12 @@ def _command_for(job: Curving, row: RankRow) -> str:
     return f"peft-dynamic resize {job.subject.shown} OUT {size}"
 
 
-def _show(job: Curving, record: Record, whole: bool) -> None:
+def _show(job: Curving, record: Record, whole: bool) -> dict[str, Any]:
+    """Print the table, the choice and the picture; the choice as an answer."""
     curve = record.curve
+    found: dict[str, Any] = {"recommended": None, "why": None, "command": None}
     if not curve.rows:
-        return
+        return found
     typer.echo(curve.table(), nl=False)
     metric = job.metric or curve.metrics[0]
     if metric not in curve.metrics:
@@ -162,12 +177,17 @@ def _show(job: Curving, record: Record, whole: bool) -> None:
         )
     if len(curve.rows) > (curve.rows[0].is_base):
         row, said = choice(curve, metric, job.tolerance)
-        typer.echo(f"{'' if whole else 'So far. '}{said}")
+        found["why"] = f"{'' if whole else 'So far. '}{said}"
+        typer.echo(found["why"])
+        if row is not None:
+            found["recommended"] = str(Setting(row.rank, row.budget))
         if whole and row is not None:
-            typer.echo(f"Write it: {_command_for(job, row)}")
+            found["command"] = _command_for(job, row)
+            typer.echo(f"Write it: {found['command']}")
         if job.plot is not None:
             title = f"{job.subject.folder.name} on {Path(job.task.given.data).name}"
             curve.plot(job.plot, title, mark=row is not None, tolerance=job.tolerance, metric=metric)
             typer.echo(f"The picture is in {job.plot}.")
     if job.out is not None:
         typer.echo(f"The curve is in {job.out}.")
+    return found

@@ -41,19 +41,19 @@ def require(fine: bool, option: str, value: object, rule: str) -> None:
         raise typer.BadParameter(f"{value}: must be {rule}.", param_hint=option)
 
 
-def check_adapter(adapter: str) -> None:
+def check_adapter(adapter: str, option: str = "ADAPTER") -> None:
     """Stop unless this is the folder of an adapter, or may be the name of one on the Hub."""
     folder = Path(adapter).expanduser()
     if folder.is_dir():
         if not (folder / "adapter_config.json").is_file():
             raise typer.BadParameter(
                 f"{adapter} has no adapter_config.json. Pass a folder that save_pretrained wrote.",
-                param_hint="ADAPTER",
+                param_hint=option,
             )
     elif folder.exists() or not HUB_NAME.fullmatch(adapter):
         raise typer.BadParameter(
             f"{adapter} is no folder and no name on the Hub. Pass the folder of a saved adapter, or user/name.",
-            param_hint="ADAPTER",
+            param_hint=option,
         )
 
 

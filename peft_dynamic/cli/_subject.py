@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import tempfile
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import typer
 from peft_dynamic.cli import _identity
 from peft_dynamic.cli._edge import reason, require_package
 from peft_dynamic.cli._given import bad_input, check_adapter, check_model
+from peft_dynamic.methods import METHODS, method_of
 
 # An adapter and the tokenizer beside it, and no checkpoints
 PATTERNS = ["adapter_config.json", "adapter_model.safetensors", "*token*", "*.jinja", "vocab.*", "merges.txt"]
@@ -57,6 +59,30 @@ def read_config(folder: Path) -> dict[str, Any]:
             param_hint="ADAPTER",
         ) from error
     return content
+
+
+def check_product(written: dict[str, Any], adapter: str) -> None:
+    """Stop, before anything is imported, where an adapter is no product of factors.
+
+    Args:
+        written: the adapter's configuration, as its file has it.
+        adapter: what messages call it.
+    """
+    kind, method = written.get("peft_type"), method_of(written)
+    if isinstance(kind, str) and kind != "LORA" and (method is None or not method.engines):
+        known = ", ".join(["LORA", *(each.name for each in METHODS.values() if each.engines)])
+        raise typer.BadParameter(
+            f"{adapter} is a {kind} adapter, which is no product of two factors. There are: {known}.",
+            param_hint="ADAPTER",
+        )
+
+
+def largest_rank(written: dict[str, Any]) -> float:
+    """The largest rank of a module by an adapter's configuration; infinite where the file alone tells."""
+    pattern = written.get("rank_pattern") or {}
+    ranks = [written.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
+    told = written.get("peft_type") != "LORETTA_REP" and all(type(each) is int for each in ranks)
+    return max(ranks) if told else math.inf
 
 
 @dataclass

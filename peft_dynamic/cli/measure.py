@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from peft_dynamic.cli._answer import JSON, UNFINISHED, answering
 from peft_dynamic.cli._data import Columns
 from peft_dynamic.cli._given import (
     ADAPTER,
@@ -26,7 +27,7 @@ from peft_dynamic.cli._given import (
     check_picture,
     require,
 )
-from peft_dynamic.cli._subject import adapter_folder, read_config
+from peft_dynamic.cli._subject import adapter_folder, check_product, largest_rank, read_config
 from peft_dynamic.cli._task import RowOptions, task_for
 
 
@@ -60,6 +61,7 @@ def measure(
     max_length: MAX_LENGTH = 512,
     batch_size: BATCH_SIZE = 8,
     four_bit: FOUR_BIT = False,
+    as_json: JSON = False,
 ) -> None:
     """Measure a LoRA or DyLoRA adapter at each rank, and its base model, and say which rank is enough.
 
@@ -78,13 +80,20 @@ def measure(
         check_model(model)
     columns = Columns(prompt_column, completion_column, text_column, instruction)
     given = RowOptions(data, columns, label_column, rows, max_length, batch_size)
-    task = task_for(read_config(folder), given, adapter)
+    written = read_config(folder)
+    check_product(written, adapter)
+    above, most = max(listed or [0]), largest_rank(written)
+    require(above <= most, "--ranks", above, f"at most {most}, the largest rank of {adapter}")
+    task = task_for(written, given, adapter)
     require(metric is None or metric in task.metrics, "--metric", metric, f"one of {', '.join(task.metrics)}")
     from peft_dynamic.cli._curve import Curving, run
     from peft_dynamic.cli._subject import subject
 
-    found = subject(adapter, folder, model, four_bit)
-    run(Curving(found, task, listed, shares, out, plot, minutes, metric, tolerance, started))
+    with answering(as_json) as answer:
+        found = subject(adapter, folder, model, four_bit)
+        answer |= run(Curving(found, task, listed, shares, out, plot, minutes, metric, tolerance, started))
+    if answer["missing"]:
+        raise typer.Exit(UNFINISHED)
 
 
 def _ranks(text: str | None) -> list[int] | None:
