@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ from peft_dynamic.tuners.lora_fields import check_product
 
 _ENDS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
 # What a file does not tell, beside the fields that make an adapter more than a product.
-_UNTOLD = {
+UNTOLD = {
     "layer_replication": "its layers are copies that the file does not name. Merge it into the base model",
     "ensure_weight_tying": "layers share their factors, which the file has twice. Load it and use export_lora",
 }
@@ -134,13 +135,13 @@ def _config(written: Mapping[str, Any], folder: Path, name: str) -> Any:
         config: Any = PeftConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: adapter_config.json does not make a configuration ({error}).") from error
-    check_product(config, name, _UNTOLD)
+    check_product(config, name, UNTOLD)
     return config
 
 
 def _parted(shown: str, config: Any, tensors: dict[str, torch.Tensor], name: str) -> LoraCheckpoint:
     if any(key.endswith(".lora_A.cores") for key in tensors):
-        tensors, config = matrices_of_cores(tensors, config, name, lambda key: int(_settings(config, key)[0]))
+        tensors, config = matrices_of_cores(tensors, config, name, lambda key: int(settings_of(config, key)[0]))
     found: dict[str, tuple[torch.Tensor, torch.Tensor, tuple[str, str]]] = {}
     others = dict(tensors)
     for key in tensors:
@@ -176,7 +177,7 @@ def _products(found: Mapping[str, tuple[Any, Any, tuple[str, str]]], config: Any
     told: dict[str, Place] = {}
     for host, rows in wrapped.items():
         try:
-            told |= places(rows, candidates(host, targets), lambda key: _settings(config, key))
+            told |= places(rows, candidates(host, targets), lambda key: settings_of(config, key))
         except ValueError as error:
             raise ValueError(
                 f"{name}: of the parameters of {host} {error}. Merge the adapter into its base model."
@@ -207,13 +208,14 @@ def _mixed(product: Product, mixer: torch.Tensor, module: str, name: str) -> Pro
     return product.with_factors(mixer.double() @ a.double(), b, product.scale)
 
 
-def _settings(config: Any, key: str) -> tuple[int, float]:
+def settings_of(config: Any, key: str) -> tuple[int, float]:
+    """The rank and the `lora_alpha` of a module, by its name or the patterns."""
     return _of_pattern(config.rank_pattern, key, config.r), _of_pattern(config.alpha_pattern, key, config.lora_alpha)
 
 
 def _check_shapes(product: Product, config: Any, module: str, name: str) -> None:
     a, b, count = product.a, product.b, product.experts
-    rank = _settings(config, product.keys[0])[0]
+    rank = settings_of(config, product.keys[0])[0]
     fits = a.dim() >= 2 and b.dim() >= 2 and product.rank == rank
     fits = fits and len(a) == b.shape[1] * product.groups == rank * count and len(b) % product.groups == 0
     if not fits or b[0, 0].numel() != 1:
@@ -229,7 +231,7 @@ def _of_pattern(pattern: Mapping[str, Any] | None, key: str, otherwise: Any) -> 
 
 
 def _scale(config: Any, key: str, rank: int) -> float:
-    alpha = _settings(config, key)[1]
+    alpha = settings_of(config, key)[1]
     if getattr(config, "use_rslora", False):
         return float(alpha) / math.sqrt(rank)
     rule = getattr(config, "scaling", None)
@@ -261,10 +263,18 @@ def _renamed(kept: Mapping[str, Product]) -> dict[str, Product]:
     return {named.get(module, module): product for module, product in kept.items()}
 
 
-def write_checkpoint(made: LoraCheckpoint, out: str | os.PathLike[str], engine: str = "peft") -> Path:
+def write_checkpoint(
+    made: LoraCheckpoint, out: str | os.PathLike[str], engine: str = "peft", beside: Sequence[Path] = ()
+) -> Path:
     """Write a stock LoRA checkpoint; what is there before stays as it is if that fails.
 
     Modules of rank 0 are left out of the targets: PEFT has no such rank.
+
+    Args:
+        made: the checkpoint.
+        out: the folder to write.
+        engine: who reads it, as in `export_lora`.
+        beside: files that are copied next to it, a tokenizer's say.
 
     Raises:
         ValueError: no module is left, or the engine would compute something else.
@@ -280,7 +290,7 @@ def write_checkpoint(made: LoraCheckpoint, out: str | os.PathLike[str], engine: 
     tensors = dict(made.others)
     for module, product in _renamed(kept).items():
         tensors[module + product.ends[0]], tensors[module + product.ends[1]] = product.a, product.b
-    ranks = {module: (product.rank, product.scale * product.rank) for module, product in kept.items()}
+    ranks = {module: (product.rank, product.alpha) for module, product in kept.items()}
     tensors, config = fit(tensors, config, engine, None, ranks)
     target.parent.mkdir(parents=True, exist_ok=True)
     place = target if target.is_dir() else target.parent
@@ -290,15 +300,17 @@ def write_checkpoint(made: LoraCheckpoint, out: str | os.PathLike[str], engine: 
         plain = {key: value.contiguous().clone() for key, value in tensors.items()}  # no tensor twice
         save_file(plain, folder / FILES[1], metadata={"format": "pt"})
         write_model_card(folder)
+        for file in beside:
+            shutil.copyfile(file, folder / file.name)
         target.mkdir(exist_ok=True)
-        for file in FILES:
-            os.replace(folder / file, target / file)
+        for name in (*(file.name for file in beside), *FILES):
+            os.replace(folder / name, target / name)
     return Path(out)
 
 
 def _stock_config(made: LoraCheckpoint, kept: dict[str, Product]) -> LoraConfig:
     ours = made.config
-    settings = {module: (product.rank, product.scale * product.rank) for module, product in kept.items()}
+    settings = {module: (product.rank, product.alpha) for module, product in kept.items()}
     rank, alpha = Counter(settings.values()).most_common(1)[0][0]
     fields = targets_of(kept)
     out = [product.keys[0] for module, product in made.products.items() if module not in kept]

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path, PurePath
 from typing import Annotated
 
@@ -29,6 +30,14 @@ BATCH_SIZE = Annotated[int, typer.Option(help="Rows in a batch.")]
 FOUR_BIT = Annotated[bool, typer.Option("--4bit", help="Quantise the base model to 4 bits; of QDyLoRA it always is.")]
 
 PICTURES = (".png", ".svg", ".pdf")  # what reports.curve writes
+
+
+class Engine(StrEnum):
+    """Who reads the file."""
+
+    peft = "peft"
+    vllm = "vllm"
+    llama_cpp = "llama.cpp"
 
 
 def require(fine: bool, option: str, value: object, rule: str) -> None:

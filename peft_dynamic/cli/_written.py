@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,9 +68,16 @@ def described(folder: Path) -> dict[str, Any]:
 
 
 def shapes_in(path: Path) -> dict[str, list[int]]:
-    """Tensor -> its shape, by the header of a safetensors file."""
+    """Tensor -> its shape, by the header of a safetensors file.
+
+    Raises:
+        ValueError, KeyError, TypeError: the file is damaged.
+    """
     with path.open("rb") as file:
-        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        size = int.from_bytes(file.read(8), "little")
+        if not 2 <= size <= path.stat().st_size - 8:
+            raise ValueError(f"its header has {size} bytes, and the file {path.stat().st_size}")
+        header = json.loads(file.read(size))
     return {name: about["shape"] for name, about in header.items() if name != "__metadata__"}
 
 

@@ -23,6 +23,7 @@ from peft_dynamic.cli._given import (
     OUT,
     PROMPT,
     TEXT,
+    Engine,
     bad_input,
     check_adapter,
     check_file,
@@ -32,14 +33,6 @@ from peft_dynamic.cli._given import (
 from peft_dynamic.cli._subject import adapter_folder, check_product, largest_rank, read_config
 from peft_dynamic.cli._task import RowOptions, task_for
 from peft_dynamic.cli._written import check_place, described, place, tell
-
-
-class Engine(StrEnum):
-    """Who reads the file."""
-
-    peft = "peft"
-    vllm = "vllm"
-    llama_cpp = "llama.cpp"
 
 
 class Cut(StrEnum):
@@ -159,6 +152,7 @@ def _write(adapter: str, folder: Path, out: Path, size: dict[str, Any], dry_run:
     """Write it, and say what it is; the same as an answer for other programs."""
     from peft_dynamic.algebra import resize_adapter
     from peft_dynamic.algebra.checkpoint import read_checkpoint
+    from peft_dynamic.algebra.stock import is_calibrated
 
     with bad_input("ADAPTER"):
         read = read_checkpoint(folder)
@@ -175,21 +169,13 @@ def _write(adapter: str, folder: Path, out: Path, size: dict[str, Any], dry_run:
     typer.echo(f"{out} has {after.size:,} of the {read.size:,} numbers of {adapter}, as a stock LoRA adapter.")
     ranks = sorted({product.rank for product in after.products.values()})
     span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    if "moments" not in how and _is_calibrated(folder):
+    if "moments" not in how and is_calibrated(folder):
         typer.echo(
             f"{adapter} was calibrated, and this cut goes by its weights alone. For the ranks that it has itself: "
             "peft-dynamic export ADAPTER OUT --rank."
         )
     typer.echo(f"Its modules have {span}{f'; {gone} of {len(read.products)} got none' if gone else ''}.")
     return answer
-
-
-def _is_calibrated(folder: Path) -> bool:
-    """Whether it is a DyLoRA adapter with a calibration, which only the loaded model knows."""
-    from safetensors import safe_open
-
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        return any(name.endswith(".lora_schedule.moments") for name in file.keys())  # noqa: SIM118  # it is no dict
 
 
 def _moments(
