@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from peft_dynamic.cli import _version, export, inspect, measure, merge, models, resize, train
+from peft_dynamic.cli import _version, compare, export, inspect, measure, merge, models, resize, train
 from peft_dynamic.cli._edge import Edge
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app.callback(invoke_without_command=True)(_version.command)
 app.command()(train.train)
 app.command()(export.export)
 app.command()(models.models)
-for verb in (measure.measure, inspect.inspect, resize.resize, merge.merge, merge.average):
+for verb in (measure.measure, compare.compare, inspect.inspect, resize.resize, merge.merge, merge.average):
     app.command()(verb)
 
 

@@ -23,8 +23,6 @@ from peft_dynamic.hosts.modes import adapters_disabled, evaluating
 from peft_dynamic.ranks import RankRow, rank_curve
 from peft_dynamic.reports.curve import measured_samples, number
 
-RANKED = ("LORA", "DYLORA", "QDYLORA")  # of other methods the product is measured, as a stock LoRA
-
 
 @dataclass
 class Curving:
@@ -99,9 +97,7 @@ class _Measuring:
         self.job, self.record = job, record
         self.budget = Budget(job.minutes, job.started)
         self.dtype = getattr(torch, record.about["dtype"])
-        kind = job.subject.read.config.peft_type
-        stock = str(getattr(kind, "value", kind)) not in RANKED
-        self.model, tokenizer = job.subject.load(job.task, self.dtype, stock)
+        self.model, tokenizer = job.subject.load(job.task, self.dtype, stock=not job.subject.ranked)
         self.batches, notes = job.task.batches(self.model, tokenizer)
         if job.task.unused:
             notes.insert(0, f"Columns that are not read: {', '.join(job.task.unused)}.")
@@ -156,8 +152,7 @@ class _Measuring:
 
 def _command_for(job: Curving, row: RankRow) -> str:
     """The command that writes what was recommended: of DyLoRA as the model has it, which may be calibrated."""
-    kind = str(getattr(job.subject.read.config.peft_type, "value", job.subject.read.config.peft_type))
-    if row.rank is not None and kind in ("DYLORA", "QDYLORA"):
+    if row.rank is not None and job.subject.kind in ("DYLORA", "QDYLORA"):
         return f"peft-dynamic export {job.subject.shown} OUT --rank {row.rank}"
     size = f"--rank {row.rank}" if row.rank is not None else f"--parameters {row.parameters}"
     return f"peft-dynamic resize {job.subject.shown} OUT {size}"
