@@ -264,7 +264,11 @@ def _renamed(kept: Mapping[str, Product]) -> dict[str, Product]:
 
 
 def write_checkpoint(
-    made: LoraCheckpoint, out: str | os.PathLike[str], engine: str = "peft", beside: Sequence[Path] = ()
+    made: LoraCheckpoint,
+    out: str | os.PathLike[str],
+    engine: str = "peft",
+    beside: Sequence[Path] = (),
+    note: str = "",
 ) -> Path:
     """Write a stock LoRA checkpoint; what is there before stays as it is if that fails.
 
@@ -275,6 +279,7 @@ def write_checkpoint(
         out: the folder to write.
         engine: who reads it, as in `export_lora`.
         beside: files that are copied next to it, a tokenizer's say.
+        note: a sentence for its card on where it comes from.
 
     Raises:
         ValueError: no module is left, or the engine would compute something else.
@@ -299,7 +304,9 @@ def write_checkpoint(
         config.save_pretrained(str(folder), auto_mapping_dict=None if config.task_type else made.config.auto_mapping)
         plain = {key: value.contiguous().clone() for key, value in tensors.items()}  # no tensor twice
         save_file(plain, folder / FILES[1], metadata={"format": "pt"})
-        write_model_card(folder)
+        card = write_model_card(folder)
+        if note:
+            card.write_text(f"{card.read_text(encoding='utf-8').rstrip()}\n\n{note}\n", encoding="utf-8")
         for file in beside:
             shutil.copyfile(file, folder / file.name)
         target.mkdir(exist_ok=True)

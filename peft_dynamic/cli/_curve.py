@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 import typer
 
-from peft_dynamic.cli import _load
+from peft_dynamic.cli import _load, _moments
 from peft_dynamic.cli._budget import Budget
 from peft_dynamic.cli._choice import choice
 from peft_dynamic.cli._given import bad_input, command_line, require
@@ -38,12 +39,15 @@ class Curving:
     metric: str | None
     tolerance: float
     started: float  # by time.monotonic
+    moments: Path | None = None
 
 
 def run(job: Curving) -> dict[str, Any]:
     """Measure what the file has not, and show all of it; the same as an answer for other programs."""
     wanted = _wanted(job)
     about = {**job.subject.identity(), "data": job.task.identity(), "dtype": None}
+    if job.moments is not None:
+        about["moments"] = hashlib.sha256(job.moments.read_bytes()).hexdigest()[:16]
     record = Record(job.out, about)
     if changed := record.go_on():
         typer.echo(f"Gone on with other versions: {'; '.join(changed)}.")
@@ -98,6 +102,7 @@ class _Measuring:
         self.budget = Budget(job.minutes, job.started)
         self.dtype = getattr(torch, record.about["dtype"])
         self.model, tokenizer = job.subject.load(job.task, self.dtype, stock=not job.subject.ranked)
+        self.moments = None if job.moments is None else _moments.load(job.moments, job.subject, None)
         self.batches, notes = job.task.batches(self.model, tokenizer)
         if job.task.unused:
             notes.insert(0, f"Columns that are not read: {', '.join(job.task.unused)}.")
@@ -134,7 +139,8 @@ class _Measuring:
         ranks = [] if setting.rank is None else [setting.rank]
         budgets = [] if setting.budget is None else [setting.budget]
         with bad_input("--ranks, --budgets"):
-            curve = rank_curve(self.model, self.evaluate, ranks, base=False, progress=False, budgets=budgets)
+            how: dict[str, Any] = {"budgets": budgets, "moments": self.moments}
+            curve = rank_curve(self.model, self.evaluate, ranks, base=False, progress=False, **how)
         return curve.rows[0]
 
     def expected(self) -> float:
@@ -152,10 +158,11 @@ class _Measuring:
 
 def _command_for(job: Curving, row: RankRow) -> str:
     """The command that writes what was recommended: of DyLoRA as the model has it, which may be calibrated."""
-    if row.rank is not None and job.subject.kind in ("DYLORA", "QDYLORA"):
+    if row.rank is not None and job.subject.kind in ("DYLORA", "QDYLORA") and job.moments is None:
         return f"peft-dynamic export {job.subject.shown} OUT --rank {row.rank}"
     size = f"--rank {row.rank}" if row.rank is not None else f"--parameters {row.parameters}"
-    return f"peft-dynamic resize {job.subject.shown} OUT {size}"
+    by = f" --moments {job.moments}" if job.moments else ""
+    return f"peft-dynamic resize {job.subject.shown} OUT {size}{by}"
 
 
 def _show(job: Curving, record: Record, whole: bool) -> dict[str, Any]:

@@ -50,6 +50,14 @@ def require(fine: bool, option: str, value: object, rule: str) -> None:
         raise typer.BadParameter(f"{value}: must be {rule}.", param_hint=option)
 
 
+def count_or_share(parameters: float, option: str = "--parameters") -> int | float:
+    """A budget of numbers: a count as an int, a share as a float."""
+    rule = "a share above 0 and up to 1, or a whole number"
+    whole = parameters > 1 and float(parameters).is_integer()
+    require(0 < parameters <= 1 or whole, option, parameters, rule)
+    return int(parameters) if whole else float(parameters)
+
+
 def check_adapter(adapter: str, option: str = "ADAPTER") -> None:
     """Stop unless this is the folder of an adapter, or may be the name of one on the Hub."""
     folder = Path(adapter).expanduser()

@@ -129,7 +129,7 @@ def _trial(model: Any) -> torch.Tensor | None:
 
 
 def _untie(model: Any) -> None:
-    """A head of its own, which an adapter brought along, must not be tied to the embeddings when it is loaded."""
+    """A head of its own, which an adapter brought along, is not tied to the embeddings: other programs go by that."""
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and model.config.tie_word_embeddings and head.weight.data_ptr() != table.weight.data_ptr():
         model.config.tie_word_embeddings = False

@@ -49,6 +49,9 @@ def measure(
     plot: Annotated[Path | None, typer.Option(help="Draw it: a file that ends in .png, .svg or .pdf.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Begin no row that would not fit in this time.")] = None,
     rows: Annotated[int | None, typer.Option(help="How many rows of --data. Default: all.", show_default=False)] = None,
+    moments: Annotated[
+        Path | None, typer.Option(help="Cut by what resize --moments wrote of this adapter.", show_default=False)
+    ] = None,
     metric: Annotated[
         str | None, typer.Option(help="What to choose by. Default: loss; of a classifier accuracy.", show_default=False)
     ] = None,
@@ -72,6 +75,7 @@ def measure(
     require(0 <= tolerance < math.inf, "--tolerance", tolerance, "at least 0; 0.01 is one per cent")
     listed, shares = _ranks(ranks), _budgets(budgets)
     folder = adapter_folder(adapter)
+    require(moments is None or moments.is_file(), "--moments", moments, "a file that resize --moments wrote")
     if out is not None:
         check_file(out, "--out")
     if plot is not None:
@@ -91,7 +95,7 @@ def measure(
 
     with answering(as_json) as answer:
         found = subject(adapter, folder, model, four_bit)
-        answer |= run(Curving(found, task, listed, shares, out, plot, minutes, metric, tolerance, started))
+        answer |= run(Curving(found, task, listed, shares, out, plot, minutes, metric, tolerance, started, moments))
     if answer["missing"]:
         raise typer.Exit(UNFINISHED)
 

@@ -28,6 +28,7 @@ from peft_dynamic.cli._given import (
     check_adapter,
     check_file,
     check_model,
+    count_or_share,
     require,
 )
 from peft_dynamic.cli._subject import adapter_folder, check_product, largest_rank, read_config
@@ -133,10 +134,7 @@ def _size(rank: int | None, parameters: float | None, bytes: int | None) -> dict
     require(rank is None or rank >= 1, "--rank", rank, "at least 1")
     require(bytes is None or bytes >= 1, "--bytes", bytes, "at least 1")
     if parameters is not None:
-        rule = "a share above 0 and up to 1, or a whole number"
-        whole = parameters > 1 and float(parameters).is_integer()
-        require(0 < parameters <= 1 or whole, "--parameters", parameters, rule)
-        return {"parameters": int(parameters) if whole else float(parameters)}
+        return {"parameters": count_or_share(parameters)}
     return {name: value for name, value in given.items() if value is not None}
 
 

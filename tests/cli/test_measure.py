@@ -90,6 +90,28 @@ def test_the_curve_is_the_loss_at_each_rank(tiny: Path, tmp_path: Path, data: Pa
     assert curve.rows[3].parameters <= curve.rows[2].parameters / 2
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_moments_a_rank_is_the_cut_that_resize_makes(tiny: Path, tmp_path: Path, data: Path, kind: str) -> None:
+    adapter, out, file = saved(tiny, tmp_path / "whole", kind), tmp_path / "curve.json", tmp_path / "x.moments"
+    made = invoke("resize", adapter, tmp_path / "one", "--rank", 1, "--data", data, "--rows", 3, "--moments", file)
+    assert made.exit_code == 0, made.output
+    words = ["measure", adapter, "--data", data, "--ranks", "1,4", "--out", out, "--moments", file]
+    result = invoke(*words)
+    assert result.exit_code == 0, result.output
+    found = RankCurve.from_json(out)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "one").eval()
+    assert found[1]["loss"] == pytest.approx(loss(model, tokenizer), rel=1e-5)
+    resize_adapter(adapter, tmp_path / "plain", rank=1)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "plain").eval()
+    assert found[1]["loss"] != pytest.approx(loss(model, tokenizer), rel=1e-5)
+    other = invoke(*words[:-2])
+    assert other.exit_code == 2
+    assert "holds another measurement: moments was" in message(other)
+    card = (tmp_path / "one" / "README.md").read_text(encoding="utf-8")
+    assert card.endswith("Cut from a larger adapter: rank 1; cut by the loss.\n")
+
+
 def test_the_standard_error_is_that_of_a_ratio() -> None:
     """As `HeldOut.gain` has it."""
     from peft_dynamic.cli import _measure
@@ -314,6 +336,7 @@ def test_an_adapter_of_another_base_model_is_told(tiny: Path, tmp_path: Path, da
         (["--rows", 0], "--rows: 0: must be at least 1"),
         (["--plot", "x.txt"], "--plot: x.txt: must be a file that ends in .png, .svg, .pdf"),
         (["--out", "."], "--out: . is a folder; pass the name of a file"),
+        (["--moments", "gone"], "--moments: gone: must be a file that resize --moments wrote"),
         (["--metric", "f1"], "--metric: f1: must be one of loss, perplexity"),
         (["--model", "/no/where"], "--model: /no/where is not a folder with a model in it"),
         (["--data", "gone.jsonl"], "--data: 'gone.jsonl' is not a file"),
