@@ -237,6 +237,14 @@ def test_rows_that_one_model_would_cut_are_left_out_for_all() -> None:
     assert empty.used == 1
 
 
+def test_an_example_has_what_all_its_rows_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversation may be several rows, and one that is too long is none."""
+    found = iter([[(1.0, 1), (2.0, 2)], [(4.0, 3)]])
+    monkeypatch.setattr(_paired, "row_losses", lambda *_: next(found))
+    read = _paired.Examples([([1, 0], {}), ([2], {})], [0, 2, 2], [True, False, True])
+    assert _paired.scored(None, None, read, torch.float32) == [(2.0, 2), (0.0, 0), (5.0, 4)]  # type: ignore[arg-type]
+
+
 def test_the_interval_is_that_of_the_pairs() -> None:
     generator = torch.Generator().manual_seed(3)
     first = (10 * torch.randn(400, generator=generator)).tolist()
