@@ -28,7 +28,7 @@ from peft_dynamic.cli._given import (
     require,
 )
 from peft_dynamic.cli._subject import adapter_folder, check_product, largest_rank, read_config
-from peft_dynamic.cli._task import RowOptions, task_for
+from peft_dynamic.cli._task import LabelTask, RowOptions, TextTask, task_for
 
 
 def measure(
@@ -84,11 +84,7 @@ def measure(
         check_model(model)
     columns = Columns(prompt_column, completion_column, text_column, instruction)
     given = RowOptions(data, columns, label_column, rows, max_length, batch_size)
-    written = read_config(folder)
-    check_product(written, adapter)
-    above, most = max(listed or [0]), largest_rank(written)
-    require(above <= most, "--ranks", above, f"at most {most}, the largest rank of {adapter}")
-    task = task_for(written, given, adapter)
+    task = _task(adapter, folder, given, listed)
     require(metric is None or metric in task.metrics, "--metric", metric, f"one of {', '.join(task.metrics)}")
     from peft_dynamic.cli._curve import Curving, run
     from peft_dynamic.cli._subject import subject
@@ -98,6 +94,15 @@ def measure(
         answer |= run(Curving(found, task, listed, shares, out, plot, minutes, metric, tolerance, started, moments))
     if answer["missing"]:
         raise typer.Exit(UNFINISHED)
+
+
+def _task(adapter: str, folder: Path, given: RowOptions, ranks: list[int] | None) -> TextTask | LabelTask:
+    """The rows, for an adapter that has these ranks."""
+    written = read_config(folder)
+    check_product(written, adapter)
+    above, most = max(ranks or [0]), largest_rank(written)
+    require(above <= most, "--ranks", above, f"at most {most}, the largest rank of {adapter}")
+    return task_for(written, given, adapter)
 
 
 def _ranks(text: str | None) -> list[int] | None:

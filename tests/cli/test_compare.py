@@ -183,6 +183,21 @@ def test_base_models_differ_and_each_is_loaded_once(tiny: Path, tmp_path: Path, 
     assert "Their tokenizers cut the rows differently" in said
 
 
+def test_what_an_adapter_leaves_in_the_base_model_is_not_there_for_the_next(
+    tiny: Path, tmp_path: Path, data: Path, loads: list[str]
+) -> None:
+    biased = AutoModelForCausalLM.from_pretrained(tiny, attention_bias=True)
+    biased.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "base")
+    one = saved(tmp_path / "base", tmp_path / "one", bias="all")
+    two = saved(tmp_path / "base", tmp_path / "two", seed=2)
+    found = answer(one, two, "--data", data)
+    assert loads == [str(tmp_path / "base")] * 2
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    expected = per_token(losses(PeftModel.from_pretrained(base, two), AutoTokenizer.from_pretrained(tiny)))
+    assert found["compared"][1]["metrics"]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_classifier_is_compared_by_accuracy(tiny: Path, tmp_path: Path, loads: list[str]) -> None:
     rows = [{"text": row["prompt"], "label": i % 3} for i, row in enumerate(ROWS)]
     right = []

@@ -90,28 +90,6 @@ def test_the_curve_is_the_loss_at_each_rank(tiny: Path, tmp_path: Path, data: Pa
     assert curve.rows[3].parameters <= curve.rows[2].parameters / 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_with_moments_a_rank_is_the_cut_that_resize_makes(tiny: Path, tmp_path: Path, data: Path, kind: str) -> None:
-    adapter, out, file = saved(tiny, tmp_path / "whole", kind), tmp_path / "curve.json", tmp_path / "x.moments"
-    made = invoke("resize", adapter, tmp_path / "one", "--rank", 1, "--data", data, "--rows", 3, "--moments", file)
-    assert made.exit_code == 0, made.output
-    words = ["measure", adapter, "--data", data, "--ranks", "1,4", "--out", out, "--moments", file]
-    result = invoke(*words)
-    assert result.exit_code == 0, result.output
-    found = RankCurve.from_json(out)
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "one").eval()
-    assert found[1]["loss"] == pytest.approx(loss(model, tokenizer), rel=1e-5)
-    resize_adapter(adapter, tmp_path / "plain", rank=1)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "plain").eval()
-    assert found[1]["loss"] != pytest.approx(loss(model, tokenizer), rel=1e-5)
-    other = invoke(*words[:-2])
-    assert other.exit_code == 2
-    assert "holds another measurement: moments was" in message(other)
-    card = (tmp_path / "one" / "README.md").read_text(encoding="utf-8")
-    assert card.endswith("Cut from a larger adapter: rank 1; cut by the loss.\n")
-
-
 def test_the_standard_error_is_that_of_a_ratio() -> None:
     """As `HeldOut.gain` has it."""
     from peft_dynamic.cli import _measure

@@ -67,6 +67,30 @@ def test_merge_keeps_a_budget_and_pads_for_an_engine(adapter: Path, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("kind", ["lora", "dylora", "moslora"])
+def test_measure_by_moments_is_the_cut_that_resize_makes(tiny: Path, tmp_path: Path, kind: str) -> None:
+    data, out, file = write(tmp_path / "data.jsonl", ROWS), tmp_path / "curve.json", tmp_path / "x.moments"
+    adapter = saved(tiny, tmp_path / "whole", kind)
+    by_moments = ["resize", adapter, tmp_path / "one", "--rank", 1, "--data", data, "--rows", 3, "--moments", file]
+    for words in (by_moments, ["resize", adapter, tmp_path / "plain", "--rank", 1]):
+        assert invoke(*words).exit_code == 0
+
+    def loss(folder: Path, *words: object) -> float:
+        result = invoke("measure", folder, "--data", data, "--ranks", 1, "--json", *words)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)["rows"][1]["metrics"]["loss"]
+
+    found = loss(adapter, "--moments", file, "--out", out)
+    assert found == pytest.approx(loss(tmp_path / "one"), rel=1e-5)
+    assert found != pytest.approx(loss(tmp_path / "plain"), rel=1e-5)
+    other = invoke("measure", adapter, "--data", data, "--ranks", 1, "--out", out)
+    assert other.exit_code == 2
+    assert "holds another measurement: moments was" in message(other)
+    card = (tmp_path / "one" / "README.md").read_text(encoding="utf-8")
+    assert card.endswith("Cut from a larger adapter: rank 1; cut by the loss.\n")
+
+
+@pytest.mark.usefixtures("exact")
 def test_merge_cuts_by_moments(tiny: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "data.jsonl", ROWS)
     words, moments = [], {}
