@@ -91,7 +91,7 @@ def resize_adapter(
 
 def _note(ranks: Mapping[str, int], cut: str) -> str:
     """How an adapter was cut, for its card."""
-    there = sorted({rank for rank in ranks.values() if rank})
+    there = sorted({rank for rank in ranks.values() if rank}) or [0]  # no module left: refused when it is written
     span = f"rank {there[0]}" if len(there) == 1 else f"ranks {there[0]} to {there[-1]}, by module"
     how = {"inputs": "by what the modules see", "loss": "by the loss"}.get(cut, "by the weights alone")
     return f"Cut from a larger adapter: {span}; cut {how}."
