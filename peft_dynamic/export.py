@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tempfile
@@ -25,6 +24,7 @@ from torch import nn
 from peft_dynamic.cards import write_model_card
 from peft_dynamic.engines import check_engine, fit
 from peft_dynamic.methods import method_of
+from peft_dynamic.rules import check_target as check_target  # here before
 from peft_dynamic.tuners.dylora.model import active_ranked_adapter, at_rank, held
 from peft_dynamic.tuners.dylora.ranks import AdapterRanks
 from peft_dynamic.tuners.dylora.stock import stock_layers
@@ -120,39 +120,6 @@ def _adapter(model: nn.Module, adapter_name: str | None) -> str:
     if not wanted & ours and wanted & stock and stock_layers(model, adapter_name):
         return active_ranked_adapter(model, adapter_name)
     return active_adapter(model, adapter_name)
-
-
-def check_target(save_directory: str | Path) -> Path:
-    """The folder to write, with "..", "." and links followed, if an export may go there.
-
-    Raises:
-        FileExistsError: it is a file, or holds an adapter that is more than a stock LoRA.
-        NotADirectoryError: a folder above it is a file.
-        PermissionError: nothing can be written there.
-    """
-    named = f"save_directory={str(save_directory)!r}"
-    target = Path(os.path.realpath(save_directory))  # ".." has no name to put files under, and a link is no place
-    if target.is_symlink():
-        raise FileExistsError(f"{named} is a link to itself; pass a folder.")
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{named} is a file; pass a folder.")
-    there = next(folder for folder in (target, *target.parents) if folder.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(f"{named}: {there} is a file, so there can be no folder in it.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"{named}: nothing can be written in {there}. Pass another folder, or change its rights.")
-    try:
-        kind = json.loads((target / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
-    except (FileNotFoundError, ValueError, AttributeError, RecursionError):
-        return target  # no adapter, or none that could be loaded
-    except IsADirectoryError as error:
-        raise FileExistsError(f"{named} has a folder named adapter_config.json; pass another folder.") from error
-    if kind != "LORA":
-        raise FileExistsError(
-            f"{named} holds a {kind} adapter; an export over it would lose what a LoRA lacks. "
-            "Pass another folder, or delete that one first."
-        )
-    return target
 
 
 @contextmanager

@@ -1,11 +1,17 @@
-"""What the settings of a dataclass may hold, in one line each: a field, what it must be, and whether it is."""
+"""What the settings of a dataclass may hold, in one line each: a field, what it must be, and whether it is.
+
+And where a result may be written. Nothing here waits for torch.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 
@@ -83,3 +89,47 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple | set | frozenset):
         return type(value)(map(plain, value))
     return value
+
+
+def check_target(save_directory: str | Path) -> Path:
+    """The folder to write, with "..", "." and links followed, if an export may go there.
+
+    Raises:
+        FileExistsError: it is a file, or holds an adapter that is more than a stock LoRA.
+        NotADirectoryError: a folder above it is a file.
+        PermissionError: nothing can be written there.
+    """
+    named = f"save_directory={str(save_directory)!r}"
+    target = Path(os.path.realpath(save_directory))  # ".." has no name to put files under, and a link is no place
+    if target.is_symlink():
+        raise FileExistsError(f"{named} is a link to itself; pass a folder.")
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{named} is a file; pass a folder.")
+    there = next(folder for folder in (target, *target.parents) if folder.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{named}: {there} is a file, so there can be no folder in it.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{named}: nothing can be written in {there}. Pass another folder, or change its rights.")
+    try:
+        kind = json.loads((target / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
+    except (FileNotFoundError, ValueError, AttributeError, RecursionError):
+        return target  # no adapter, or none that could be loaded
+    except IsADirectoryError as error:
+        raise FileExistsError(f"{named} has a folder named adapter_config.json; pass another folder.") from error
+    if kind != "LORA":
+        raise FileExistsError(
+            f"{named} holds a {kind} adapter; an export over it would lose what a LoRA lacks. "
+            "Pass another folder, or delete that one first."
+        )
+    return target
+
+
+def check_apart(adapters: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str]) -> None:
+    """Raise FileExistsError where the result would replace one of the adapters that it is made of."""
+    for adapter in adapters:
+        folder = Path(adapter).expanduser()
+        if folder.is_dir() and os.path.realpath(folder) == os.path.realpath(out):
+            raise FileExistsError(
+                f"out={os.fspath(out)!r} is an adapter that is read, and would lose what the result lacks. Pass "
+                "another folder."
+            )

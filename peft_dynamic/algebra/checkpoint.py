@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,14 +30,16 @@ from peft_dynamic.algebra.product import Product
 from peft_dynamic.algebra.trains import matrices_of_cores
 from peft_dynamic.cards import REPO_ID, write_model_card
 from peft_dynamic.engines import fit
-from peft_dynamic.export import FILES, PEFT_PREFIX, as_whole, check_target, exactly, only
+from peft_dynamic.export import FILES, PEFT_PREFIX, as_whole, exactly, only
 from peft_dynamic.functional.ranks import alpha_at
 from peft_dynamic.methods import METHODS, method_of
+from peft_dynamic.rules import check_apart as check_apart  # here before
+from peft_dynamic.rules import check_target
 from peft_dynamic.tuners.lora_fields import check_product
 
 _ENDS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
 # What a file does not tell, beside the fields that make an adapter more than a product.
-_UNTOLD = {
+UNTOLD = {
     "layer_replication": "its layers are copies that the file does not name. Merge it into the base model",
     "ensure_weight_tying": "layers share their factors, which the file has twice. Load it and use export_lora",
 }
@@ -132,7 +135,7 @@ def _config(written: Mapping[str, Any], folder: Path, name: str) -> Any:
         config: Any = PeftConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: adapter_config.json does not make a configuration ({error}).") from error
-    check_product(config, name, _UNTOLD)
+    check_product(config, name, UNTOLD)
     return config
 
 
@@ -206,7 +209,7 @@ def _mixed(product: Product, mixer: torch.Tensor, module: str, name: str) -> Pro
 
 
 def settings_of(config: Any, key: str) -> tuple[int, float]:
-    """The rank and the alpha that a configuration gives a module."""
+    """The rank and the `lora_alpha` of a module, by its name or the patterns."""
     return _of_pattern(config.rank_pattern, key, config.r), _of_pattern(config.alpha_pattern, key, config.lora_alpha)
 
 
@@ -260,21 +263,23 @@ def _renamed(kept: Mapping[str, Product]) -> dict[str, Product]:
     return {named.get(module, module): product for module, product in kept.items()}
 
 
-def check_apart(adapters: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str]) -> None:
-    """Raise FileExistsError where the result would replace one of the adapters that it is made of."""
-    for adapter in adapters:
-        folder = Path(adapter).expanduser()
-        if folder.is_dir() and os.path.realpath(folder) == os.path.realpath(out):
-            raise FileExistsError(
-                f"out={os.fspath(out)!r} is an adapter that is read, and would lose what the result lacks. Pass "
-                "another folder."
-            )
-
-
-def write_checkpoint(made: LoraCheckpoint, out: str | os.PathLike[str], engine: str = "peft") -> Path:
+def write_checkpoint(
+    made: LoraCheckpoint,
+    out: str | os.PathLike[str],
+    engine: str = "peft",
+    beside: Sequence[Path] = (),
+    note: str = "",
+) -> Path:
     """Write a stock LoRA checkpoint; what is there before stays as it is if that fails.
 
     Modules of rank 0 are left out of the targets: PEFT has no such rank.
+
+    Args:
+        made: the checkpoint.
+        out: the folder to write.
+        engine: who reads it, as in `export_lora`.
+        beside: files that are copied next to it, a tokenizer's say.
+        note: a sentence for its card on where it comes from.
 
     Raises:
         ValueError: no module is left, or the engine would compute something else.
@@ -290,7 +295,7 @@ def write_checkpoint(made: LoraCheckpoint, out: str | os.PathLike[str], engine: 
     tensors = dict(made.others)
     for module, product in _renamed(kept).items():
         tensors[module + product.ends[0]], tensors[module + product.ends[1]] = product.a, product.b
-    ranks = {module: (product.rank, product.scale * product.rank) for module, product in kept.items()}
+    ranks = {module: (product.rank, product.alpha) for module, product in kept.items()}
     tensors, config = fit(tensors, config, engine, None, ranks)
     target.parent.mkdir(parents=True, exist_ok=True)
     place = target if target.is_dir() else target.parent
@@ -299,16 +304,20 @@ def write_checkpoint(made: LoraCheckpoint, out: str | os.PathLike[str], engine: 
         config.save_pretrained(str(folder), auto_mapping_dict=None if config.task_type else made.config.auto_mapping)
         plain = {key: value.contiguous().clone() for key, value in tensors.items()}  # no tensor twice
         save_file(plain, folder / FILES[1], metadata={"format": "pt"})
-        write_model_card(folder)
+        card = write_model_card(folder)
+        if note:
+            card.write_text(f"{card.read_text(encoding='utf-8').rstrip()}\n\n{note}\n", encoding="utf-8")
+        for file in beside:
+            shutil.copyfile(file, folder / file.name)
         target.mkdir(exist_ok=True)
-        for file in FILES:
-            os.replace(folder / file, target / file)
+        for name in (*(file.name for file in beside), *FILES):
+            os.replace(folder / name, target / name)
     return Path(out)
 
 
 def _stock_config(made: LoraCheckpoint, kept: dict[str, Product]) -> LoraConfig:
     ours = made.config
-    settings = {module: (product.rank, product.scale * product.rank) for module, product in kept.items()}
+    settings = {module: (product.rank, product.alpha) for module, product in kept.items()}
     rank, alpha = Counter(settings.values()).most_common(1)[0][0]
     fields = targets_of(kept)
     out = [product.keys[0] for module, product in made.products.items() if module not in kept]

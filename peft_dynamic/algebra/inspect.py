@@ -71,7 +71,7 @@ def summary(read: LoraCheckpoint) -> dict[str, Any]:
                 "numbers": product.size,
                 "energy_kept": kept[module],
             }
-            for module, product in read.products.items()
+            for module, product in ((name, read.products[name]) for name in in_order(list(read.products)))
         },
     }
 
@@ -92,8 +92,11 @@ def energy_table(read: LoraCheckpoint, width: int = 100) -> str:
         about += f", and {len(read.others)} other tensors"
     ranks = usual_ranks(most)
     table = Table("module", "rank", *map(str, ranks), title="energy of the update kept at a rank")
+    for column in table.columns[1:]:
+        column.justify = "right"
     kept = _by_rank(read)
-    for module, shares in kept.items():
+    for module in in_order(list(kept)):
+        shares = kept[module]
         there = [rank <= len(shares) and rank >= read.products[module].groups for rank in ranks]
         cells = [f"{shares[rank - 1]:.1%}" if has else "" for rank, has in zip(ranks, there, strict=True)]
         table.add_row(module.removeprefix(PEFT_PREFIX), str(len(shares)), *cells)
@@ -102,6 +105,16 @@ def energy_table(read: LoraCheckpoint, width: int = 100) -> str:
         for name, choose in (("median of all", median), ("lowest of all", min)):
             table.add_row(name, "", *(f"{choose(_all_at(kept, rank)):.1%}" for rank in ranks))
     return f"{about}\n{as_text(table, width)}{rank_sentence(kept)}"
+
+
+def in_order(modules: list[str]) -> list[str]:
+    """The modules by their kind, and of a kind by the numbers in their names: layer 2 before layer 10."""
+    kinds = _kinds(modules)
+    return sorted(modules, key=lambda module: (kinds[module], _numbered(module), module))
+
+
+def _numbered(module: str) -> list[int]:
+    return [int(part) for part in module.split(".") if part.isdigit()]
 
 
 def rank_sentence(kept: dict[str, list[float]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,6 +37,13 @@ class Product:
     def rank(self) -> int:
         """r, as PEFT counts it: components of each expert, and of all groups together."""
         return len(self.a) // self.experts
+
+    @property
+    def alpha(self) -> float:
+        """The shortest `lora_alpha` with alpha / r = s to the bit: the product s r may be next to it."""
+        near = self.scale * self.rank
+        beside = (float(f"{near:.15g}"), near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))
+        return next((alpha for alpha in beside if self.rank and alpha / self.rank == self.scale), near)
 
     @property
     def steps(self) -> int:

@@ -85,7 +85,16 @@ def resize_adapter(
         module: _cut(product, ranks[module], scales[module], weights[module])
         for module, product in read.products.items()
     }
-    return write_checkpoint(replace(read, products=products), out, engine)
+    note = _note(ranks, cut if cut != "auto" or moments is None else "loss" if moments.losses else "inputs")
+    return write_checkpoint(replace(read, products=products), out, engine, note=note)
+
+
+def _note(ranks: Mapping[str, int], cut: str) -> str:
+    """How an adapter was cut, for its card."""
+    there = sorted({rank for rank in ranks.values() if rank}) or [0]  # no module left: refused when it is written
+    span = f"rank {there[0]}" if len(there) == 1 else f"ranks {there[0]} to {there[-1]}, by module"
+    how = {"inputs": "by what the modules see", "loss": "by the loss"}.get(cut, "by the weights alone")
+    return f"Cut from a larger adapter: {span}; cut {how}."
 
 
 def _scales(read: LoraCheckpoint, ranks: Mapping[str, int]) -> dict[str, float]:

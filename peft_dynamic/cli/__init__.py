@@ -7,12 +7,15 @@ import typer
 
 from peft_dynamic.cli import (
     _recipe,
+    _version,
     card,
     cite,
     classify,
+    compare,
     export,
     inspect,
     measure,
+    merge,
     models,
     ppo,
     push,
@@ -26,17 +29,17 @@ from peft_dynamic.cli._edge import Edge
 app = typer.Typer(
     name="peft-dynamic",
     cls=Edge,
-    help="Adapters of dynamic rank for Hugging Face PEFT: train once, pick a rank.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+app.callback(invoke_without_command=True)(_version.command)
 app.command()(train.train)
 for training in (sft.sft, soft.soft, ppo.ppo, cite.cite, classify.classify):
     app.command(**_recipe.PASSED_ON)(training)
 app.command()(export.export)
 app.command()(models.models)
-for verb in (measure.measure, inspect.inspect, resize.resize, resize.merge, resize.average):
+for verb in (measure.measure, compare.compare, inspect.inspect, resize.resize, merge.merge, merge.average):
     app.command()(verb)
 app.command()(push.push)
 app.command()(card.card)

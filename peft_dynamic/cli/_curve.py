@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
 
-from peft_dynamic.cli import _load
+from peft_dynamic.cli import _load, _moments
 from peft_dynamic.cli._budget import Budget
 from peft_dynamic.cli._choice import choice
 from peft_dynamic.cli._given import bad_input, command_line, require
@@ -21,8 +23,6 @@ from peft_dynamic.functional.ranks import usual_ranks
 from peft_dynamic.hosts.modes import adapters_disabled, evaluating
 from peft_dynamic.ranks import RankRow, rank_curve
 from peft_dynamic.reports.curve import measured_samples, number
-
-RANKED = ("LORA", "DYLORA", "QDYLORA")  # of other methods the product is measured, as a stock LoRA
 
 
 @dataclass
@@ -39,12 +39,15 @@ class Curving:
     metric: str | None
     tolerance: float
     started: float  # by time.monotonic
+    moments: Path | None = None
 
 
-def run(job: Curving) -> None:
-    """Measure what the file has not, and show all of it."""
+def run(job: Curving) -> dict[str, Any]:
+    """Measure what the file has not, and show all of it; the same as an answer for other programs."""
     wanted = _wanted(job)
     about = {**job.subject.identity(), "data": job.task.identity(), "dtype": None}
+    if job.moments is not None:
+        about["moments"] = hashlib.sha256(job.moments.read_bytes()).hexdigest()[:16]
     record = Record(job.out, about)
     if changed := record.go_on():
         typer.echo(f"Gone on with other versions: {'; '.join(changed)}.")
@@ -55,10 +58,22 @@ def run(job: Curving) -> None:
         record.about["dtype"] = record.about["dtype"] or str(_load.fast_dtype()).removeprefix("torch.")
         _Measuring(job, record).all(missing)
     missing = [setting for setting in wanted if setting not in record.rows]
-    _show(job, record, not missing)
+    chosen = _show(job, record, not missing)
     if missing:
         kept = f"Go on with: {command_line()}" if job.out else "Pass --out to keep the rows and go on another time."
         typer.echo(f"Missing: {', '.join(map(str, missing))}. {kept}")
+    rows = [
+        {"setting": str(at), **_numbers(row), "seconds": record.seconds.get(str(at))}
+        for at, row in sorted(record.rows.items(), key=lambda pair: pair[0].order)
+    ]
+    about = {"adapter": job.subject.shown, "base_model": job.subject.base, "data": job.task.given.data}
+    return {**about, "rows": rows, "missing": list(map(str, missing)), **chosen}
+
+
+def _numbers(row: RankRow) -> dict[str, Any]:
+    """A row without the values of its examples, which are in the file of --out."""
+    found = {"rank": row.rank, "budget": row.budget, "parameters": row.parameters, "metrics": row.metrics}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _wanted(job: Curving) -> list[Setting]:
@@ -86,9 +101,8 @@ class _Measuring:
         self.job, self.record = job, record
         self.budget = Budget(job.minutes, job.started)
         self.dtype = getattr(torch, record.about["dtype"])
-        kind = job.subject.read.config.peft_type
-        stock = str(getattr(kind, "value", kind)) not in RANKED
-        self.model, tokenizer = job.subject.load(job.task, self.dtype, stock)
+        self.model, tokenizer = job.subject.load(job.task, self.dtype, stock=not job.subject.ranked)
+        self.moments = None if job.moments is None else _moments.load(job.moments, job.subject, None)
         self.batches, notes = job.task.batches(self.model, tokenizer)
         if job.task.unused:
             notes.insert(0, f"Columns that are not read: {', '.join(job.task.unused)}.")
@@ -125,7 +139,8 @@ class _Measuring:
         ranks = [] if setting.rank is None else [setting.rank]
         budgets = [] if setting.budget is None else [setting.budget]
         with bad_input("--ranks, --budgets"):
-            curve = rank_curve(self.model, self.evaluate, ranks, base=False, progress=False, budgets=budgets)
+            how: dict[str, Any] = {"budgets": budgets, "moments": self.moments}
+            curve = rank_curve(self.model, self.evaluate, ranks, base=False, progress=False, **how)
         return curve.rows[0]
 
     def expected(self) -> float:
@@ -143,17 +158,19 @@ class _Measuring:
 
 def _command_for(job: Curving, row: RankRow) -> str:
     """The command that writes what was recommended: of DyLoRA as the model has it, which may be calibrated."""
-    kind = str(getattr(job.subject.read.config.peft_type, "value", job.subject.read.config.peft_type))
-    if row.rank is not None and kind in ("DYLORA", "QDYLORA"):
+    if row.rank is not None and job.subject.kind in ("DYLORA", "QDYLORA") and job.moments is None:
         return f"peft-dynamic export {job.subject.shown} OUT --rank {row.rank}"
     size = f"--rank {row.rank}" if row.rank is not None else f"--parameters {row.parameters}"
-    return f"peft-dynamic resize {job.subject.shown} OUT {size}"
+    by = f" --moments {job.moments}" if job.moments else ""
+    return f"peft-dynamic resize {job.subject.shown} OUT {size}{by}"
 
 
-def _show(job: Curving, record: Record, whole: bool) -> None:
+def _show(job: Curving, record: Record, whole: bool) -> dict[str, Any]:
+    """Print the table, the choice and the picture; the choice as an answer."""
     curve = record.curve
+    found: dict[str, Any] = {"recommended": None, "why": None, "command": None}
     if not curve.rows:
-        return
+        return found
     typer.echo(curve.table(), nl=False)
     metric = job.metric or curve.metrics[0]
     if metric not in curve.metrics:
@@ -162,12 +179,17 @@ def _show(job: Curving, record: Record, whole: bool) -> None:
         )
     if len(curve.rows) > (curve.rows[0].is_base):
         row, said = choice(curve, metric, job.tolerance)
-        typer.echo(f"{'' if whole else 'So far. '}{said}")
+        found["why"] = f"{'' if whole else 'So far. '}{said}"
+        typer.echo(found["why"])
+        if row is not None:
+            found["recommended"] = str(Setting(row.rank, row.budget))
         if whole and row is not None:
-            typer.echo(f"Write it: {_command_for(job, row)}")
+            found["command"] = _command_for(job, row)
+            typer.echo(f"Write it: {found['command']}")
         if job.plot is not None:
             title = f"{job.subject.folder.name} on {Path(job.task.given.data).name}"
             curve.plot(job.plot, title, mark=row is not None, tolerance=job.tolerance, metric=metric)
             typer.echo(f"The picture is in {job.plot}.")
     if job.out is not None:
         typer.echo(f"The curve is in {job.out}.")
+    return found

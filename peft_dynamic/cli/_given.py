@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path, PurePath
 from typing import Annotated
 
@@ -31,6 +32,14 @@ FOUR_BIT = Annotated[bool, typer.Option("--4bit", help="Quantise the base model 
 PICTURES = (".png", ".svg", ".pdf")  # what reports.curve writes
 
 
+class Engine(StrEnum):
+    """Who reads the file."""
+
+    peft = "peft"
+    vllm = "vllm"
+    llama_cpp = "llama.cpp"
+
+
 def require(fine: bool, option: str, value: object, rule: str) -> None:
     """Stop unless a value is fine.
 
@@ -41,19 +50,27 @@ def require(fine: bool, option: str, value: object, rule: str) -> None:
         raise typer.BadParameter(f"{value}: must be {rule}.", param_hint=option)
 
 
-def check_adapter(adapter: str) -> None:
+def count_or_share(parameters: float, option: str = "--parameters") -> int | float:
+    """A budget of numbers: a count as an int, a share as a float."""
+    rule = "a share above 0 and up to 1, or a whole number"
+    whole = parameters > 1 and float(parameters).is_integer()
+    require(0 < parameters <= 1 or whole, option, parameters, rule)
+    return int(parameters) if whole else float(parameters)
+
+
+def check_adapter(adapter: str, option: str = "ADAPTER") -> None:
     """Stop unless this is the folder of an adapter, or may be the name of one on the Hub."""
     folder = Path(adapter).expanduser()
     if folder.is_dir():
         if not (folder / "adapter_config.json").is_file():
             raise typer.BadParameter(
                 f"{adapter} has no adapter_config.json. Pass a folder that save_pretrained wrote.",
-                param_hint="ADAPTER",
+                param_hint=option,
             )
     elif folder.exists() or not HUB_NAME.fullmatch(adapter):
         raise typer.BadParameter(
             f"{adapter} is no folder and no name on the Hub. Pass the folder of a saved adapter, or user/name.",
-            param_hint="ADAPTER",
+            param_hint=option,
         )
 
 

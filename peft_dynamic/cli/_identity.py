@@ -12,13 +12,13 @@ import platform
 import re
 import shutil
 import zipfile
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from peft_dynamic import __version__
 from peft_dynamic.cli._data import Example
 from peft_dynamic.cli._job import Job
+from peft_dynamic.cli._version import installed
 
 NAME = "run.yaml"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "bitsandbytes")
@@ -86,13 +86,7 @@ def model_files(name: str) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Of what computes a run."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "peft_dynamic": __version__}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    return {"python": platform.python_version(), "peft_dynamic": __version__, **installed(PACKAGES)}
 
 
 def write(folder: Path, content: dict[str, Any]) -> None:

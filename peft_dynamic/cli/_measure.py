@@ -22,11 +22,19 @@ def batches(
     encoded: Sequence[dict[str, Any]], tokenizer: Any, size: int, seed: int, collator: Any = None
 ) -> list[Batch]:
     """Padded batches, rows of a length together, in a random order: any number of the first ones is a fair sample."""
-    collator = collator or DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100)
-    ordered = sorted(encoded, key=lambda row: len(row["input_ids"]))
-    made = [dict(collator(ordered[i : i + size])) for i in range(0, len(ordered), size)]
+    made = [batch for _, batch in placed_batches(encoded, tokenizer, size, collator)]
     random.Random(seed).shuffle(made)
     return made
+
+
+def placed_batches(
+    encoded: Sequence[dict[str, Any]], tokenizer: Any, size: int, collator: Any = None
+) -> list[tuple[list[int], Batch]]:
+    """Padded batches, rows of a length together, each with its rows' places in `encoded`."""
+    collator = collator or DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100)
+    ordered = sorted(range(len(encoded)), key=lambda place: len(encoded[place]["input_ids"]))
+    parts = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    return [(part, dict(collator([encoded[place] for place in part]))) for part in parts]
 
 
 def row_losses(model: Any, batch: Batch, dtype: torch.dtype) -> list[tuple[float, int]]:
@@ -55,7 +63,11 @@ def text_metrics(model: Any, batches: list[Batch], dtype: torch.dtype) -> dict[s
     value is L + (t_i - L n_i) / n. The mean of these is L, and the standard errors that are computed from them, of L
     and of differences between ranks, are those of a ratio, as in `HeldOut.gain`.
     """
-    rows = [row for batch in batches for row in row_losses(model, batch, dtype)]
+    return text_values([row for batch in batches for row in row_losses(model, batch, dtype)])
+
+
+def text_values(rows: Sequence[tuple[float, int]]) -> dict[str, Any]:
+    """The same of rows, each with the sum of its tokens' losses and their number."""
     tokens = sum(count for _, count in rows) / len(rows)
     loss = sum(total for total, _ in rows) / len(rows) / tokens
     values = [loss + (total - loss * count) / tokens for total, count in rows]
@@ -64,15 +76,20 @@ def text_metrics(model: Any, batches: list[Batch], dtype: torch.dtype) -> dict[s
 
 def label_metrics(model: Any, batches: list[Batch], dtype: torch.dtype) -> dict[str, Any]:
     """Accuracy and loss of a classifier, a value for each row; of a model with one output the squared error."""
-    right, losses = [], []
+    values: dict[str, list[float]] = {}
     for batch in batches:
-        logits, labels = _logits(model, batch, dtype)
-        if logits.shape[-1] == 1:
-            losses += (logits[:, 0] - labels.float()).square().tolist()
-        else:
-            losses += torch.nn.functional.cross_entropy(logits, labels, reduction="none").tolist()
-            right += (logits.argmax(-1) == labels).double().tolist()
-    return _by_row(accuracy=right, loss=losses) if right else _by_row(mse=losses)
+        for name, found in label_values(model, batch, dtype).items():
+            values.setdefault(name, []).extend(found)
+    return _by_row(**values)
+
+
+def label_values(model: Any, batch: Batch, dtype: torch.dtype) -> dict[str, list[float]]:
+    """The same of one batch."""
+    logits, labels = _logits(model, batch, dtype)
+    if logits.shape[-1] == 1:
+        return {"mse": (logits[:, 0] - labels.float()).square().tolist()}
+    right = (logits.argmax(-1) == labels).double().tolist()
+    return {"accuracy": right, "loss": torch.nn.functional.cross_entropy(logits, labels, reduction="none").tolist()}
 
 
 def _by_row(**values: list[float]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import tempfile
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import typer
 from peft_dynamic.cli import _identity
 from peft_dynamic.cli._edge import reason, require_package
 from peft_dynamic.cli._given import bad_input, check_adapter, check_model
+from peft_dynamic.methods import METHODS, method_of
 
 # An adapter and the tokenizer beside it, and no checkpoints
 PATTERNS = ["adapter_config.json", "adapter_model.safetensors", "*token*", "*.jinja", "vocab.*", "merges.txt"]
@@ -59,6 +61,30 @@ def read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
+def check_product(written: dict[str, Any], adapter: str) -> None:
+    """Stop, before anything is imported, where an adapter is no product of factors.
+
+    Args:
+        written: the adapter's configuration, as its file has it.
+        adapter: what messages call it.
+    """
+    kind, method = written.get("peft_type"), method_of(written)
+    if isinstance(kind, str) and kind != "LORA" and (method is None or not method.engines):
+        known = ", ".join(["LORA", *(each.name for each in METHODS.values() if each.engines)])
+        raise typer.BadParameter(
+            f"{adapter} is a {kind} adapter, which is no product of two factors. There are: {known}.",
+            param_hint="ADAPTER",
+        )
+
+
+def largest_rank(written: dict[str, Any]) -> float:
+    """The largest rank of a module by an adapter's configuration; infinite where the file alone tells."""
+    pattern = written.get("rank_pattern") or {}
+    ranks = [written.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
+    told = written.get("peft_type") != "LORETTA_REP" and all(type(each) is int for each in ranks)
+    return max(ranks) if told else math.inf
+
+
 @dataclass
 class Subject:
     """An adapter that was read, and the name of its base model.
@@ -78,6 +104,17 @@ class Subject:
     four_bit: bool
 
     @property
+    def kind(self) -> str:
+        """The adapter's type."""
+        kind = self.read.config.peft_type
+        return str(getattr(kind, "value", kind))
+
+    @property
+    def ranked(self) -> bool:
+        """Whether it is run at its ranks as it is; of other methods the product is cut, as a stock LoRA."""
+        return self.kind in ("LORA", "DYLORA", "QDYLORA")
+
+    @property
     def largest(self) -> int:
         """The largest rank of a module."""
         return max(product.rank for product in self.read.products.values())
@@ -94,27 +131,44 @@ class Subject:
         }
 
     def load(self, task: Any, dtype: Any, stock: bool) -> tuple[Any, Any]:
-        """The adapter on its base model, and the tokenizer that was saved with it, or else the base model's.
+        """The adapter on its base model, and the tokenizer.
 
         Args:
             task: which kind of model it is.
             dtype: the base model's.
-            stock: as a stock LoRA with the factors that were read, whatever method the adapter is of.
+            stock: as in `put_on`.
 
         Raises:
             typer.BadParameter: the adapter is of another base model.
             UserError: something does not load.
         """
-        from peft import PeftModel
+        tokenizer = self.tokenizer()
+        return self.put_on(self.base_model(task, dtype), stock), tokenizer
 
-        import peft_dynamic.tuners  # noqa: F401  # registers the adapter types
-        from peft_dynamic.algebra.checkpoint import write_checkpoint
+    def tokenizer(self) -> Any:
+        """That which was saved with the adapter, or else the base model's."""
         from peft_dynamic.cli._load import hush_transformers, load_tokenizer
 
         hush_transformers()
         own = (self.folder / "tokenizer_config.json").is_file()
-        tokenizer = load_tokenizer(str(self.folder) if own else self.base)
-        base = task.load_base(self.base, dtype, self._quantization(dtype), self.read.others)
+        return load_tokenizer(str(self.folder) if own else self.base)
+
+    def base_model(self, task: Any, dtype: Any) -> Any:
+        """The base model, for a task and in a dtype."""
+        return task.load_base(self.base, dtype, self._quantization(dtype), self.read.others)
+
+    def put_on(self, base: Any, stock: bool) -> Any:
+        """The adapter on its base model.
+
+        Args:
+            base: the base model.
+            stock: as a stock LoRA with the factors that were read, whatever method the adapter is of.
+        """
+        from peft import PeftModel
+
+        import peft_dynamic.tuners  # noqa: F401  # registers the adapter types
+        from peft_dynamic.algebra.checkpoint import write_checkpoint
+
         with tempfile.TemporaryDirectory() as work:
             folder = write_checkpoint(self.read, Path(work, "lora")) if stock else self.folder
             try:
@@ -122,7 +176,7 @@ class Subject:
             except (RuntimeError, ValueError) as error:
                 raise self._other_base(_mismatch(error)) from error
         self._check_modules(model)
-        return model, tokenizer
+        return model
 
     def _quantization(self, dtype: Any) -> dict[str, Any]:
         if not self.four_bit:

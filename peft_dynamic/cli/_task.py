@@ -64,12 +64,26 @@ def task_for(written: dict[str, Any], given: RowOptions, adapter: str) -> TextTa
     Raises:
         typer.BadParameter: the adapter is of another kind of model, or the rows are none for it.
     """
+    return _kind(written, adapter)(given)
+
+
+def check_same_task(written: dict[str, Any], task: TextTask | LabelTask, adapter: str) -> None:
+    """Stop where another adapter is of another kind of model than the first one, whose rows are read."""
+    if not isinstance(task, _kind(written, adapter)):
+        raise typer.BadParameter(
+            f"{adapter} is of another kind of model than the first adapter; a classifier and a language model have no "
+            "score in common.",
+            param_hint="ADAPTERS",
+        )
+
+
+def _kind(written: dict[str, Any], adapter: str) -> type[TextTask] | type[LabelTask]:
     noted = written.get("auto_mapping")
     kind = written.get("task_type") or (noted.get("base_model_class") if isinstance(noted, dict) else None)
     if kind is None or str(kind).endswith(("CAUSAL_LM", "ForCausalLM", "LMHeadModel")):
-        return TextTask(given)
+        return TextTask
     if str(kind).endswith(("SEQ_CLS", "ForSequenceClassification")):
-        return LabelTask(given)
+        return LabelTask
     raise typer.BadParameter(
         f"{adapter} is of a model for {kind}; the command runs causal language models and classifiers (SEQ_CLS). Use "
         "peft_dynamic.rank_curve and adapter_moments in Python.",
@@ -139,9 +153,14 @@ class LabelTask:
 
     def batches(self, model: Any, tokenizer: Any) -> tuple[list[Any], list[str]]:
         """Padded batches with labels, and what was left out."""
-        from transformers import DataCollatorWithPadding
-
         from peft_dynamic.cli._measure import batches
+
+        encoded, collator = self.encoded(model, tokenizer)
+        return batches(encoded, tokenizer, self.given.batch_size, 0, collator), []
+
+    def encoded(self, model: Any, tokenizer: Any) -> tuple[list[dict[str, Any]], Any]:
+        """The rows as tokens with their labels, and what pads them."""
+        from transformers import DataCollatorWithPadding
 
         if model.config.pad_token_id is None:  # a decoder's classifier looks for the last token that is no padding
             model.config.pad_token_id = tokenizer.pad_token_id
@@ -154,7 +173,7 @@ class LabelTask:
         ]
         if not any(row["input_ids"] for row in encoded):
             raise UserError("--data: no row has a token. Pass rows with text.")
-        return batches(encoded, tokenizer, self.given.batch_size, 0, DataCollatorWithPadding(tokenizer)), []
+        return encoded, DataCollatorWithPadding(tokenizer)
 
     def evaluate(self, batches: list[Any], dtype: Any) -> Evaluate:
         """What `rank_curve` calls."""

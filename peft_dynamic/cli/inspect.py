@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from peft_dynamic.cli._answer import JSON, answering
 from peft_dynamic.cli._given import ADAPTER, bad_input, check_picture
-from peft_dynamic.cli._subject import adapter_folder
+from peft_dynamic.cli._subject import adapter_folder, check_product, read_config
 
 
 def inspect(
@@ -18,7 +18,7 @@ def inspect(
     plot: Annotated[
         Path | None, typer.Option(help="Draw it: a file that ends in .png, .svg or .pdf.", show_default=False)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON instead of the table.")] = False,
+    as_json: JSON = False,
 ) -> None:
     """Show an adapter's type, size, and how much of its update each rank keeps.
 
@@ -27,12 +27,16 @@ def inspect(
     folder = adapter_folder(adapter)
     if plot is not None:
         check_picture(plot)
+    check_product(read_config(folder), adapter)
     from peft_dynamic.algebra.checkpoint import read_checkpoint
     from peft_dynamic.algebra.inspect import energy_plot, energy_table, summary
 
     with bad_input("ADAPTER"):
         read = replace(read_checkpoint(folder), name=adapter)
-    typer.echo(json.dumps(summary(read), indent=2) if as_json else energy_table(read))
-    if plot is not None:
-        energy_plot(read, plot, title=Path(adapter).name)
-        typer.echo(f"The picture is in {plot}.", err=as_json)
+    with answering(as_json) as answer:
+        answer |= summary(read)
+        if not as_json:
+            typer.echo(energy_table(read))
+        if plot is not None:
+            energy_plot(read, plot, title=Path(adapter).name)
+            typer.echo(f"The picture is in {plot}.")

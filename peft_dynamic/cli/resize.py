@@ -1,4 +1,4 @@
-"""`peft-dynamic resize`, `merge` and `average`: finished LoRA adapters as products."""
+"""`peft-dynamic resize`: a finished LoRA adapter at a lower rank, or at ranks per module."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from peft_dynamic.cli._answer import DRY_RUN, JSON, answering
 from peft_dynamic.cli._data import Columns
 from peft_dynamic.cli._given import (
     ADAPTER,
@@ -22,22 +23,17 @@ from peft_dynamic.cli._given import (
     OUT,
     PROMPT,
     TEXT,
+    Engine,
     bad_input,
     check_adapter,
     check_file,
     check_model,
+    count_or_share,
     require,
 )
-from peft_dynamic.cli._subject import adapter_folder, read_config
+from peft_dynamic.cli._subject import adapter_folder, check_product, largest_rank, read_config
 from peft_dynamic.cli._task import RowOptions, task_for
-
-
-class Engine(StrEnum):
-    """Who reads the file."""
-
-    peft = "peft"
-    vllm = "vllm"
-    llama_cpp = "llama.cpp"
+from peft_dynamic.cli._written import check_place, described, place, tell
 
 
 class Cut(StrEnum):
@@ -80,6 +76,8 @@ def resize(
     max_length: MAX_LENGTH = 512,
     batch_size: BATCH_SIZE = 8,
     four_bit: FOUR_BIT = False,
+    dry_run: DRY_RUN = False,
+    as_json: JSON = False,
 ) -> None:
     """Write any LoRA adapter at a lower rank, or with ranks per module for a budget; with --data by what it does there.
 
@@ -89,16 +87,23 @@ def resize(
     size = _size(rank, parameters, bytes)
     _check_how(data, moments, cut, damping, model)
     folder = adapter_folder(adapter)
-    if data is None and moments is None:
-        _write(adapter, folder, out, size, engine=engine.value)
-        return
+    written = read_config(folder)
+    check_product(written, adapter)
+    most = largest_rank(written)
+    require((rank or 0) <= most, "--rank", f"rank={rank}", f"at most {most}, the largest rank of {adapter}")
+    with bad_input("OUT"):
+        check_place(out, folder)
     task = None
     if data is not None:
         columns = Columns(prompt_column, completion_column, text_column, instruction)
         given = RowOptions(data, columns, label_column, rows, max_length, batch_size)
-        task = task_for(read_config(folder), given, adapter)
-    found = _moments(adapter, folder, out, size, task, moments, model, four_bit)
-    _write(adapter, folder, out, size, moments=found, cut=cut.value, damping=damping, engine=engine.value)
+        task = task_for(written, given, adapter)
+    how: dict[str, Any] = {"engine": engine.value}
+    with answering(as_json) as answer:
+        if task is not None or moments is not None:
+            found = _moments(adapter, folder, size, task, moments, model, four_bit)
+            how |= {"moments": found, "cut": cut.value, "damping": damping}
+        answer |= _write(adapter, folder, out, size, dry_run, **how)
 
 
 def _check_how(data: str | None, moments: Path | None, cut: Cut, damping: float, model: str | None) -> None:
@@ -129,58 +134,51 @@ def _size(rank: int | None, parameters: float | None, bytes: int | None) -> dict
     require(rank is None or rank >= 1, "--rank", rank, "at least 1")
     require(bytes is None or bytes >= 1, "--bytes", bytes, "at least 1")
     if parameters is not None:
-        rule = "a share above 0 and up to 1, or a whole number"
-        whole = parameters > 1 and float(parameters).is_integer()
-        require(0 < parameters <= 1 or whole, "--parameters", parameters, rule)
-        return {"parameters": int(parameters) if whole else float(parameters)}
+        return {"parameters": count_or_share(parameters)}
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _check(read: Any, out: Path, size: dict[str, Any]) -> None:
-    """Stop where the adapter has no such rank, or nothing can be written: before minutes of measuring, not after."""
+def _check(read: Any, size: dict[str, Any]) -> None:
+    """Stop where the adapter has no such rank: before minutes of measuring, not after."""
     from peft_dynamic.algebra.resize import wanted_ranks
-    from peft_dynamic.export import check_target
 
-    with bad_input("OUT"):
-        check_target(out)
     with bad_input(f"--{next(iter(size))}"):
         wanted_ranks(read, **{"rank": None, "parameters": None, "bytes": None, **size})
 
 
-def _write(adapter: str, folder: Path, out: Path, size: dict[str, Any], **how: Any) -> None:
+def _write(adapter: str, folder: Path, out: Path, size: dict[str, Any], dry_run: bool, **how: Any) -> dict[str, Any]:
+    """Write it, and say what it is; the same as an answer for other programs."""
     from peft_dynamic.algebra import resize_adapter
     from peft_dynamic.algebra.checkpoint import read_checkpoint
+    from peft_dynamic.algebra.stock import is_calibrated
 
     with bad_input("ADAPTER"):
         read = read_checkpoint(folder)
-    _check(read, out, size)
-    with bad_input():
-        resize_adapter(folder, out, **size, **how)
-        after = read_checkpoint(out)
+    _check(read, size)
+    with bad_input(), place(out, dry_run, folder) as target:
+        resize_adapter(folder, target, **size, **how)
+        after = read_checkpoint(target)
+        about = described(target)
+    gone = len(read.products) - len(after.products)
+    answer = {"out": str(out), "written": not dry_run, "of": read.size, "left_out": gone, **about}
+    if dry_run:
+        tell(answer, out)
+        return answer
     typer.echo(f"{out} has {after.size:,} of the {read.size:,} numbers of {adapter}, as a stock LoRA adapter.")
     ranks = sorted({product.rank for product in after.products.values()})
     span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    if "moments" not in how and _is_calibrated(folder):
+    if "moments" not in how and is_calibrated(folder):
         typer.echo(
             f"{adapter} was calibrated, and this cut goes by its weights alone. For the ranks that it has itself: "
             "peft-dynamic export ADAPTER OUT --rank."
         )
-    gone = len(read.products) - len(after.products)
     typer.echo(f"Its modules have {span}{f'; {gone} of {len(read.products)} got none' if gone else ''}.")
-
-
-def _is_calibrated(folder: Path) -> bool:
-    """Whether it is a DyLoRA adapter with a calibration, which only the loaded model knows."""
-    from safetensors import safe_open
-
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        return any(name.endswith(".lora_schedule.moments") for name in file.keys())  # noqa: SIM118  # it is no dict
+    return answer
 
 
 def _moments(
     adapter: str,
     folder: Path,
-    out: Path,
     size: dict[str, Any],
     task: Any,
     file: Path | None,
@@ -192,7 +190,7 @@ def _moments(
     from peft_dynamic.cli._subject import subject
 
     found = subject(adapter, folder, model, four_bit, loads=file is None or not file.is_file())
-    _check(found.read, out, size)
+    _check(found.read, size)
     if file is not None and file.is_file():
         return kept.load(file, found, task)
     if task.unused:
@@ -202,54 +200,3 @@ def _moments(
         kept.save(moments, file, found, task)
         typer.echo(f"They are in {file}. Another resize of this adapter with --moments {file} needs no base model.")
     return moments
-
-
-def merge(
-    out: OUT,
-    adapters: Annotated[list[str], typer.Argument(help="Adapters, each as FOLDER=WEIGHT or a name on the Hub=WEIGHT.")],
-    rank: Annotated[int | None, typer.Option(help="Of each module. Default: the exact sum.")] = None,
-) -> None:
-    """Write the weighted sum of LoRA adapters as one.
-
-    For example: peft-dynamic merge runs/both runs/sql=0.7 runs/chat=0.3 --rank 16
-    """
-    from peft_dynamic.algebra import merge_adapters
-
-    if "=" in str(out) and not out.exists():
-        raise typer.BadParameter(
-            f"{out} looks like ADAPTER=WEIGHT. The folder to write comes first: peft-dynamic merge OUT ADAPTER=WEIGHT.",
-            param_hint="OUT",
-        )
-    weights: dict[str, float] = {}
-    for word in adapters:
-        name, found, weight = word.rpartition("=")
-        try:
-            weights[name] = float(weight) if found else float("nan")
-        except ValueError:
-            found = ""
-        if not found or not name:
-            raise typer.BadParameter(f"{word}: must be ADAPTER=WEIGHT, such as runs/sql=0.7.", param_hint="ADAPTERS")
-    with bad_input():
-        merge_adapters(weights, out, rank)
-    typer.echo(f"{out} is the sum of {len(weights)} adapters, as a stock LoRA adapter.")
-
-
-def average(
-    out: OUT,
-    adapters: Annotated[list[str], typer.Argument(help="Adapters, e.g. the checkpoints of a run.")],
-    rank: Annotated[int | None, typer.Option(help="Of each module. Default: that of the first adapter.")] = None,
-) -> None:
-    """Write the mean of LoRA adapters: of their products, not of their factors.
-
-    For example: peft-dynamic average runs/mean runs/sql/checkpoint-100 runs/sql/checkpoint-200
-    """
-    from peft_dynamic.algebra import average_adapters
-
-    if len(adapters) < 2:
-        raise typer.BadParameter(
-            "one adapter has no mean. The folder to write comes first: peft-dynamic average OUT ADAPTER OTHER.",
-            param_hint="ADAPTERS",
-        )
-    with bad_input():
-        average_adapters(adapters, out, rank)
-    typer.echo(f"{out} is the mean of {len(adapters)} adapters, as a stock LoRA adapter.")

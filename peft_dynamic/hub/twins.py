@@ -17,7 +17,7 @@ from torch import nn
 
 import peft_dynamic.tuners  # noqa: F401  # registers the adapter types
 from peft_dynamic.algebra import resize_adapter
-from peft_dynamic.algebra.ranked import is_ranked, write_rank
+from peft_dynamic.algebra.stock import is_ranked, write_rank
 from peft_dynamic.cards import Twin
 from peft_dynamic.engines import fit
 from peft_dynamic.export import FILES, export_lora

@@ -343,6 +343,18 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1e5 and math.isfinite(value) else f"{value:.4g}"
 
 
+def aligned(values: Sequence[float], signed: bool = False) -> list[str]:
+    """Numbers of one column of a table, with the same decimals: four digits of the largest.
+
+    Args:
+        values: of which some may be infinite or NaN.
+        signed: with a plus before those above 0.
+    """
+    most = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    decimals = min(9, max(0, 3 - math.floor(math.log10(most)))) if most else 0
+    return [f"{value:{'+' if signed else ''},.{decimals}f}" for value in values]
+
+
 def _ticks(positions: Sequence[int]) -> list[int]:
     """All of them, or of a long list the powers of two and the last one; none that is nearly another."""
     if len(positions) > 10:

@@ -86,3 +86,9 @@ def test_the_picture_has_a_line_for_each_module_and_names_the_worst(
     assert [text.get_text() for text in axis.texts] == ["rank 2: 99% in every module"]
     with pytest.raises(ValueError, match=r"must be one of \.png"):
         inspect.energy_plot(read, tmp_path / "energy.txt")
+
+
+def test_modules_stand_by_kind_and_number() -> None:
+    names = [f"model.layers.{i}.self_attn.{kind}" for i in (10, 2) for kind in ("v_proj", "q_proj")]
+    ordered = [f"model.layers.{i}.self_attn.{kind}" for kind in ("q_proj", "v_proj") for i in (2, 10)]
+    assert inspect.in_order(names) == ordered

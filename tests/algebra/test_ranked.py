@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_dynamic import DyLoRAConfig, export_lora
 from peft_dynamic.algebra.product import Product
-from peft_dynamic.algebra.ranked import _rank_at, write_rank
+from peft_dynamic.algebra.stock import rank_at, write_rank
 from peft_dynamic.tuners.dylora.weigh import weigh
 from tests.conformance.cases import perturb
 from tests.stock_cases import CASES, build, compute
@@ -100,8 +100,9 @@ def test_a_calibration_that_training_has_outrun_counts_no_more(tmp_path: Path) -
     model.save_pretrained(tmp_path / "plain")
     calibrated(model).save_pretrained(tmp_path / "whole")
     changed(tmp_path / "whole", step=torch.tensor(7))
-    for name in ("plain", "whole"):
-        write_rank(tmp_path / name, tmp_path / f"{name}-2", 2)
+    write_rank(tmp_path / "plain", tmp_path / "plain-2", 2)
+    with pytest.warns(UserWarning, match="has been trained since it was calibrated"):
+        write_rank(tmp_path / "whole", tmp_path / "whole-2", 2)
     same_adapter(tmp_path / "whole-2", tmp_path / "plain-2")
 
 
@@ -132,7 +133,7 @@ def test_what_has_no_such_rank_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("own", "at_two", "at_six"), [(8, 2, 6), (4, 2, 4), (16, 4, 12)])
 def test_the_rank_of_a_module_that_is_capped_or_fused(own: int, at_two: int, at_six: int) -> None:
     product = Product(torch.zeros(own, 3), torch.zeros(5, own), 1.0, (".a", ".b"))
-    assert (_rank_at(2, product, 8), _rank_at(6, product, 8), _rank_at(8, product, 8)) == (at_two, at_six, own)
+    assert (rank_at(2, product, 8), rank_at(6, product, 8), rank_at(8, product, 8)) == (at_two, at_six, own)
 
 
 def test_stock_peft_computes_what_the_model_computes(tmp_path: Path) -> None:

@@ -95,13 +95,13 @@ def test_the_class_is_taken_from_the_base_model_with_a_warning(tiny: Path, tmp_p
     assert done.stderr.count("\n") == 1
     mapping = {"base_model_class": "Own", "parent_library": "my.models"}
     path.write_text(json.dumps(config | {"auto_mapping": mapping}))
-    result = invoke("export", tmp_path / "adapter", tmp_path / "other")
+    result = invoke("export", tmp_path / "adapter", tmp_path / "other", "--model", tiny)
     assert result.exit_code == 1
     assert "is of a Own of my.models, and the command loads models of transformers alone" in message(result)
     mapping = {"base_model_class": "NoSuchModel", "parent_library": "transformers.models.llama"}
     path.write_text(json.dumps(config | {"auto_mapping": mapping}))
     assert "has no transformers.models.llama.NoSuchModel" in message(
-        invoke("export", tmp_path / "adapter", tmp_path / "o")
+        invoke("export", tmp_path / "adapter", tmp_path / "o", "--model", tiny)
     )
 
 
@@ -117,7 +117,7 @@ def test_a_stopped_export_leaves_nothing(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     saved(tiny, tmp_path / "adapter", METHODS["dylora"](task_type="CAUSAL_LM"))
-    monkeypatch.setattr("peft_dynamic.export.save_file", lambda *a, **k: signal.raise_signal(number))
+    monkeypatch.setattr("peft_dynamic.algebra.checkpoint.save_file", lambda *a, **k: signal.raise_signal(number))
     result = invoke("export", tmp_path / "adapter", tmp_path / "lora", "--rank", 2)
     assert result.exit_code == 128 + number
     assert "Stopped. Nothing is left half done." in message(result)

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_dynamic import AdapterMoments, DyLoRAConfig, MoSLoRAConfig, resize_adapter
+from peft_dynamic import AdapterMoments, DyLoRAConfig, MoSLoRAConfig, merge_adapters, resize_adapter
 from peft_dynamic.algebra.checkpoint import read_checkpoint
 from peft_dynamic.cli._data import Columns, to_examples
 from peft_dynamic.cli._encode import encode
@@ -49,6 +49,68 @@ def test_resize_merge_and_average_write_adapters(adapter: Path, tmp_path: Path) 
     assert ranks(tmp_path / "sum") == {10}
     assert invoke("average", tmp_path / "mean", adapter, tmp_path / "small", "--rank", 3).exit_code == 0
     assert ranks(tmp_path / "mean") == {3}
+
+
+def test_merge_keeps_a_budget_and_pads_for_an_engine(adapter: Path, tmp_path: Path) -> None:
+    exact, two = tmp_path / "exact", f"{adapter}/"
+    assert invoke("merge", exact, f"{adapter}=0.5", f"{two}=0.25").exit_code == 0
+    half = invoke("merge", tmp_path / "half", f"{adapter}=0.5", f"{two}=0.25", "--parameters", 0.5)
+    assert half.exit_code == 0, half.output
+    resize_adapter(exact, tmp_path / "expected", parameters=0.5)
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("half", "expected")]
+    assert files[0] == files[1]
+    padded = invoke("merge", tmp_path / "vllm", f"{adapter}=1", "--parameters", 0.4, "--engine", "vllm")
+    assert padded.exit_code == 0, padded.output
+    config = json.loads((tmp_path / "vllm" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["rank_pattern"] == {}
+    assert ranks(tmp_path / "vllm") == {config["r"]}
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("kind", ["lora", "dylora", "moslora"])
+def test_measure_by_moments_is_the_cut_that_resize_makes(tiny: Path, tmp_path: Path, kind: str) -> None:
+    data, out, file = write(tmp_path / "data.jsonl", ROWS), tmp_path / "curve.json", tmp_path / "x.moments"
+    adapter = saved(tiny, tmp_path / "whole", kind)
+    by_moments = ["resize", adapter, tmp_path / "one", "--rank", 1, "--data", data, "--rows", 3, "--moments", file]
+    for words in (by_moments, ["resize", adapter, tmp_path / "plain", "--rank", 1]):
+        assert invoke(*words).exit_code == 0
+
+    def loss(folder: Path, *words: object) -> float:
+        result = invoke("measure", folder, "--data", data, "--ranks", 1, "--json", *words)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)["rows"][1]["metrics"]["loss"]
+
+    found = loss(adapter, "--moments", file, "--out", out)
+    assert found == pytest.approx(loss(tmp_path / "one"), rel=1e-5)
+    assert found != pytest.approx(loss(tmp_path / "plain"), rel=1e-5)
+    other = invoke("measure", adapter, "--data", data, "--ranks", 1, "--out", out)
+    assert other.exit_code == 2
+    assert "holds another measurement: moments was" in message(other)
+    card = (tmp_path / "one" / "README.md").read_text(encoding="utf-8")
+    assert card.endswith("Cut from a larger adapter: rank 1; cut by the loss.\n")
+
+
+@pytest.mark.usefixtures("exact")
+def test_merge_cuts_by_moments(tiny: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", ROWS)
+    words, moments = [], {}
+    for seed in (1, 2):
+        path, file = saved(tiny, tmp_path / str(seed), seed=seed), tmp_path / f"{seed}.moments"
+        assert invoke("resize", path, tmp_path / "x", "--rank", 1, "--data", data, "--moments", file).exit_code == 0
+        moments[str(path)] = AdapterMoments.load(file)
+        words += ["--moments", file]
+    weights = {name: 0.5 for name in moments}
+    merge_adapters(weights, tmp_path / "expected", 2, moments=moments)
+    given = [f"{name}=0.5" for name in weights]
+    result = invoke("merge", tmp_path / "sum", *given, "--rank", 2, *words)
+    assert result.exit_code == 0, result.output
+    merge_adapters(weights, tmp_path / "plain", 2)
+    sums = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("sum", "expected", "plain")]
+    assert sums[0] == sums[1] != sums[2]
+    few = invoke("merge", tmp_path / "few", *given, "--rank", 2, *words[:2])
+    assert "--moments: 1: must be given once for each of the 2 adapters, with --rank" in message(few)
+    none = invoke("merge", tmp_path / "few", *given, *words)
+    assert none.exit_code == 2
 
 
 def test_resize_says_what_it_leaves_out(tmp_path: Path) -> None:
@@ -196,6 +258,9 @@ def test_moments_are_kept_for_their_adapter(tiny: Path, tmp_path: Path, monkeypa
         (["inspect", "ADAPTER/.."], "has no adapter_config.json"),
         (["resize", "nowhere", "out", "--rank", 2], "is no folder and no name on the Hub"),
         (["merge", "out", "ADAPTER"], "must be ADAPTER=WEIGHT"),
+        (["merge", "out", "ADAPTER=1", "--rank", 2, "--parameters", 0.5], "--parameters: 0.5: must be left out where"),
+        (["merge", "out", "ADAPTER=1", "--parameters", 1.5], "--parameters: 1.5: must be a share above 0"),
+        (["merge", "out", "ADAPTER=1", "--rank", 2, "--moments", "gone"], "--moments: gone: must be a file"),
         (["merge", "out", "ADAPTER=much"], "must be ADAPTER=WEIGHT"),
         (["average", "out", "nowhere", "other"], "is no folder and no name on the Hub"),
         (["average", "out", "ADAPTER"], "one adapter has no mean. The folder to write comes first"),
