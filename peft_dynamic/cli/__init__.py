@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from peft_dynamic.cli import export, inspect, measure, models, resize, train
+from peft_dynamic.cli import chat, export, inspect, measure, models, resize, train
 from peft_dynamic.cli._edge import Edge
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app.command()(export.export)
 app.command()(models.models)
 for verb in (measure.measure, inspect.inspect, resize.resize, resize.merge, resize.average):
     app.command()(verb)
+app.command()(chat.chat)
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def probe(arguments: list[str], argv0: str = "/some/where/bin/peft-dynamic") -> 
 
 
 @pytest.mark.parametrize(
-    "verb", [[], *([verb] for verb in ("train", "export", "models", "measure", "inspect", "resize"))]
+    "verb", [[], *([verb] for verb in ("train", "export", "models", "measure", "inspect", "resize", "chat"))]
 )
 def test_help_waits_for_no_library(verb: list[str]) -> None:
     printed = probe([*verb, "--help"])
@@ -59,6 +59,7 @@ def test_a_slip_in_the_arguments_waits_for_no_library() -> None:
     assert "HEAVY []" in probe(["trian"])
     assert "HEAVY []" in probe(["measure", "a/b", "--data", "x.jsonl", "--minutes", "0"])
     assert "HEAVY []" in probe(["inspect", "nowhere"])
+    assert "HEAVY []" in probe(["chat", "nowhere", "--temperature", "-1"])
     assert "HEAVY []" in probe(["resize", "nowhere", "out", "--rank", "2"])
     assert "HEAVY []" in probe(["models", "gpt5"], "peft-dynamic.exe")
 
