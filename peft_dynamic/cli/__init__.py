@@ -9,6 +9,7 @@ from peft_dynamic.cli import (
     _recipe,
     _version,
     card,
+    chat,
     cite,
     classify,
     compare,
@@ -43,6 +44,7 @@ for verb in (measure.measure, compare.compare, inspect.inspect, resize.resize, m
     app.command()(verb)
 app.command()(push.push)
 app.command()(card.card)
+app.command()(chat.chat)
 
 
 def main() -> None:

@@ -58,6 +58,21 @@ def count_or_share(parameters: float, option: str = "--parameters") -> int | flo
     return int(parameters) if whole else float(parameters)
 
 
+def ranks_of(text: str, what: str) -> list[int | None]:
+    """Ranks with commas between them; None for 0, the base model.
+
+    Raises:
+        typer.BadParameter: they are none, or one comes twice.
+    """
+    try:
+        listed = [int(word) for word in text.split(",")]
+    except ValueError:
+        listed = [-1]
+    rule = "ranks with commas between, each once, such as 2,8,32; 0 is the base model"
+    require(min(listed) >= 0 and len(listed) == len(set(listed)), what, repr(text), rule)
+    return [each or None for each in listed]
+
+
 def check_adapter(adapter: str, option: str = "ADAPTER") -> None:
     """Stop unless this is the folder of an adapter, or may be the name of one on the Hub."""
     folder = Path(adapter).expanduser()

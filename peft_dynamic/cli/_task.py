@@ -64,12 +64,12 @@ def task_for(written: dict[str, Any], given: RowOptions, adapter: str) -> TextTa
     Raises:
         typer.BadParameter: the adapter is of another kind of model, or the rows are none for it.
     """
-    return _kind(written, adapter)(given)
+    return _task_of(written, adapter)(given)
 
 
 def check_same_task(written: dict[str, Any], task: TextTask | LabelTask, adapter: str) -> None:
     """Stop where another adapter is of another kind of model than the first one, whose rows are read."""
-    if not isinstance(task, _kind(written, adapter)):
+    if not isinstance(task, _task_of(written, adapter)):
         raise typer.BadParameter(
             f"{adapter} is of another kind of model than the first adapter; a classifier and a language model have no "
             "score in common.",
@@ -77,18 +77,41 @@ def check_same_task(written: dict[str, Any], task: TextTask | LabelTask, adapter
         )
 
 
-def _kind(written: dict[str, Any], adapter: str) -> type[TextTask] | type[LabelTask]:
-    noted = written.get("auto_mapping")
-    kind = written.get("task_type") or (noted.get("base_model_class") if isinstance(noted, dict) else None)
-    if kind is None or str(kind).endswith(("CAUSAL_LM", "ForCausalLM", "LMHeadModel")):
+def _task_of(written: dict[str, Any], adapter: str) -> type[TextTask] | type[LabelTask]:
+    kind = _kind(written)
+    if kind is None or kind.endswith(CAUSAL):
         return TextTask
-    if str(kind).endswith(("SEQ_CLS", "ForSequenceClassification")):
+    if kind.endswith(("SEQ_CLS", "ForSequenceClassification")):
         return LabelTask
     raise typer.BadParameter(
         f"{adapter} is of a model for {kind}; the command runs causal language models and classifiers (SEQ_CLS). Use "
         "peft_dynamic.rank_curve and adapter_moments in Python.",
         param_hint="ADAPTER",
     )
+
+
+CAUSAL = ("CAUSAL_LM", "ForCausalLM", "LMHeadModel")
+
+
+def _kind(written: dict[str, Any]) -> str | None:
+    """The task or the class of the model that an adapter's configuration names."""
+    noted = written.get("auto_mapping")
+    kind = written.get("task_type") or (noted.get("base_model_class") if isinstance(noted, dict) else None)
+    return None if kind is None else str(kind)
+
+
+def require_causal(written: dict[str, Any], adapter: str) -> None:
+    """Stop unless an adapter may be of a model that writes text.
+
+    Raises:
+        typer.BadParameter: it is of another kind.
+    """
+    kind = _kind(written)
+    if kind is not None and not kind.endswith(CAUSAL):
+        raise typer.BadParameter(
+            f"{adapter} is of a model for {kind}, which answers nothing. Pass an adapter of a causal language model.",
+            param_hint="OUT",
+        )
 
 
 class TextTask:

@@ -10,6 +10,7 @@ stock LoRA layer: forward, merge, unmerge, `get_delta_weight`, mixed batches, on
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -45,8 +46,10 @@ class ComputedFactor:
     Attributes:
         owner: the state of the layer, which keeps what was computed.
         is_read: PEFT computes with the factor of an offloaded layer, so that `weight` is the computed one there too.
+        rows: what is made of the factor's output where each row of a batch has a rank of its own; None elsewhere.
     """
 
+    rows: Callable[[torch.Tensor], torch.Tensor] | None = None
     made_from: tuple[str, ...] = ()  # the names under which a checkpoint has it, where not under the weight's
     keeps = True  # whether what is computed is worth keeping
 
@@ -124,7 +127,7 @@ class ComputedFactor:
             self.owner.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"is_read": False, "last_read": None}
+        return self.__dict__ | {"is_read": False, "last_read": None, "rows": None}
 
 
 def refused() -> RuntimeError:
@@ -186,13 +189,16 @@ class ComputedModule(KeptWeight):
             raise refused()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        view = self.view
         if torch.compiler.is_compiling():
-            return super().forward(*args, **kwargs)
-        before, self.view.is_read = self.view.is_read, True
+            output = super().forward(*args, **kwargs)
+            return output if view.rows is None else view.rows(output)
+        before, view.is_read = view.is_read, True
         try:
-            return super().forward(*args, **kwargs)
+            output = super().forward(*args, **kwargs)
         finally:
-            self.view.is_read = before
+            view.is_read = before
+        return output if view.rows is None else view.rows(output)
 
     # Two ways to change the parameter that no version counter shows for sure.
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

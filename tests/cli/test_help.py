@@ -38,7 +38,8 @@ def probe(arguments: list[str], argv0: str = "/some/where/bin/peft-dynamic") -> 
 
 
 @pytest.mark.parametrize(
-    "verb", [[], *([verb] for verb in ("train", "export", "models", "measure", "inspect", "resize", "push", "card"))]
+    "verb",
+    [[], *([verb] for verb in ("train", "export", "models", "measure", "inspect", "resize", "push", "card", "chat"))],
 )
 def test_help_waits_for_no_library(verb: list[str]) -> None:
     printed = probe([*verb, "--help"])
@@ -59,6 +60,7 @@ def test_a_slip_in_the_arguments_waits_for_no_library() -> None:
     assert "HEAVY []" in probe(["trian"])
     assert "HEAVY []" in probe(["measure", "a/b", "--data", "x.jsonl", "--minutes", "0"])
     assert "HEAVY []" in probe(["inspect", "nowhere"])
+    assert "HEAVY []" in probe(["chat", "nowhere", "--temperature", "-1"])
     assert "HEAVY []" in probe(["resize", "nowhere", "out", "--rank", "2"])
     assert "HEAVY []" in probe(["push", "nowhere", "me/poet"])
     assert "HEAVY []" in probe(["card", "nowhere"])

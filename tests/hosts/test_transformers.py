@@ -4,6 +4,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 from torch import nn
@@ -71,6 +72,22 @@ def test_the_blocks_of_a_model_are_found_by_structure() -> None:
     assert linear_features(modules["model.layers.0.mlp.down_proj"])[1] == model.config.hidden_size
     assert len(find_norms(model)) == 2 * model.config.num_hidden_layers + 1
     assert model(input_ids=rows(1)).logits.dim() == 3
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}])
+def test_generate_repeats_its_rows_in_one_place_and_says_how_often(settings: dict[str, Any]) -> None:
+    model, told = tiny_llama().eval(), []
+    expand = model._expand_inputs_for_generation
+
+    def watched(*args: Any, expand_size: int = 1, **kwargs: Any) -> Any:
+        told.append(expand_size)
+        ids, more = expand(*args, expand_size=expand_size, **kwargs)
+        assert torch.equal(ids, rows(2).repeat_interleave(expand_size, 0))
+        return ids, more
+
+    model._expand_inputs_for_generation = watched
+    model.generate(input_ids=rows(2), max_new_tokens=2, **settings)
+    assert told == [max([1, *settings.values()])]
 
 
 def test_trl_keeps_its_metrics_by_mode_and_counts_its_tokens() -> None:

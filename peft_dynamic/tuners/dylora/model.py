@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -18,7 +17,7 @@ from peft_dynamic.tuners.base import ComputedLoraModel
 from peft_dynamic.tuners.dylora.config import DyLoRAConfig
 from peft_dynamic.tuners.dylora.layer import make_ranked, ranked_adapters, ranked_layers, set_layer_rank
 from peft_dynamic.tuners.dylora.ranks import AdapterRanks, prepare
-from peft_dynamic.tuners.dylora.schedule import RankSchedule
+from peft_dynamic.tuners.dylora.schedule import RankSchedule, warn_if_untrained
 from peft_dynamic.tuners.dylora.steps import PassHooks
 from peft_dynamic.tuners.dylora.stock import adapters_of, hold, release, stock_layers
 from peft_dynamic.tuners.dylora.turns import turn
@@ -128,7 +127,7 @@ class DyLoRAModel(ComputedLoraModel):
         return at_rank(self.model, rank, adapter_name)
 
 
-def _dynamic_adapters(model: nn.Module, adapter_name: str | None, stock: bool = True) -> list[str]:
+def adapters_with_ranks(model: nn.Module, adapter_name: str | None, stock: bool = True) -> list[str]:
     """The named adapter, or the active ones, that have ranks: of DyLoRA, or else of a stock LoRA."""
     known: dict[str, None] = {}
     active: dict[str, None] = {}
@@ -168,10 +167,10 @@ def _is_lora(model: Any, name: str) -> bool:
 
 def active_ranked_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
     """The named adapter with ranks, or the first active one; raises ValueError, with the names there are, for none."""
-    return _dynamic_adapters(model, adapter_name)[0]
+    return adapters_with_ranks(model, adapter_name)[0]
 
 
-def _ranks_of_layers(model: nn.Module, rank: int | dict[str, int], adapter_name: str) -> dict[str, int]:
+def ranks_of_layers(model: nn.Module, rank: int | dict[str, int], adapter_name: str) -> dict[str, int]:
     """Module name -> rank asked for, checked in whole before anything is changed."""
     layers: dict[str, Any] = dict(ranked_layers(model, adapter_name))
     if isinstance(rank, dict):
@@ -242,8 +241,8 @@ def set_rank(model: nn.Module, rank: int | dict[str, int], adapter_name: str | N
 
     Warns once for each rank that a DyLoRA adapter's training never draws.
     """
-    names = _dynamic_adapters(model, adapter_name)
-    with held(model, names), turn(_schedules(model, names)):
+    names = adapters_with_ranks(model, adapter_name)
+    with held(model, names), turn(schedules_of(model, names)):
         before = _asked(model, names)
         try:
             for name in names:
@@ -262,7 +261,8 @@ def held(model: nn.Module, names: list[str]) -> Iterator[None]:
         yield
 
 
-def _schedules(model: nn.Module, names: list[str]) -> list[RankSchedule]:
+def schedules_of(model: nn.Module, names: list[str]) -> list[RankSchedule]:
+    """The schedule of each adapter."""
     return [next(layer for _, layer in ranked_layers(model, name)).lora_views[name].schedule for name in names]
 
 
@@ -281,25 +281,15 @@ def _put_back(before: list[tuple[Any, str, int]]) -> None:
 
 
 def _apply_rank(model: nn.Module, rank: int | dict[str, int], adapter_name: str) -> None:
-    wanted = _ranks_of_layers(model, rank, adapter_name)
+    wanted = ranks_of_layers(model, rank, adapter_name)
     changed: list[AdapterRanks] = []
     layer: Any
     for name, layer in ranked_layers(model, adapter_name):
         if name in wanted:
-            _warn_if_untrained(layer.lora_views[adapter_name].schedule, wanted[name])
+            warn_if_untrained(layer.lora_views[adapter_name].schedule, wanted[name])
             set_layer_rank(layer, adapter_name, wanted[name])
             changed.append(layer.lora_views[adapter_name])
     prepare((ranks, ranks.rank) for ranks in changed)
-
-
-def _warn_if_untrained(schedule: RankSchedule, rank: int) -> None:
-    if rank in schedule.ranks or rank in schedule.warned or schedule.cuts_alone or not rank:
-        return
-    schedule.warned.add(rank)
-    warnings.warn(
-        f"rank {rank} is not one of the trained ranks {list(schedule.ranks)}: it works, but was not trained.",
-        stacklevel=4,
-    )
 
 
 def get_rank(model: nn.Module, adapter_name: str | None = None) -> int | dict[str, int]:
@@ -329,7 +319,7 @@ def drawn_rank(model: nn.Module, adapter_name: str | None = None) -> int:
         model: the model with DyLoRA adapters.
         adapter_name: the adapter, or None for the first active one.
     """
-    (schedule,) = _schedules(model, _dynamic_adapters(model, adapter_name, stock=False)[:1])
+    (schedule,) = schedules_of(model, adapters_with_ranks(model, adapter_name, stock=False)[:1])
     schedule.refresh()  # a checkpoint may have been loaded
     return schedule.drawn
 
@@ -345,8 +335,8 @@ def at_rank(model: nn.Module, rank: int | dict[str, int], adapter_name: str | No
         RuntimeError: another thread computes with the model outside of `at_rank`, or another task of this thread is
             inside it. A forward pass outside while another thread is inside raises it too.
     """
-    names = _dynamic_adapters(model, adapter_name)
-    with held(model, names), turn(_schedules(model, names)):
+    names = adapters_with_ranks(model, adapter_name)
+    with held(model, names), turn(schedules_of(model, names)):
         before = _asked(model, names)
         try:
             for name in names:
@@ -384,11 +374,11 @@ def calibrate(
         ValueError: the model has no such adapter, its truncation is "prefix", or as in `adapter_moments`. Nothing is
             changed then.
     """
-    name = _dynamic_adapters(model, adapter_name, stock=False)[0]
+    name = adapters_with_ranks(model, adapter_name, stock=False)[0]
     states = {key: layer.lora_views[name] for key, layer in ranked_layers(model, name)}
     check_svd(states, name, "a calibration")
     _check_untied(model, name, "calibrate")
-    (schedule,) = _schedules(model, [name])
+    (schedule,) = schedules_of(model, [name])
     with at_rank(model, schedule.ranks[-1], name):
         moments = adapter_moments(model, batches, loss, name)
         weigh(model, name, moments, damping)

@@ -39,19 +39,20 @@ class RankedFactor(ComputedFactor):
         return self.owner.truncation != "prefix" or self.mixer is not None
 
     def is_plain(self) -> bool:
-        return self.mixer is None and self.owner.in_use == self.owner.max_rank and not self.owner.frozen_below
+        whole = self.owner.in_use == self.owner.max_rank and not self.owner.frozen_below
+        return whole and self.mixer is None and not self.owner.rotated
 
     def state_key(self, full: torch.Tensor) -> tuple[Any, ...]:
-        return (self.owner.in_use, *self.owner.state_key())
+        return (self.owner.in_use, self.owner.mixed_rows, *self.owner.state_key())
 
     def compute(self, full: torch.Tensor) -> torch.Tensor:
         rank = self.rank
         if not rank:  # PEFT knows no rank 0: one component of zeros, also where the factor holds NaN
             return torch.zeros_like(slice_rank(full, self.dim, 1, self.max_rank, self.groups))
-        if self.mixer is None and self.owner.truncation == "prefix":
+        if self.owner.truncation == "prefix" and (self.mixer is None or self.owner.mixed_rows):
             frozen_below = self.owner.frozen_below // self.divisor
             return slice_rank(full, self.dim, rank, self.max_rank, self.groups, frozen_below)
-        if rank == self.max_rank:
+        if rank == self.max_rank and not self.owner.rotated:
             return self.mixed(full)
         if self.owner.truncation == "svd":
             return self._leading(full, rank)
@@ -92,6 +93,7 @@ class AdapterRanks(LayerState):
         frozen_below: components below this one get no gradient in this forward pass.
         rank: the layer's rank at the set rank, in use everywhere but in a training forward pass.
         asked: the rank that was asked for; above `rank` where the layer is capped.
+        mixed_rows: each row of the batch has a rank of its own, up to `in_use`, and `rows` of A's factor cuts to it.
     """
 
     parts: tuple[tuple[nn.Module, str, RankedFactor], tuple[nn.Module, str, RankedFactor]]
@@ -116,11 +118,17 @@ class AdapterRanks(LayerState):
         self.in_use = self.rank = max_rank
         self.frozen_below = 0
         self.asked = max_rank // self.per_rank
+        self.mixed_rows = False
         self._outside_training: tuple[int, float, Any] | None = None  # r, lora_alpha, scaling to go back to
         self._basis: tuple[torch.Tensor, torch.Tensor] | None = None
         self._basis_key: Any = None
 
     # --- the rank
+
+    @property
+    def rotated(self) -> bool:
+        """Whether the factors are in the basis of the singular components even at the full rank, for rows to be cut."""
+        return self.mixed_rows and self.truncation == "svd"
 
     def of(self, rank: int) -> int:
         """The layer's rank where the adapter has `rank`."""

@@ -141,3 +141,14 @@ class RankSchedule(nn.Module):
             if trained < rank:
                 below = trained
         return below
+
+
+def warn_if_untrained(schedule: RankSchedule, rank: int) -> None:
+    """Warn once where a rank is to be used that the training never draws."""
+    if rank in schedule.ranks or rank in schedule.warned or schedule.cuts_alone or not rank:
+        return
+    schedule.warned.add(rank)
+    warnings.warn(
+        f"rank {rank} is not one of the trained ranks {list(schedule.ranks)}: it works, but was not trained.",
+        stacklevel=4,
+    )

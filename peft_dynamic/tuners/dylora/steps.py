@@ -152,12 +152,17 @@ class PassHooks:
     def register(self, model: nn.Module) -> list[Any]:
         """Put them on the model; returns their handles."""
         return [
-            model.register_forward_pre_hook(self.enter),
+            model.register_forward_pre_hook(self.enter, with_kwargs=True),
             model.register_forward_hook(self.leave, always_call=True),
         ]
 
-    def enter(self, module: nn.Module, args: Any) -> None:
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before a forward pass of the model."""
+        if kwargs.get("ranks") is not None:  # many models take any name, and would run at the set rank
+            raise TypeError(
+                f"ranks={kwargs['ranks']!r}: it is an argument of a PeftModel, and {type(module).__name__} cannot take "
+                "it. Make the PeftModel with get_peft_model or PeftModel.from_pretrained, and call that."
+            )
         if torch.compiler.is_compiling():
             return
         schedule = self.schedule

@@ -56,12 +56,12 @@ class CutHooks(PassHooks):
         super().__init__(schedule)
         self.layer, self.adapter_name = weakref.ref(layer), adapter_name
 
-    def enter(self, module: nn.Module, args: Any) -> None:
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         layer = self.layer()
         if layer is None or adapter_gone(layer, self.adapter_name, self.schedule):
             remove_hooks(module, self.schedule)
         else:
-            super().enter(module, args)
+            super().enter(module, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PassHooks:
         schedule, layer = copy.deepcopy(self.schedule, memo), self.layer()
