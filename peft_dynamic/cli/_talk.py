@@ -20,7 +20,6 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 from transformers.generation.streamers import BaseStreamer
 
 from peft_dynamic.cli import _load
-from peft_dynamic.cli._curve import RANKED
 from peft_dynamic.cli._data import Example
 from peft_dynamic.cli._encode import prompt_text
 from peft_dynamic.cli._subject import Subject
@@ -301,9 +300,7 @@ def load_talker(found: Subject) -> Talker:
         typer.BadParameter: the adapter is of another base model.
         UserError: something does not load.
     """
-    kind = found.read.config.peft_type
-    stock = str(getattr(kind, "value", kind)) not in RANKED
-    model, tokenizer = found.load(_Text(), _load.fast_dtype(), stock)
+    model, tokenizer = found.load(_Text(), _load.fast_dtype(), stock=not found.ranked)
     if tokenizer.pad_token is None:
         raise typer.BadParameter(
             f"the tokenizer of {found.base} has no end token, so that no batch can be padded.", param_hint="--model"
