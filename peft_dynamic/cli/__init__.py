@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from peft_dynamic.cli import chat, export, inspect, measure, models, resize, train
+from peft_dynamic.cli import chat, export, inspect, measure, models, page, resize, train
 from peft_dynamic.cli._edge import Edge
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command()(models.models)
 for verb in (measure.measure, inspect.inspect, resize.resize, resize.merge, resize.average):
     app.command()(verb)
 app.command()(chat.chat)
+app.command()(page.app)
 
 
 def main() -> None:
