@@ -18,6 +18,7 @@ from peft_dynamic.cli import (
     measure,
     merge,
     models,
+    page,
     ppo,
     push,
     resize,
@@ -45,6 +46,7 @@ for verb in (measure.measure, compare.compare, inspect.inspect, resize.resize, m
 app.command()(push.push)
 app.command()(card.card)
 app.command()(chat.chat)
+app.command()(page.app)
 
 
 def main() -> None:

@@ -62,17 +62,27 @@ def talk(lines: str, *arguments: object) -> Any:
     return CliRunner().invoke(app, [str(word) for word in words], input=lines)
 
 
-def expected(tiny: Path, folder: Path, prompt: str, rank: int | None, exit: int | None = None) -> str:
+def loaded(tiny: Path, folder: Path) -> tuple[Any, Any]:
+    """The base model, and the adapter on another one."""
+    base, other = (AutoModelForCausalLM.from_pretrained(tiny) for _ in range(2))
+    return base.eval(), PeftModel.from_pretrained(other, folder).eval()
+
+
+def said_by(model: Any, tiny: Path, prompt: str, exit: int | None = None) -> str:
     """By transformers' own generate, one prompt at a time."""
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    model: Any = AutoModelForCausalLM.from_pretrained(tiny)
-    if rank is not None:
-        model = PeftModel.from_pretrained(model, folder)
-        model.set_rank(rank)
     ids = tokenizer(prompt, return_tensors="pt")
-    with exit_at(model.eval(), exit or 2):
+    with exit_at(model, exit or 2):
         found = model.generate(**ids, max_new_tokens=LENGTH, do_sample=False, pad_token_id=0)
     return tokenizer.decode(found[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def expected(tiny: Path, folder: Path, prompt: str, rank: int | None, exit: int | None = None) -> str:
+    """What the base model says, or the adapter at a rank."""
+    base, model = loaded(tiny, folder)
+    if rank is not None:
+        model.set_rank(rank)
+    return said_by(base if rank is None else model, tiny, prompt, exit)
 
 
 def lines_of(result: Any) -> list[str]:

@@ -45,7 +45,7 @@ def test_every_example_has_options_that_there_are() -> None:
 
 def test_every_light_verb_answers_programs() -> None:
     command = typer.main.get_command(app)
-    for verb in VERBS - {"train", "sft", "soft", "ppo", "cite", "classify", "chat"}:
+    for verb in VERBS - {"train", "sft", "soft", "ppo", "cite", "classify", "chat", "app"}:
         options = {name for each in command.commands[verb].params for name in each.opts}  # type: ignore[attr-defined]
         assert "--json" in options, verb
         assert ("--dry-run" in options) == (verb in {"resize", "merge", "average", "export", "push"}), verb

@@ -39,7 +39,11 @@ def probe(arguments: list[str], argv0: str = "/some/where/bin/peft-dynamic") -> 
 
 @pytest.mark.parametrize(
     "verb",
-    [[], *([verb] for verb in ("train", "export", "models", "measure", "inspect", "resize", "push", "card", "chat"))],
+    [
+        [],
+        *([verb] for verb in ("train", "export", "models", "measure", "inspect", "resize")),
+        *([verb] for verb in ("push", "card", "chat", "app")),
+    ],
 )
 def test_help_waits_for_no_library(verb: list[str]) -> None:
     printed = probe([*verb, "--help"])

@@ -70,6 +70,18 @@ def test_logits_are_those_of_the_rows_apart(cut: str, scaling: str) -> None:
     assert model.get_rank() == 2
 
 
+@pytest.mark.parametrize("rank", [4, 8])
+@pytest.mark.parametrize("cut", CUTS)
+def test_what_is_kept_for_one_rank_is_not_taken_for_rows(cut: str, rank: int) -> None:
+    model = perturbed(**CUTS[cut])
+    expected = apart(model, [rank, 1], rows(2))
+    model.set_rank(rank)
+    for _ in range(2):  # factors that were computed are kept between passes at the same rank
+        alone = together(model, None, rows(2))
+        torch.testing.assert_close(alone[0], expected[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(together(model, [rank, 1], rows(2)), expected, rtol=0, atol=1e-5)
+
+
 def test_caps_budgets_and_scales_of_modules() -> None:
     model = perturbed(rank_pattern={"k_proj": 3}, alpha_pattern={"up_proj": 3}, scaling="alpha/b")
     budget = {"q_proj": 0, "layers.1.mlp.up_proj": 5, "k_proj": 2}

@@ -170,9 +170,11 @@ def active_ranked_adapter(model: nn.Module, adapter_name: str | None = None) -> 
     return adapters_with_ranks(model, adapter_name)[0]
 
 
-def ranks_of_layers(model: nn.Module, rank: int | dict[str, int], adapter_name: str) -> dict[str, int]:
+def ranks_of_layers(
+    model: nn.Module, rank: int | dict[str, int], adapter_name: str, layers: Mapping[str, Any] | None = None
+) -> dict[str, int]:
     """Module name -> rank asked for, checked in whole before anything is changed."""
-    layers: dict[str, Any] = dict(ranked_layers(model, adapter_name))
+    layers = dict(ranked_layers(model, adapter_name)) if layers is None else layers
     if isinstance(rank, dict):
         _check_untied(model, adapter_name, f"rank={rank!r}")
         wanted = {}

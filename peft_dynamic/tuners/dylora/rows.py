@@ -150,14 +150,15 @@ def row_ranks(model: Any, ranks: Sequence[Rank], adapter_name: str | None = None
         kinds = sorted({str(getattr(c.peft_type, "value", c.peft_type)) for c in model.peft_config.values()})
         raise ValueError(f"ranks={batch.ranks!r}: {error} Its adapters are of type {', '.join(kinds)}.") from error
     with held(model, names), turn(schedules_of(model, names)), ExitStack() as stack:
-        layers = [(name, *found) for name in names for found in ranked_layers(model, name)]
+        layers: dict[str, dict[str, Any]] = {name: dict(ranked_layers(model, name)) for name in names}
+        each = [(name, module, layer) for name in names for module, layer in layers[name].items()]
         _check_model(model, batch, names)
-        for name, module, layer in layers:
+        for name, module, layer in each:
             _check_layer(layer, name, module, batch)
-        wanted = {name: _wanted(model, name, batch.ranks) for name in names}
-        for name, module, layer in layers:
+        wanted = {name: _wanted(model, name, layers[name], batch.ranks) for name in names}
+        for name, module, layer in each:
             stack.enter_context(_at(layer, name, wanted[name][module], batch))
-        states = [layer.lora_views[name] for name, _, layer in layers]
+        states = [layer.lora_views[name] for name, _, layer in each]
         find_bases(state for state in states if state.rotated and state.in_use and state.is_out_of_date())
         yield batch
 
@@ -174,9 +175,8 @@ def _listed(ranks: Any) -> list[Rank]:
     return list(listed)
 
 
-def _wanted(model: Any, adapter_name: str, ranks: Sequence[Rank]) -> dict[str, list[int]]:
+def _wanted(model: Any, adapter_name: str, layers: dict[str, Any], ranks: Sequence[Rank]) -> dict[str, list[int]]:
     """Module name -> the rank of the adapter there at each row."""
-    layers: dict[str, Any] = dict(ranked_layers(model, adapter_name))
     schedule = next(iter(layers.values())).lora_views[adapter_name].schedule
     found: dict[str, list[int]] = {module: [] for module in layers}
     for rank in ranks:
@@ -184,7 +184,7 @@ def _wanted(model: Any, adapter_name: str, ranks: Sequence[Rank]) -> dict[str, l
             asked = dict.fromkeys(layers, 0)
         else:
             set_now = {module: layer.lora_views[adapter_name].asked for module, layer in layers.items()}
-            asked = set_now | ranks_of_layers(model, rank, adapter_name)
+            asked = set_now | ranks_of_layers(model, rank, adapter_name, layers)
         for module, value in asked.items():
             warn_if_untrained(schedule, value)
             found[module].append(value)
