@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_dynamic import DyLoRAConfig
 from peft_dynamic.trainers import HubCallback
@@ -26,6 +26,17 @@ DYLORA = DyLoRAConfig(r=4, ranks=[1, 2, 4], target_modules=["q_proj", "v_proj"],
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 
+class Patient(TrainerCallback):
+    """Waits for each push: a thread makes it, and a slow one would give way to the next, or be of its files."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        if self.trainer.push_in_progress is not None:
+            self.trainer.push_in_progress.wait_until_done()
+
+
 def trained(output: Path, callback: HubCallback | None, config: Any = DYLORA, **settings: Any) -> Trainer:
     arguments: dict[str, Any] = {"max_steps": 2, "save_steps": 1, "push_to_hub": True, "hub_model_id": "me/poet"}
     arguments |= {"per_device_train_batch_size": 2, "learning_rate": 0.1, "use_cpu": True, "report_to": []}
@@ -36,9 +47,8 @@ def trained(output: Path, callback: HubCallback | None, config: Any = DYLORA, **
         train_dataset=[{"input_ids": torch.arange(i, i + 6), "labels": torch.arange(i, i + 6)} for i in range(4)],
         callbacks=[callback] if callback else [],
     )
+    trainer.add_callback(Patient(trainer))
     trainer.train()
-    if trainer.push_in_progress is not None:
-        trainer.push_in_progress.wait_until_done()
     return trainer
 
 
