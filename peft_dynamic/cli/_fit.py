@@ -204,6 +204,26 @@ def model_settings(given: Given) -> dict[str, Any]:
     return own | (json.loads(more) if isinstance(more, str) else dict(more or {}))
 
 
+def supervised(kind: Any) -> Callable[[Given], Any]:
+    """What makes SFTTrainer, or a trainer that takes the same, of the settings."""
+
+    def trainer(given: Given) -> Any:
+        from trl import get_quantization_config
+
+        train, evaluation = data(given)
+        given.training.model_init_kwargs = model_settings(given)
+        return kind(
+            given.model.model_name_or_path,
+            args=given.training,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            quantization_config=get_quantization_config(given.model),
+            peft_config=given.peft_config,
+        )
+
+    return trainer
+
+
 def tokenizer(given: Given) -> Any:
     """The base model's tokenizer, with a token to pad with."""
     from transformers import AutoTokenizer
@@ -380,10 +400,10 @@ def _is_main() -> bool:
 def _how_to_go_on(given: Given | None) -> str:
     """After an interruption: what is there, and the command that goes on."""
     found = checkpoints(Path(given.training.output_dir)) if given is not None else []
-    again = command_line("--overwrite")
-    if not found:
+    again = command_line()
+    if given is None or not found:
         return f"Nothing was saved yet. Start again with: {again}"
     step = found[-1].name.rpartition("-")[2]
-    if "--resume_from_checkpoint" not in again:
-        again = f"{again} --resume_from_checkpoint {LAST}"
+    # Of an option that is given twice the last one counts, and it comes before the file's
+    again += f"{' --overwrite false' if given.script.overwrite else ''} --resume_from_checkpoint {LAST}"
     return f"{found[-1].parent} has all up to step {step}. Go on with: {again}"

@@ -30,21 +30,9 @@ def sft(context: typer.Context) -> None:
 
 
 def _build() -> Any:
-    from trl import DatasetMixtureConfig, SFTConfig, SFTTrainer, get_quantization_config
+    from trl import DatasetMixtureConfig, SFTConfig, SFTTrainer
 
     from peft_dynamic.cli import _fit
     from peft_dynamic.trainers.arguments import RunArguments
 
-    def trainer(given: _fit.Given) -> Any:
-        train, evaluation = _fit.data(given)
-        given.training.model_init_kwargs = _fit.model_settings(given)
-        return SFTTrainer(
-            given.model.model_name_or_path,
-            args=given.training,
-            train_dataset=train,
-            eval_dataset=evaluation,
-            quantization_config=get_quantization_config(given.model),
-            peft_config=given.peft_config,
-        )
-
-    return _fit.Recipe(SFTConfig, trainer, RunArguments, mixture=DatasetMixtureConfig)
+    return _fit.Recipe(SFTConfig, _fit.supervised(SFTTrainer), RunArguments, mixture=DatasetMixtureConfig)

@@ -35,23 +35,11 @@ def soft(context: typer.Context) -> None:
 
 
 def _build() -> Any:
-    from trl import DatasetMixtureConfig, get_quantization_config
+    from trl import DatasetMixtureConfig
 
     from peft_dynamic.cli import _fit
     from peft_dynamic.trainers.arguments import RunArguments
     from peft_dynamic.trainers.soft.config import SoFTConfig
     from peft_dynamic.trainers.soft.trainer import SoFTTrainer
 
-    def trainer(given: _fit.Given) -> Any:
-        train, evaluation = _fit.data(given)
-        given.training.model_init_kwargs = _fit.model_settings(given)
-        return SoFTTrainer(
-            given.model.model_name_or_path,
-            given.training,
-            train_dataset=train,
-            eval_dataset=evaluation,
-            quantization_config=get_quantization_config(given.model),
-            peft_config=given.peft_config,
-        )
-
-    return _fit.Recipe(SoFTConfig, trainer, RunArguments, mixture=DatasetMixtureConfig)
+    return _fit.Recipe(SoFTConfig, _fit.supervised(SoFTTrainer), RunArguments, mixture=DatasetMixtureConfig)

@@ -323,3 +323,33 @@ def test_train_writes_the_file_with_which_sft_gives_its_weights(tmp_path: Path, 
     assert trained
     for name in trained:
         assert torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("twice", [[], ["--overwrite", "true"]])
+def test_the_command_that_goes_on_is_one_that_works(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, twice: list[str]
+) -> None:
+    import shlex
+    import sys
+
+    from trl import SFTConfig
+
+    from peft_dynamic.cli import _fit
+    from peft_dynamic.trainers.arguments import RunArguments
+
+    recipe = _fit.Recipe(SFTConfig, lambda given: None, RunArguments)
+    given = ["--model_name_or_path", str(tiny), "--dataset_name", "x/y", "--output_dir", str(tmp_path / "out"), *twice]
+
+    def read(words: list[str]) -> Any:
+        return _fit._given(_fit._parser("sft", recipe), recipe, words)
+
+    monkeypatch.setattr(sys, "argv", ["peft-dynamic", "sft", *given])
+    first = read(given)
+    assert "Nothing was saved yet" in _fit._how_to_go_on(first)
+    (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
+    again = _fit._how_to_go_on(first)
+    assert "has all up to step 3" in again
+    words = shlex.split(again.partition("Go on with: ")[2])
+    second = read(words[2:])
+    assert second.training.resume_from_checkpoint == str(tmp_path / "out" / "checkpoint-3")
+    assert not second.script.overwrite
