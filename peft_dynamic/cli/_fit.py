@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import sys
@@ -125,6 +126,8 @@ def _given(parser: Any, recipe: Recipe, words: list[str]) -> Given:
     if not model.model_name_or_path:
         raise ValueError("--model_name_or_path is missing: name the base model, a folder or a name on the Hub.")
     model.model_name_or_path = check_model(model.model_name_or_path, "--model_name_or_path")
+    if training.hub_token:  # Trainer pickles its settings into training_args.bin, which it pushes too
+        os.environ["HF_TOKEN"], training.hub_token = training.hub_token, None
     if training.load_best_model_at_end and "save_steps" not in parser.given:
         training.save_strategy, training.save_steps = training.eval_strategy, training.eval_steps
     if not sys.stderr.isatty() and "disable_tqdm" not in parser.given:

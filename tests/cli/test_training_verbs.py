@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 import yaml
 from safetensors.torch import load_file
 
@@ -164,6 +165,34 @@ def encoded(base: Path, rows: list[dict[str, str]], size: int) -> list[dict[str,
         found.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
     collate = DataCollatorForSeq2Seq(tokenizer, padding=True)
     return [collate(found[i : i + size]) for i in range(0, len(found), size)]
+
+
+def test_a_token_is_in_no_file(tmp_path: Path, tiny: Path) -> None:
+    rows = write(tmp_path / "rows.jsonl", ROWS)
+    settings = {"model_name_or_path": tiny, "dataset_name": rows, **RUN, **DYLORA, "max_steps": 1}
+    done = run("sft", tmp_path, output_dir=tmp_path / "out", hub_token="hf_nobody_may_see_this", **settings)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {"run.yaml", "training_args.bin"} <= {path.name for path in files}
+    assert [path for path in files if b"nobody_may_see" in path.read_bytes()] == []
+    assert "nobody_may_see" not in done.stdout + done.stderr
+
+
+def test_labels_are_names_numbers_or_values() -> None:
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    from peft_dynamic.cli._classes import Labels
+
+    named = Labels.of(Dataset.from_list(CLASSES), "label")
+    assert [named.number(label) for label in ("no", "yes", 1)] == [0, 1, 1]
+    numbers = Labels.of(Dataset.from_list([{"label": 0}, {"label": 2}]), "label")
+    assert numbers.names == ("0", "1", "2")
+    assert Labels.of(Dataset.from_list([{"label": 0.5}, {"label": 2.0}]), "label").number(2) == 2.0
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["b", "a"])})
+    assert Labels.of(Dataset.from_dict({"text": ["x"], "label": [1]}, features), "label").names == ("b", "a")
+    with pytest.raises(typer.BadParameter, match="'maybe' is no label of the training rows, which have no, yes"):
+        named.number("maybe")
+    with pytest.raises(typer.BadParameter, match="labels are names, whole numbers from 0"):
+        Labels.of(Dataset.from_list([{"label": 1}, {"label": None}]), "label")
 
 
 def test_soft_trains_depths_under_an_adapter(tmp_path: Path, tiny: Path) -> None:
