@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from peft_dynamic.hosts.deepspeed import is_parted
+
 
 def real(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, the module's parameter or buffer of this name, or where that is offloaded what accelerate has of it.
@@ -40,11 +42,6 @@ def is_put_away_by_host(module: nn.Module, tensor: torch.Tensor) -> bool:
         if hook is None or any(getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook])):
             return True
     return "weight" in names or hasattr(tensor, "placements") or getattr(tensor, "_fsdp_flattened", False)
-
-
-def is_parted(tensor: torch.Tensor) -> bool:
-    """Whether DeepSpeed's ZeRO-3 holds the tensor in parts at the moment."""
-    return not tensor.numel() and hasattr(tensor, "ds_id")
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:

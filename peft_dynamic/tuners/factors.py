@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -19,7 +19,8 @@ from peft.tuners.lora.layer import LoraLayer, MultiheadAttention
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from peft_dynamic.hosts.offload import is_parted, is_sharded
+from peft_dynamic.hosts.deepspeed import gather_with, is_imported, is_parted
+from peft_dynamic.hosts.offload import is_sharded
 from peft_dynamic.tuners.computed import (
     COMPUTED_CLASSES,
     ComputedConv1d,
@@ -111,12 +112,7 @@ class LayerState:
             return factor.compute(full)
         if torch.compiler.is_compiling():
             return factor.anew(full)
-        if is_parted(full):
-            raise RuntimeError(
-                "DeepSpeed ZeRO-3 has parted the factors of an adapter, and gathers each for its own module's forward "
-                "pass only; this method computes from several. Use DDP, FSDP2 or, with a method that draws no ranks, "
-                "ZeRO-2."
-            )
+        self.check_gathered([full])
         if torch.is_grad_enabled():
             if not self.in_forward:
                 return factor.anew(full)
@@ -131,6 +127,15 @@ class LayerState:
             self._kept[factor.dim] = kept = (key, factor.anew(full))
             self.remember()
         return kept[1]
+
+    def check_gathered(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Raise RuntimeError where ZeRO-3 holds one of these in parts."""
+        if any(map(is_parted, tensors)):
+            raise RuntimeError(
+                f"DeepSpeed ZeRO-3 holds the factors of {self.name or 'a layer'} in parts, and gathers them for the "
+                "layer's forward and backward pass alone. Save the adapter with trainer.save_model, which gathers them "
+                "on every process, and load or export what it wrote."
+            )
 
     def remember(self) -> None:
         """Something was computed from the factors as they are now."""
@@ -250,6 +255,8 @@ class ComputedLayer:
             return super().get_delta_weight(adapter, *args, **kwargs)  # type: ignore[misc]  # as above
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and is_imported():
+            gather_with(self, _computed_from(self))
         if not self.training or self.merged:
             return self._infer(*args, **kwargs)
         for part in _layers_of(self):
@@ -325,6 +332,13 @@ def computed_layer_class(base: type) -> type:
 def _layers_of(layer: LoraLayer) -> tuple[LoraLayer, ...]:
     # MultiheadAttention computes with its out_proj's factors without calling out_proj.
     return (layer, layer.get_base_layer().out_proj) if isinstance(layer, MultiheadAttention) else (layer,)
+
+
+def _computed_from(layer: LoraLayer) -> Iterator[torch.Tensor]:
+    """What the factors of the layer are computed from, which DeepSpeed would gather for modules of their own."""
+    for part in _layers_of(layer):
+        for state in part.lora_views.values():
+            yield from state.sources()
 
 
 def is_viewed(layer: nn.Module, adapter_name: str) -> bool:

@@ -217,15 +217,20 @@ def test_ranks_on_a_model_of_transformers_follow_the_switches() -> None:
 
 
 @pytest.mark.parametrize("mark", ["_hp_mapping", "ds_id"])
-def test_deepspeed_is_refused_where_ranks_are_drawn(mark: str) -> None:
+def test_a_deepspeed_engine_whose_steps_are_not_seen_is_refused(mark: str) -> None:
     """By the marks that ZeRO-1 and 2, and ZeRO-3, of DeepSpeed 0.19 leave on the parameters that they hold."""
     model = adapted()
     for parameter in model.parameters():
         if parameter.requires_grad:
             setattr(parameter, mark, None)
-    model.eval()(input_ids=rows(2))
-    with pytest.raises(RuntimeError, match=r"DeepSpeed ZeRO steps over flat copies .* every step would train rank"):
+    flat = torch.nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.SGD([flat])
+    for _ in range(2):
         model.train()(input_ids=rows(2))
+        optimizer.step()
+    model.train()(input_ids=rows(2))
+    with pytest.raises(RuntimeError, match=r"DeepSpeed has stepped 3 times .* every step would train rank 4"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("method", ["moslora", "loretta-rep", "dylora", "dylora-mixer"])
@@ -237,7 +242,7 @@ def test_factors_that_deepspeed_has_parted_are_named(method: str) -> None:
             parameter.data = torch.empty(0)
     if hasattr(model, "set_rank"):
         model.set_rank(2)
-    with pytest.raises(RuntimeError, match="DeepSpeed ZeRO-3 has parted"):
+    with pytest.raises(RuntimeError, match=r"DeepSpeed ZeRO-3 holds the factors of \S+ in parts"):
         model.eval()(input_ids=rows(2))
     other = with_method(method)  # no affair of another model's
     step(other, torch.optim.AdamW(other.parameters()))

@@ -6,7 +6,7 @@ writes what PEFT reads (`r`, `lora_alpha`, `scaling`) into the layer. A factor l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import count
 from typing import Any
 
@@ -165,14 +165,11 @@ class AdapterRanks(LayerState):
     def is_trained(self) -> bool:
         return any(factor.requires_grad for factor in self.factors())
 
-    def moving_parts(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Each factor with the mask of the components that this step trains under update="frozen"."""
+    def moving_parts(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """For both factors, whose values these are: the mask of what this step trains under update="frozen"."""
         stop = self.of(self.schedule.drawn)
         start = self.of(self.schedule.below(self.schedule.drawn))
-        return [
-            (stored, factor.block_mask(stored, start, stop))
-            for stored, (_, _, factor) in zip(self.factors(), self.parts, strict=True)
-        ]
+        return [factor.block_mask(value, start, stop) for value, (_, _, factor) in zip(values, self.parts, strict=True)]
 
     # --- the basis of truncation="svd"
 
@@ -197,10 +194,12 @@ class AdapterRanks(LayerState):
     @torch.compiler.disable
     def _current_basis(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self.is_out_of_date():
+            self.check_gathered(self.factors())
             if any(is_sharded(factor) for factor in self.factors()):
                 raise RuntimeError(
-                    "truncation='svd' needs both factors of a layer at once, and FSDP has gathered one of them only: "
-                    "wrap whole transformer blocks, not single linear layers, or use truncation='prefix'."
+                    "truncation='svd' needs both factors of a layer at once, and FSDP2 has not gathered both. In a "
+                    "pass: wrap whole transformer blocks, not single linear layers, or use truncation='prefix'. "
+                    "Outside of one: save the adapter with trainer.save_model, and load or export what it wrote."
                 )
             find_bases([self])
         assert self._basis is not None
