@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -77,9 +78,9 @@ def _told(step: Callable[..., Any]) -> Callable[..., Any]:
     return told
 
 
-def is_parted(tensor: torch.Tensor) -> bool:
+def is_parted(tensor: torch.Tensor | None) -> bool:
     """Whether ZeRO-3 holds the tensor in parts at the moment."""
-    return not tensor.numel() and hasattr(tensor, "ds_id")
+    return tensor is not None and not tensor.numel() and hasattr(tensor, "ds_id")
 
 
 def steps_over_copies(tensor: torch.Tensor) -> bool:
@@ -123,3 +124,33 @@ def gather_with(module: nn.Module, parameters: Iterable[torch.Tensor]) -> None:
             parameter.ds_active_sub_modules.add(module.ds_id)
             if is_parted(parameter):
                 parameter.all_gather()
+
+
+@contextmanager
+def gathering(model: nn.Module) -> Iterator[None]:
+    """Let a model whose parameters ZeRO-3 has parted run before an engine has it: each module gathers its own.
+
+    Every process has to run it, on inputs alike.
+    """
+    parted = [module for module in model.modules() if any(map(is_parted, module._parameters.values()))]
+    if not parted:
+        yield
+        return
+    import deepspeed
+
+    open_ones: dict[nn.Module, ExitStack] = {}
+
+    def enter(module: nn.Module, args: Any) -> None:
+        open_ones[module] = ExitStack()
+        open_ones[module].enter_context(deepspeed.zero.GatheredParameters([*module.parameters(recurse=False)]))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        open_ones.pop(module).close()
+
+    handles = [module.register_forward_pre_hook(enter) for module in parted]
+    handles += [module.register_forward_hook(leave, always_call=True) for module in parted]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -47,3 +47,19 @@ def is_put_away_by_host(module: nn.Module, tensor: torch.Tensor) -> bool:
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether FSDP2, or DeepSpeed's ZeRO-3, holds the tensor in parts at the moment."""
     return hasattr(tensor, "placements") or is_parted(tensor)
+
+
+def whole(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A tensor that FSDP2 holds in parts, gathered, with a gradient that is averaged over the processes as FSDP2's are.
+
+    Of a module whose forward pass is not what reads it: FSDP2 gathers, and reduces gradients, around these alone.
+    """
+    if tensor is None or not hasattr(tensor, "placements"):
+        return tensor
+    from torch.distributed.tensor import DTensor, Partial
+
+    assert isinstance(tensor, DTensor)
+    gathered = tensor.full_tensor(grad_placements=[Partial()] * tensor.device_mesh.ndim)
+    if gathered.requires_grad:
+        gathered.register_hook(lambda gradient: gradient / tensor.device_mesh.size())
+    return gathered

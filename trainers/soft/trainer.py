@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from peft import PeftType
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 from transformers.utils import ModelOutput
 
 from peft_dynamic.functional.exit_loss import IGNORED, exit_losses
 from peft_dynamic.hosts.decoder import Decoder, check_decoder, find_decoder, layer_state
+from peft_dynamic.hosts.deepspeed import gather_with, gathering
+from peft_dynamic.hosts.offload import whole
 from peft_dynamic.hosts.quantization import unpack_bnb_4bit
 from peft_dynamic.trainers.soft.config import SoFTConfig, draw_exits
 
@@ -66,7 +67,8 @@ class SoFTTrainer(SFTTrainer):
     loss is the weighted mean over the exits of the loss of the model cut to each exit, with the final norm and the head
     shared, divided by the number of labelled tokens in the step as `SFTTrainer` does.
 
-    Overrides `__init__` (checks, and one more wrapper around the model's forward), `compute_loss` and nothing else.
+    Overrides `__init__` (checks, and one more wrapper around the model's forward), `compute_loss`, and of
+    `evaluation_loop` the loss, which is one mean over the labelled tokens of all batches and processes.
     Logged are `exit_<depth>_loss` for each exit, in training and evaluation, and of `SFTTrainer`'s metrics `num_tokens`
     and the full depth's `mean_token_accuracy`, but not `entropy`.
 
@@ -77,7 +79,7 @@ class SoFTTrainer(SFTTrainer):
     Raises:
         ValueError: before any training, for what exits do not work with: an architecture without a list of layers, a
             final norm and a plain head; an adapter on the head; a router's loss; `compute_loss_func`; sequence, context
-            and tensor parallelism; DeepSpeed ZeRO-3; `nn.DataParallel`.
+            and tensor parallelism; `nn.DataParallel`.
 
     Source: P. Kavehzadeh, M. Valipour, M. Tahaei, A. Ghodsi, B. Chen, M. Rezagholizadeh: Sorted LLaMA: Unlocking the
     Potential of Intermediate Layers of Large Language Models for Dynamic Inference, Findings of EACL 2024,
@@ -101,7 +103,8 @@ class SoFTTrainer(SFTTrainer):
         self.decoder = find_decoder(self.model)
         self._check_setting()
         unpack_bnb_4bit(self.model)
-        check_decoder(self.decoder)
+        with gathering(self.model):
+            check_decoder(self.decoder)
         self.exits = self.args.trained_exits(self.decoder.depth)
         self.eval_exits = self.args.evaluated_exits(self.decoder.depth)
         self._check_trained(self.exits[0])
@@ -109,7 +112,8 @@ class SoFTTrainer(SFTTrainer):
         # Of a forward without **kwargs Trainer thinks that it cannot divide by the tokens of a whole step; ours does.
         self.model_accepts_loss_kwargs = True
         self._sums: dict[tuple[str, str], tuple[float, float]] = {}  # (mode, metric): its sum and its tokens
-        _add_exits(self.decoder)
+        self._evaluated = (0.0, 0.0)  # the same of the loss of this evaluation
+        _add_exits(self.decoder, self.model)
 
     def _check_setting(self) -> None:
         """Raise for what cannot work, as far as `SFTTrainer` has not."""
@@ -127,11 +131,6 @@ class SoFTTrainer(SFTTrainer):
             raise ValueError(
                 f"parallelism_config={parallel}: sequence, context and tensor parallelism split what the exits' losses "
                 "need whole; use DDP or FSDP."
-            )
-        plugin = self.args.deepspeed_plugin
-        if plugin is not None and plugin.zero_stage == 3:
-            raise ValueError(
-                "deepspeed: under ZeRO-3 the head is not whole where the exits need it; use ZeRO-2 or FSDP."
             )
 
     def _check_trained(self, shallowest: int) -> None:
@@ -166,6 +165,24 @@ class SoFTTrainer(SFTTrainer):
         with torch.no_grad():
             return loss, model(**{name: value for name, value in inputs.items() if name != "labels"})
 
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Trainer's; its loss is a mean of means by batch and process, and here the mean over all labelled tokens."""
+        self._evaluated = (0.0, 0.0)
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        total, tokens = self._evaluated
+        if tokens and output.metrics is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = total / tokens
+        return output
+
     def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch without labels in those rows with which accelerate fills up the last batch of several processes."""
         labels, loader = inputs["labels"], self.accelerator.gradient_state
@@ -193,10 +210,13 @@ class SoFTTrainer(SFTTrainer):
         assert output.tokens is not None
         mask = inputs.get("attention_mask")
         seen = torch.tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
-        counts = [output.tokens, output.correct[-1], seen.to(output.nll.device)]
+        assert output.loss is not None
+        counts = [output.loss.detach().float(), output.tokens, output.correct[-1], seen.to(output.nll.device)]
         # Not gather_for_metrics: it would take the last batch's sums for rows, and drop some
         sums = self.accelerator.gather(torch.stack([*output.nll, *counts])[None]).sum(0).tolist()
-        *nll, tokens, correct, seen = sums
+        *nll, loss, tokens, correct, seen = sums
+        if mode == "eval":
+            self._evaluated = (self._evaluated[0] + loss, self._evaluated[1] + tokens)
         for depth, value in zip(exits, nll, strict=True):
             self._add(mode, f"exit_{depth}_loss", value, tokens)
         if exits[-1] == self.decoder.depth:
@@ -225,8 +245,11 @@ def _soft_args(model: Any, args: TrainingArguments | None) -> SoFTConfig:
     return SoFTConfig(**{field.name: getattr(args, field.name) for field in fields(args) if field.init})
 
 
-def _add_exits(decoder: Decoder) -> None:
-    """Give the model's forward the arguments `exits` and `exit_weights`; without them it is what it was."""
+def _add_exits(decoder: Decoder, outer: nn.Module) -> None:
+    """Give the model's forward the arguments `exits` and `exit_weights`; without them it is what it was.
+
+    `outer` is what is called in training: the model, or PEFT's around it, which calls its forward without hooks.
+    """
     model = decoder.model
     before: Callable[..., Any] = model.forward
 
@@ -237,12 +260,16 @@ def _add_exits(decoder: Decoder) -> None:
         original = self is model
         if exits is None:
             return before(*args, **kwargs) if original else type(self).forward(self, *args, **kwargs)
-        return _exit_forward(decoder if original else find_decoder(self), args, kwargs, exits)
+        if original:
+            return _exit_forward(decoder, outer, args, kwargs, exits)
+        return _exit_forward(find_decoder(self), self, args, kwargs, exits)
 
     model.forward = types.MethodType(forward, model)
 
 
-def _exit_forward(decoder: Decoder, args: tuple, kwargs: dict[str, Any], exits: list[int]) -> ExitOutput:
+def _exit_forward(
+    decoder: Decoder, outer: nn.Module, args: tuple, kwargs: dict[str, Any], exits: list[int]
+) -> ExitOutput:
     """One pass of the backbone and the losses of its exits, summed over the labelled tokens."""
     weights, labels = kwargs.pop("exit_weights"), kwargs.pop("labels")[:, 1:]
     for name in ("output_hidden_states", "output_attentions", "return_dict"):  # PEFT passes them on, as None
@@ -264,7 +291,9 @@ def _exit_forward(decoder: Decoder, args: tuple, kwargs: dict[str, Any], exits: 
             handle.remove()
     hidden = [last[:, :-1][keep] if k == decoder.depth else decoder.finish(states[k]) for k in exits]
     head = decoder.head
-    weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in (head.weight, head.bias))
+    gather_with(outer, head.parameters(recurse=False))
+    weight, bias = whole(head.weight), whole(head.bias)
+    assert weight is not None
     losses = exit_losses(
         torch.stack([state.to(weight.device) for state in hidden]),
         labels[keep].to(weight.device),

@@ -1,0 +1,127 @@
+"""SoFT in one process or in two under an engine; writes what came out.
+
+python soft_script.py ENGINE OUT CASES...
+
+Four steps of two micro-batches with two drawn exits, an evaluation whose last batch is filled up, saving, and a resume
+from the second step.
+"""
+
+import gc
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from tests.distributed.gloo import arguments, use
+
+ENGINE, OUT, *CASES = sys.argv[1:]
+use(ENGINE)
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from peft_dynamic.trainers import SoFTConfig
+from tests.trainers.soft.common import rows, trainer
+from tests.trainers.soft.families import build
+
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+OF_THE_CLOCK = ("runtime", "per_second", "total_flos", "epoch")
+
+
+def lora(**settings: Any) -> dict[str, Any]:
+    return {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **settings)}
+
+
+# A full fine-tuning with a head that is the embedding, and with one of its own; adapters, one with a head.
+KINDS: dict[str, dict[str, Any]] = {
+    "tied": {"tie": True},
+    "untied": {"tie": False},
+    "lora": {"tie": False, **lora()},
+    "lora-head": {"tie": False, **lora(modules_to_save=["lm_head"])},
+    "loaded": {"tie": True, "loaded": True, **lora()},
+}
+
+
+def model_for(tie: bool, loaded: bool) -> Any:
+    model = build("llama")
+    model.config.tie_word_embeddings = tie
+    if tie:
+        model.tie_weights()
+    if not loaded:
+        return model
+    folder = f"{Path(OUT).with_suffix('')}-base"
+    if int(os.environ.get("RANK", 0)) == 0:
+        model.save_pretrained(folder)
+    if dist.is_initialized():
+        dist.barrier()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)  # in parts under ZeRO-3
+
+
+def train(kind: str, resume: bool) -> dict[str, Any]:
+    settings = dict(KINDS[kind])
+    folder = Path(f"{Path(OUT).with_suffix('')}-{kind}")
+    more = arguments(
+        ENGINE,
+        exits_per_step=1,
+        max_steps=4,
+        per_device_train_batch_size=2 // PROCESSES,
+        per_device_eval_batch_size=4 // PROCESSES,
+        gradient_accumulation_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        learning_rate=1e-2,
+        adam_epsilon=1e-2,  # as in tuners_script.py; SGD has no state, which torch cannot load under FSDP2
+        max_grad_norm=0.5,
+        use_cpu=ENGINE in ("single", "ddp"),
+    )
+    kept = None
+    if settings.get("loaded"):  # zero.Init wants to know the engine when the model is loaded
+        engine = {name: more[name] for name in ("deepspeed", "fsdp", "fsdp_config", "use_cpu") if name in more}
+        kept = SoFTConfig(str(folder), bf16=False, **engine)
+    model = model_for(settings.pop("tie"), settings.pop("loaded", False))
+    made = trainer(folder, model, rows(16), rows(7), **more, **settings)
+    made.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
+    out = folder / ("resumed" if resume else "whole")
+    made.save_model(str(out))
+    made.accelerator.wait_for_everyone()
+    saved: dict[str, torch.Tensor] = {}
+    for file in sorted(out.glob("*.safetensors")):
+        saved |= load_file(file)
+    logs = [
+        {key: value for key, value in entry.items() if not key.endswith(OF_THE_CLOCK)}
+        for entry in made.state.log_history
+    ]
+    found = {"saved": saved, "logs": logs, "type": made.accelerator.distributed_type.value}
+    del kept
+    made.accelerator.free_memory()  # DDP's reducer before the process group, see tests/tuners/distributed_script.py
+    made.model_wrapped = made.model
+    del made
+    AcceleratorState._reset_state(reset_partial_state=False)
+    gc.collect()
+    return found
+
+
+def main() -> None:
+    results: dict[str, Any] = {}
+    for kind in CASES:
+        try:
+            results[kind] = {"whole": train(kind, False), "resumed": train(kind, True)}
+        except Exception:
+            results[kind] = {"error": traceback.format_exc()}
+        gc.collect()
+    if int(os.environ.get("RANK", 0)) == 0:
+        torch.save(results, OUT)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
