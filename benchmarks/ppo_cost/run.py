@@ -1,5 +1,8 @@
 """Time and memory of a rollout with its update, beside the PPOTrainer of TRL 1.12.0, the last release that had one.
 
+The part "floor" measures ours beside what nothing can do without, in one process and in turns: the same generation, and
+as many SFT steps on the same tokens as there are PPO epochs.
+
 Both train the same policy with the same LoRA on prompts of 32 tokens, completions of exactly 48 and 4 PPO epochs over
 batches of 8. TRL's needs a model for the rewards and one for the values; ours is measured with a function and its
 value head, and with the same two models. Each variant is a process of its own, and they take turns, one rollout at a
@@ -30,6 +33,7 @@ VARIANTS = {
     "ours, without KL": "no-kl",
 }
 WARM_UP = 1
+OURS, FLOOR, TIGHT = "ours", "floor", "floor, only completions meet the vocabulary"
 
 
 def tokenizer() -> Any:
@@ -151,9 +155,9 @@ def adapter() -> Any:
     return LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 
-def work(variant: str, model: str | None, rollouts: int) -> None:
-    """Run one variant, a rollout for each line on stdin."""
-    shared: dict[str, Any] = {
+def settings() -> dict[str, Any]:
+    """What both trainers are given."""
+    return {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": BATCH,
         "num_ppo_epochs": EPOCHS,
@@ -167,7 +171,11 @@ def work(variant: str, model: str | None, rollouts: int) -> None:
         "logging_steps": 1000,
         "dataloader_pin_memory": False,
     }
-    ids = prompts(BATCH * rollouts)
+
+
+def work(variant: str, model: str | None, rollouts: int) -> None:
+    """Run one variant, a rollout for each line on stdin."""
+    shared, ids = settings(), prompts(BATCH * rollouts)
     if variant == "trl":
         trainer = trl_trainer(model, rollouts, ids, shared)
         turns = turn_taking(lambda state: state.global_step)
@@ -221,6 +229,80 @@ def profile(model: str | None, rollouts: int) -> dict[str, float]:
     return {name: seconds / total for name, seconds in spent.items()} | {"total_seconds": total}
 
 
+def floors(trainer: Any, prompts: list[str]) -> dict[str, Callable[[], None]]:
+    """What no trainer can do without, with the trainer's own model: its generation, and SFT steps on the completions.
+
+    Once with the loss that the model computes by itself. And once, tighter, with the head on the completions alone.
+    """
+    import torch
+
+    from peft_dynamic.functional.token_logprobs import token_logprobs
+
+    model, policy = trainer.model, trainer.policy
+    # At a rate of 0, so that a step costs what it costs and changes nothing
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
+
+    def steps(loss: Callable[[Any], Any]) -> None:
+        done = trainer.rollouts.complete(prompts, True, (0, 0, 0))
+        model.train()
+        for _ in range(EPOCHS):
+            loss(done.ids).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def whole(ids: Any) -> Any:
+        labels = torch.where(torch.arange(ids.shape[1]) < PROMPT, -100, ids)
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+
+    def tight(ids: Any) -> Any:
+        hidden = policy.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
+        states = hidden[:, PROMPT - 1 : -1].flatten(0, 1)
+        return -token_logprobs(states, policy.lm_head.weight, None, ids[:, PROMPT:].flatten()).mean()
+
+    return {FLOOR: lambda: steps(whole), TIGHT: lambda: steps(tight)}
+
+
+def beside_the_floor(model: str | None, rollouts: int) -> dict[str, list[float]]:
+    """CPU seconds of each of our rollouts with its update, and of the floors that were measured right behind it."""
+    from transformers import TrainerCallback
+
+    trainer = our_trainer("ours", model, rollouts, prompts(BATCH * rollouts), settings())
+    calls = floors(trainer, [row["prompt"] for row in trainer.train_dataset][:BATCH])
+    seconds: dict[str, list[float]] = {name: [] for name in (OURS, *calls)}
+
+    class Beside(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.start = time.process_time()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step % EPOCHS:
+                return
+            seconds[OURS].append(time.process_time() - self.start)
+            for name, call in calls.items():
+                start = time.process_time()
+                call()
+                seconds[name].append(time.process_time() - start)
+            self.start = time.process_time()
+
+    trainer.add_callback(Beside())
+    trainer.train()
+    return seconds
+
+
+def over_the_floor(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Ours over each floor of the same turn."""
+    found: dict[str, Any] = {OURS: {"cpu_seconds_median": statistics.median(seconds[OURS][WARM_UP:])}}
+    for name in (FLOOR, TIGHT):
+        each = [mine / least for mine, least in zip(seconds[OURS], seconds[name], strict=True)][WARM_UP:]
+        found[name] = {
+            "cpu_seconds_median": statistics.median(seconds[name][WARM_UP:]),
+            "ours_over_it_median": statistics.median(each),
+            "ours_over_it_range": [min(each), max(each)],
+        }
+    return found
+
+
 def in_turns(trl: Path, model: str | None, rollouts: int) -> tuple[dict[str, list[float]], dict[str, float]]:
     """CPU seconds of each rollout, and the MiB that the process grew by, of each variant."""
     root = str(Path(__file__).parents[2])
@@ -252,6 +334,8 @@ def run(cell: "Cell", context: "Context") -> dict[str, Any]:
     model, rollouts = context.paths.get("model"), context.settings["rollouts"]
     folder = str(model) if model else None
     name = model.name if model else "Llama: hidden 64, 4 layers, vocabulary 49152"
+    if cell["part"] == "floor":
+        return {name: {"floor": over_the_floor(in_own_process(beside_the_floor, folder, rollouts))}}
     if cell["part"] == "profile":
         return {name: {"profile of ours": in_own_process(profile, folder, min(rollouts, 4))}}
     seconds, extra = in_turns(context.paths["trl"], folder, rollouts)
@@ -284,6 +368,13 @@ def report(record: dict[str, Any], context: "Context") -> str:
             lines.append([variant, f"{each['cpu_seconds_median']:.2f}", faster, *memory])
         if lines:
             tables.append(table([model, "CPU s a rollout", "times faster", "extra MiB", "over TRL's"], lines))
+        lines = []
+        for name, each in found.get("floor", {}).items():
+            low, high = each.get("ours_over_it_range", (0, 0))
+            over = f"{each['ours_over_it_median']:.2f} ({low:.2f} to {high:.2f})" if high else ""
+            lines.append([name, f"{each['cpu_seconds_median']:.2f}", over])
+        if lines:
+            tables.append(table([f"in one process, {model}", "CPU s a rollout", "ours over it"], lines))
         shares = [
             [part, f"{share:.2f} s" if part == "total_seconds" else f"{share:.0%}"]
             for part, share in found.get("profile of ours", {}).items()

@@ -120,6 +120,30 @@ def rollout_metrics(
     return found if kl is None else found | {"kl": kl_sum.mean().item()}
 
 
+def sampling_metrics(accelerator: Any, sampled: torch.Tensor | None, logprobs: torch.Tensor) -> dict[str, float]:
+    """How far the log-probabilities of whatever sampled the tokens are from the policy's, over all processes.
+
+    Args:
+        accelerator: gathers from the processes.
+        sampled: (batch, width), NaN where it gave none; or None.
+        logprobs: (batch, width) of the policy.
+
+    Returns:
+        Mean and largest difference under TRL's names; nothing where no process has any.
+    """
+    difference = logprobs.new_empty(0) if sampled is None else (sampled - logprobs).abs()
+    difference = difference[~difference.isnan()]
+    largest = difference.max() if len(difference) else difference.new_zeros(())
+    gathered = accelerator.gather(
+        torch.stack([difference.sum(), difference.new_tensor(len(difference)), largest])[None]
+    )
+    total, number = gathered[:, :2].sum(0).tolist()
+    if not number:
+        return {}
+    name = "sampling/sampling_logp_difference"
+    return {f"{name}/mean": total / number, f"{name}/max": gathered[:, 2].max().item()}
+
+
 class CompletionTable:
     """Prompts, completions, rewards and what reward functions add, of all processes since the last log."""
 

@@ -14,8 +14,9 @@ from peft_dynamic.trainers.ppo.completions import Completions
 from peft_dynamic.trainers.ppo.completions import Draw as Draw  # was here before
 from peft_dynamic.trainers.ppo.completions import Ends as Ends  # was here before
 from peft_dynamic.trainers.ppo.completions import Generator as Generator  # was here before
-from peft_dynamic.trainers.ppo.metrics import rollout_metrics
+from peft_dynamic.trainers.ppo.metrics import rollout_metrics, sampling_metrics
 from peft_dynamic.trainers.ppo.reference import reference_policy
+from peft_dynamic.trainers.ppo.rollout_func import call
 from peft_dynamic.trainers.ppo.scoring import Sequences
 from peft_dynamic.trainers.ppo.setup import seed_of
 
@@ -47,10 +48,14 @@ class Rollouts:
             seeds: numbers that the random state is made of.
         """
         trainer = self.trainer
-        ids = trainer.generator.tokenize(prompts)
+        function = trainer.rollout_func
+        ids = trainer.generator.tokenize(prompts) if function is None else []
         devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
         with evaluating(trainer.model), torch.random.fork_rng(devices), trainer.accelerator.autocast():
             torch.manual_seed(seed_of(*seeds))
+            if function is not None:
+                trainer.do_sample = sample
+                return call(function, prompts, trainer)
             return trainer.generator(
                 trainer.model, trainer.policy, ids, sample, trainer.args.rollout_forward_batch_size
             )
@@ -65,6 +70,7 @@ class Rollouts:
         completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
         skipped = ("prompt", "completion", "completion_ids")
         columns: dict[str, Any] = {key: [row[key] for row in rows] for key in rows[0] if key not in skipped}
+        columns |= {key: values for key, values in done.fields.items() if key not in skipped}
         columns["trainer_state"] = trainer.state
         columns["log_extra"] = trainer.table.extra
         columns["log_metric"] = lambda name, value: trainer.metrics.add(mode, {name: float(value)})
@@ -140,6 +146,8 @@ class Rollouts:
         measured = rollout_metrics(
             trainer.accelerator, trainer.rewards.names, by_function, scores, done, logprobs, kl, values[:, :-1], returns
         )
+        if trainer.rollout_func is not None:
+            measured |= sampling_metrics(trainer.accelerator, done.sampled, logprobs)
         if bootstraps and not measured["completions/ended_ratio"]:
             warnings.warn(
                 f"bootstrap_truncated=True: no completion of this rollout ended within max_completion_length="

@@ -25,6 +25,7 @@ from peft_dynamic.trainers.ppo.metrics import CompletionTable, Metrics, length_m
 from peft_dynamic.trainers.ppo.reference import check_reference, frozen_copy, is_peft
 from peft_dynamic.trainers.ppo.rewards import RewardFunction, Rewards
 from peft_dynamic.trainers.ppo.rollout import Rollouts
+from peft_dynamic.trainers.ppo.rollout_func import RolloutFunction
 from peft_dynamic.trainers.ppo.sampler import RolloutSampler
 from peft_dynamic.trainers.ppo.scoring import Scorer, Sequences
 from peft_dynamic.trainers.ppo.setup import (
@@ -68,6 +69,10 @@ class PPOTrainer(Trainer):
         ref_model: the reference policy. Without it the reference is the model without its adapter or, where there is
             no adapter, a frozen copy of it.
         value_model: a sequence-classification model with one label for the values, instead of the linear head.
+        rollout_func: generates in place of the policy's own `generate`, such as with vLLM. It is called as TRL's
+            GRPOTrainer calls it, `rollout_func(prompts, trainer)`, and returns a dict: `prompt_ids` and
+            `completion_ids`, a list of token ids for each prompt; `logprobs`, a list of numbers for each completion or
+            None; and further fields for the reward functions. `trainer.do_sample` says whether to sample.
 
     Raises:
         ValueError: the model, the data and the settings do not fit together; the text says what to change.
@@ -78,6 +83,8 @@ class PPOTrainer(Trainer):
     control: Any
     loss_is_scaled_for_ga = True  # each micro-batch is divided by the tokens of the whole optimizer step
     _tag_names = ("ppo", "peft-dynamic")
+    num_generations = num_generations_eval = 1  # completions for each prompt that a `rollout_func` is given
+    do_sample = True  # or False while a greedy evaluation asks a `rollout_func`
 
     def __init__(
         self,
@@ -93,9 +100,13 @@ class PPOTrainer(Trainer):
         peft_config: Any = None,
         ref_model: Any = None,
         value_model: Any = None,
+        rollout_func: RolloutFunction | None = None,
     ) -> None:
         args = PPOConfig("ppo_output") if args is None else args
         check_arguments(model, args, peft_config)
+        if rollout_func is not None and not callable(rollout_func):
+            raise TypeError(f"rollout_func={rollout_func!r} must be a function of prompts and trainer, or None.")
+        self.rollout_func = rollout_func
         for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
             check_dataset(dataset)
         set_seed(args.seed)  # an adapter starts at random
