@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,9 @@ def test_what_the_function_is_given(tmp_path: Path) -> None:
 
     def function(prompts: list[Any], trainer: Any) -> dict[str, Any]:
         model = trainer.model
-        seen.append((prompts[0], trainer.do_sample, model.training, torch.is_grad_enabled(), trainer.num_generations))
+        seen.append(
+            (deepcopy(prompts[0]), trainer.do_sample, model.training, torch.is_grad_enabled(), trainer.num_generations)
+        )
         prompts[0][0]["content"] = "changed"  # the dataset's row is not
         return fixed([[1, EOS]] * len(prompts))(prompts, trainer)
 
@@ -96,7 +99,7 @@ def test_what_the_function_is_given(tmp_path: Path) -> None:
     made.train()
     made.evaluate()
     first = [{"role": "user", "content": "a"}]
-    assert seen == [(first, True, False, False, 1), (first, False, False, False, 1)]
+    assert seen == [(first, (True, False, False), 1), (first, (False, False, False), 1)]
     assert asked == [(first, [{"role": "assistant", "content": "b"}])] * 2
 
 
@@ -121,7 +124,7 @@ def test_log_probabilities_are_compared_with_the_policys_and_not_trained_on(tmp_
     exact = plain.rollouts.score(plain.rollouts.complete(["a"] * 4, True, (0, 0, 0)), False).logprobs
     given: list[Any] = [
         [float(exact[0, 0]) - 0.5, None],
-        exact[1, :2].tolist() + [-9.0],
+        [*exact[1, :2].tolist(), -9.0],
         [math.nan],
         torch.tensor([0.0]),
     ]
