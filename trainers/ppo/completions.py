@@ -37,6 +37,10 @@ class Completions:
     sampled: torch.Tensor | None = None
     fields: dict[str, list[Any]] = field(default_factory=dict)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What scoring needs, one row for each completion."""
+        return {"ids": self.ids, "prompt_lengths": self.prompt_lengths, "lengths": self.lengths}
+
     def completion_ids(self) -> list[list[int]]:
         return [
             row[prompt : prompt + length]

@@ -21,12 +21,17 @@ from peft_dynamic.trainers.ppo.scoring import Sequences
 from peft_dynamic.trainers.ppo.setup import seed_of
 
 
-class Scores(NamedTuple):
-    """Log-probabilities (batch, width), those of the reference, and values (batch, width + 1); None if not asked."""
+class Begun(NamedTuple):
+    """A rollout that waits for the policy's log-probabilities and values.
 
-    logprobs: torch.Tensor
+    Completions, (batch, functions) their rewards, (batch,) the weighted totals, and (batch, width) log-probabilities by
+    the reference, or None.
+    """
+
+    done: Completions
+    by_function: torch.Tensor
+    scores: torch.Tensor
     reference: torch.Tensor | None
-    values: torch.Tensor | None
 
 
 class Rollouts:
@@ -78,32 +83,27 @@ class Rollouts:
         trainer.table.add(prompts, completions, trainer.rewards.names, rewards)
         return rewards
 
-    def score(self, done: Completions, values: bool) -> Scores:
-        """What policy, reference and value function say of completions.
+    def score(self, done: Completions) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch, width) log-probabilities by the policy, and (batch, width + 1) values."""
+        trainer, width = self.trainer, int(done.lengths.max())
+        with evaluating(trainer.model), trainer.accelerator.autocast():
+            found = [trainer.scorer(trainer.model, batch, width) for batch in self._parts(done)]
+        logprobs, values = zip(*found, strict=True)
+        return torch.cat(logprobs), torch.cat(values)
 
-        Args:
-            done: the completions.
-            values: whether the value function is asked too.
-        """
-        trainer, args = self.trainer, self.trainer.args
-        width, size = int(done.lengths.max()), args.rollout_forward_batch_size
-        logprobs, references, state_values = [], [], []
-        with evaluating(trainer.model):
-            for start in range(0, len(done.ids), size):
-                part = slice(start, start + size)
-                batch = Sequences(done.ids[part], done.prompt_lengths[part], done.lengths[part])
-                with trainer.accelerator.autocast():
-                    own, of_states = trainer.scorer(trainer.model, batch, width, values)
-                    logprobs.append(own)
-                    if of_states is not None:
-                        state_values.append(of_states)
-                    if args.kl_coef:
-                        references.append(self._reference(batch, width))
-        return Scores(
-            torch.cat(logprobs),
-            torch.cat(references) if references else None,
-            torch.cat(state_values) if state_values else None,
-        )
+    def reference(self, done: Completions) -> torch.Tensor | None:
+        """(batch, width) log-probabilities by the reference policy; None without a KL penalty."""
+        trainer, width = self.trainer, int(done.lengths.max())
+        if not trainer.args.kl_coef:
+            return None
+        with evaluating(trainer.model), trainer.accelerator.autocast():
+            return torch.cat([self._reference(batch, width) for batch in self._parts(done)])
+
+    def _parts(self, done: Completions) -> list[Sequences]:
+        """The completions, as many at a time as are scored."""
+        size = self.trainer.args.rollout_forward_batch_size
+        parts = [slice(start, start + size) for start in range(0, len(done.ids), size)]
+        return [Sequences(done.ids[part], done.prompt_lengths[part], done.lengths[part]) for part in parts]
 
     def _reference(self, batch: Sequences, width: int) -> torch.Tensor:
         trainer = self.trainer
@@ -118,16 +118,30 @@ class Rollouts:
 
     def make(self, rows: list[dict[str, Any]], index: int) -> dict[str, Any]:
         """Complete, judge and score the prompts of one rollout: all that its optimizer steps need."""
-        trainer, args = self.trainer, self.trainer.args
+        begun = self.begin(rows, index)
+        return self.finish(begun, *self.score(begun.done))
+
+    def begin(self, rows: list[dict[str, Any]], index: int) -> Begun:
+        """Complete and judge the prompts of one rollout, and ask the reference policy."""
+        args = self.trainer.args
         done = self.complete([row["prompt"] for row in rows], True, (args.seed, index, args.process_index))
         by_function = self.judge(rows, done, "train")
-        scores = trainer.rewards.total(by_function)
+        return Begun(done, by_function, self.trainer.rewards.total(by_function), self.reference(done))
+
+    def finish(self, begun: Begun, logprobs: torch.Tensor, values: torch.Tensor) -> dict[str, Any]:
+        """Advantages and returns of a rollout, and its metrics.
+
+        Args:
+            begun: the completions, their rewards, and what the reference says of them.
+            logprobs: (batch, width) of the policy.
+            values: (batch, width + 1) of the states.
+        """
+        trainer, args = self.trainer, self.trainer.args
+        done, by_function, scores, reference = begun
         bootstraps = args.bootstrap_truncated and trainer.generator.can_end
         outcome, bootstrap = scores * done.ended if bootstraps else scores, torch.zeros_like(scores)
         if args.missing_eos_penalty is not None:
             outcome = outcome - args.missing_eos_penalty * (~done.ended)
-        logprobs, reference, values = self.score(done, values=True)
-        assert values is not None
         width = logprobs.shape[1]
         mask = ppo.position_mask(done.lengths, width)
         kl = None if reference is None else ppo.kl_estimate(logprobs, reference, args.kl_estimator)
@@ -162,9 +176,7 @@ class Rollouts:
                 trainer.kl_coef, measured["kl"], args.kl_target, args.kl_horizon, episodes
             )
         return {
-            "ids": done.ids,
-            "prompt_lengths": done.prompt_lengths,
-            "lengths": done.lengths,
+            **done.tensors(),
             "logprobs": logprobs,
             "values": values[:, :-1] * mask,
             "advantages": advantages,

@@ -24,7 +24,7 @@ from peft_dynamic.trainers.ppo.config import PPOConfig
 from peft_dynamic.trainers.ppo.metrics import CompletionTable, Metrics, length_metrics, reward_metrics
 from peft_dynamic.trainers.ppo.reference import check_reference, frozen_copy, is_peft
 from peft_dynamic.trainers.ppo.rewards import RewardFunction, Rewards
-from peft_dynamic.trainers.ppo.rollout import Rollouts
+from peft_dynamic.trainers.ppo.rollout import Begun, Rollouts
 from peft_dynamic.trainers.ppo.rollout_func import RolloutFunction
 from peft_dynamic.trainers.ppo.sampler import RolloutSampler
 from peft_dynamic.trainers.ppo.scoring import Scorer, Sequences
@@ -38,6 +38,7 @@ from peft_dynamic.trainers.ppo.setup import (
     make_generator,
     seed_of,
 )
+from peft_dynamic.trainers.ppo.sharing import shares_first_pass
 from peft_dynamic.trainers.ppo.value_head import FILE, NAME, ValueFunction
 
 
@@ -144,6 +145,7 @@ class PPOTrainer(Trainer):
         self.kl_coef = args.kl_coef
         self.rollouts = Rollouts(self)
         self._rollout: dict[str, Any] | None = None
+        self._begun: Begun | None = None  # a rollout that waits for its first pass
         self._micro_step = 0  # forward and backward passes since training started
         self._gradients_seen = False
         self.metrics = Metrics()
@@ -170,6 +172,7 @@ class PPOTrainer(Trainer):
             unpack_bnb_4bit(self.ref_model)
             base = self.ref_model.get_base_model() if is_peft(self.ref_model) else self.ref_model
             self.ref_scorer = Scorer(base, args.temperature)
+        self.shares_first_pass = shares_first_pass(self.model, self.scorer, args)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(list(self._tag_names))
 
@@ -222,8 +225,11 @@ class PPOTrainer(Trainer):
         args = self.args
         index, step = divmod(self._micro_step, args.steps_per_rollout)
         if step == 0:
-            self._rollout = self.rollouts.make(inputs, index)
-        assert self._rollout is not None
+            self._rollout, self._begun = None, None
+            if self.shares_first_pass:
+                self._begun = self.rollouts.begin(inputs, index)
+            else:
+                self._rollout = self.rollouts.make(inputs, index)
         per_epoch = args.num_mini_batches * args.gradient_accumulation_steps
         epoch, step = divmod(step, per_epoch)
         # The order is a function of the numbers, so that a resumed run has it without its being saved
@@ -231,10 +237,13 @@ class PPOTrainer(Trainer):
         order = torch.randperm(args.rollout_size, generator=torch.Generator().manual_seed(seed_of(*seeds)))
         size, per_step = args.train_batch_size, args.train_batch_size * args.gradient_accumulation_steps
         chosen = order[step * size : (step + 1) * size].to(args.device)
-        batch = {key: value[chosen] for key, value in self._rollout.items()}
+        known = self._rollout if self._begun is None else self._begun.done.tensors()
+        assert known is not None
+        batch = {key: value[chosen] for key, value in known.items()}
         # Tokens of this optimizer step on all processes, per process: DDP averages the gradients over these.
         first = step * size // per_step * per_step
-        tokens = self._rollout["lengths"][order[first : first + per_step].to(args.device)].sum()
+        tokens = known["lengths"][order[first : first + per_step].to(args.device)].sum()
+        batch["rows"] = chosen
         batch["tokens"] = self.rollouts.total(tokens.float()) / args.world_size
         self._micro_step += 1
         return batch
@@ -253,6 +262,8 @@ class PPOTrainer(Trainer):
             logprobs, values = self.scorer(model, batch, width)
         assert values is not None
         mask = ppo.position_mask(lengths, width)
+        if self._begun is not None:
+            inputs = inputs | self._finish(inputs["rows"], logprobs.detach(), values.detach())
         old = {key: inputs[key][:, :width] for key in ("logprobs", "values", "advantages", "returns")}
         policy, policy_clipped = ppo.policy_loss(logprobs, old["logprobs"], old["advantages"], args.cliprange)
         value, value_clipped = ppo.value_loss(values[:, :-1], old["values"], old["returns"], args.cliprange_value)
@@ -263,6 +274,14 @@ class PPOTrainer(Trainer):
             torch.stack([policy.detach(), value.detach(), *(part / inputs["tokens"] for part in sums)]),
         )
         return policy + args.vf_coef * value
+
+    def _finish(self, rows: torch.Tensor, logprobs: torch.Tensor, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Complete the rollout with what the first pass over it has given, and return its rows in the pass's order."""
+        assert self._begun is not None
+        begun, place = self._begun, torch.argsort(rows)
+        self._rollout = self.rollouts.finish(begun, logprobs[place], values[place])
+        self._begun = None
+        return {key: value[rows] for key, value in self._rollout.items()}
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -338,7 +357,7 @@ class PPOTrainer(Trainer):
     # Checkpoints
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        self._rollout, self._micro_step, self.kl_coef = None, 0, self.args.kl_coef
+        self._begun, self._rollout, self._micro_step, self.kl_coef = None, None, 0, self.args.kl_coef
         self._gradients_seen = False
         self.metrics, self.table = Metrics(), CompletionTable()
         return super().train(resume_from_checkpoint, *args, **kwargs)

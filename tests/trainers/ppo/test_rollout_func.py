@@ -73,10 +73,8 @@ def test_what_the_function_is_given(tmp_path: Path) -> None:
     seen: list[Any] = []
 
     def function(prompts: list[Any], trainer: Any) -> dict[str, Any]:
-        model = trainer.model
-        seen.append(
-            (deepcopy(prompts[0]), trainer.do_sample, model.training, torch.is_grad_enabled(), trainer.num_generations)
-        )
+        modes = (trainer.do_sample, trainer.model.training, torch.is_grad_enabled())
+        seen.append((deepcopy(prompts[0]), modes, trainer.num_generations))
         prompts[0][0]["content"] = "changed"  # the dataset's row is not
         return fixed([[1, EOS]] * len(prompts))(prompts, trainer)
 
@@ -121,7 +119,7 @@ def test_the_end_is_where_our_own_generation_would_have_ended(tmp_path: Path) ->
 def test_log_probabilities_are_compared_with_the_policys_and_not_trained_on(tmp_path: Path) -> None:
     completions = [[1, 2], [3, EOS, 5], [4], [EOS]]
     plain = trainer(tmp_path, rollout_func=fixed(completions), max_steps=1)
-    exact = plain.rollouts.score(plain.rollouts.complete(["a"] * 4, True, (0, 0, 0)), False).logprobs
+    exact = plain.rollouts.score(plain.rollouts.complete(["a"] * 4, True, (0, 0, 0)))[0]
     given: list[Any] = [
         [float(exact[0, 0]) - 0.5, None],
         [*exact[1, :2].tolist(), -9.0],
