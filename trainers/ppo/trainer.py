@@ -146,6 +146,7 @@ class PPOTrainer(Trainer):
         self.rollouts = Rollouts(self)
         self._rollout: dict[str, Any] | None = None
         self._begun: Begun | None = None  # a rollout that waits for its first pass
+        self._stopped = False  # whether the rollout's remaining steps are skipped, by target_kl
         self._micro_step = 0  # forward and backward passes since training started
         self._gradients_seen = False
         self.metrics = Metrics()
@@ -225,7 +226,7 @@ class PPOTrainer(Trainer):
         args = self.args
         index, step = divmod(self._micro_step, args.steps_per_rollout)
         if step == 0:
-            self._rollout, self._begun = None, None
+            self._rollout, self._begun, self._stopped = None, None, False
             if self.shares_first_pass:
                 self._begun = self.rollouts.begin(inputs, index)
             else:
@@ -284,9 +285,16 @@ class PPOTrainer(Trainer):
         return {key: value[rows] for key, value in self._rollout.items()}
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        if self._stopped and self._micro_step % self.args.steps_per_rollout:
+            self._micro_step += 1
+            self.metrics.skip_step(self._micro_step % self.args.gradient_accumulation_steps == 0)
+            return torch.zeros((), device=self.args.device)  # and no gradient: the optimizer leaves all as it is
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._micro_step % self.args.gradient_accumulation_steps == 0:
-            self.metrics.end_step()
+            change = self.metrics.end_step()
+            if self.args.target_kl is not None:
+                mean = float(self.rollouts.total(change)) / self.args.world_size
+                self._stopped = mean > self.args.target_kl
         if not self._gradients_seen:
             own = {id(p) for p in self.value_function.parameters()}
             trained = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
@@ -358,7 +366,7 @@ class PPOTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self._begun, self._rollout, self._micro_step, self.kl_coef = None, None, 0, self.args.kl_coef
-        self._gradients_seen = False
+        self._gradients_seen, self._stopped = False, False
         self.metrics, self.table = Metrics(), CompletionTable()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -379,6 +387,7 @@ class PPOTrainer(Trainer):
         state = {
             "micro_step": self._micro_step,
             "kl_coef": self.kl_coef,
+            "stopped": self._stopped,
             "rollout": rollout,
             "shape": [self.args.rollout_size, self.args.steps_per_rollout, self.args.world_size],
         }
@@ -401,6 +410,7 @@ class PPOTrainer(Trainer):
                 f"and processes, and this run has {shape}. Resume with the batch sizes it was saved with."
             )
         self._micro_step, self.kl_coef = state["micro_step"], state["kl_coef"]
+        self._stopped = state.get("stopped", False)  # which older checkpoints do not have
         if state["rollout"] is not None:
             self._rollout = {key: value.to(self.args.device) for key, value in state["rollout"].items()}
 
