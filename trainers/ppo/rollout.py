@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 
 from peft_dynamic.functional import ppo
 from peft_dynamic.hosts.modes import evaluating
@@ -78,8 +79,11 @@ class Rollouts:
         columns |= {key: values for key, values in done.fields.items() if key not in skipped}
         columns["trainer_state"] = trainer.state
         columns["log_extra"] = trainer.table.extra
-        columns["log_metric"] = lambda name, value: trainer.metrics.add(mode, {name: float(value)})
+        logged: list[tuple[str, float]] = []
+        columns["log_metric"] = lambda name, value: logged.append((name, float(value)))
         rewards = trainer.rewards(prompts, completions, ids, columns, trainer.args.device)
+        for name, value in gather_object(logged):  # of all processes, each of which may have logged other names
+            trainer.metrics.add(mode, {name: value})
         trainer.table.add(prompts, completions, trainer.rewards.names, rewards)
         return rewards
 
