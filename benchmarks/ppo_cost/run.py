@@ -27,10 +27,13 @@ if TYPE_CHECKING:
 
 PROMPT, RESPONSE, BATCH, EPOCHS, VOCABULARY = 32, 48, 8, 4, 49152
 VARIANTS = {
-    "trl 1.12.0": "trl",
+    "trl": "trl 1.12.0",
     "ours": "ours",
-    "ours, reward and value models": "models",
-    "ours, without KL": "no-kl",
+    "models": "ours, reward and value models",
+    "no-kl": "ours, without KL",
+    # the same optimizer steps, each in two halves
+    "trl-halves": "trl 1.12.0, 4 rows at a time",
+    "halves": "ours, 4 rows at a time",
 }
 WARM_UP = 1
 OURS, FLOOR, TIGHT = "ours", "floor", "floor, only completions meet the vocabulary"
@@ -173,15 +176,30 @@ def settings() -> dict[str, Any]:
     }
 
 
+def trainer_of(variant: str, model: str | None, rollouts: int) -> Any:
+    shared, ids = settings(), prompts(BATCH * rollouts)
+    if variant.endswith("halves"):
+        shared |= {"per_device_train_batch_size": BATCH // 2, "gradient_accumulation_steps": 2}
+    if variant.startswith("trl"):
+        return trl_trainer(model, rollouts, ids, shared)
+    return our_trainer(variant, model, rollouts, ids, shared)
+
+
+def count(variant: str, model: str | None) -> None:
+    """Print the floating-point operations of the matrix products of one rollout with its updates."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    trainer = trainer_of(variant, model, 1)
+    with FlopCounterMode(display=False) as counter:
+        trainer.train()
+    print("TURN", json.dumps({"operations": counter.get_total_flops()}), flush=True)
+
+
 def work(variant: str, model: str | None, rollouts: int) -> None:
     """Run one variant, a rollout for each line on stdin."""
-    shared, ids = settings(), prompts(BATCH * rollouts)
-    if variant == "trl":
-        trainer = trl_trainer(model, rollouts, ids, shared)
-        turns = turn_taking(lambda state: state.global_step)
-    else:
-        trainer = our_trainer(variant, model, rollouts, ids, shared)
-        turns = turn_taking(lambda state: state.global_step // EPOCHS)
+    trainer = trainer_of(variant, model, rollouts)
+    steps = 1 if variant.startswith("trl") else EPOCHS
+    turns = turn_taking(lambda state: state.global_step // steps)
     trainer.add_callback(turns)
     print("TURN", json.dumps({"before": resident()}), flush=True)
     turns.wait()
@@ -303,26 +321,32 @@ def over_the_floor(seconds: dict[str, list[float]]) -> dict[str, Any]:
     return found
 
 
-def in_turns(trl: Path, model: str | None, rollouts: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """CPU seconds of each rollout, and the MiB that the process grew by, of each variant."""
+def started(trl: Path, variant: str, *arguments: str) -> Any:
+    """A process of this file's, with TRL 1.12.0 where it is the variant."""
     root = str(Path(__file__).parents[2])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    environment["PYTHONPATH"] = f"{trl}:{root}" if variant.startswith("trl") else root
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen([sys.executable, __file__, variant, *arguments], env=environment, text=True, **pipes)
+
+
+def in_turns(
+    trl: Path, model: list[str], rollouts: int, variants: list[str]
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """CPU seconds of each rollout, and the MiB that the process grew by, of each variant."""
     processes, before = {}, {}
-    for name, variant in VARIANTS.items():
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-        environment["PYTHONPATH"] = f"{trl}:{root}" if variant == "trl" else root
-        command = [sys.executable, __file__, variant, str(rollouts), *([model] if model else [])]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        processes[name] = subprocess.Popen(command, env=environment, text=True, **pipes)
-        before[name] = answer(processes[name])["before"]
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for variant in variants:
+        processes[variant] = started(trl, variant, str(rollouts), *model)
+        before[variant] = answer(processes[variant])["before"]
+    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     extra: dict[str, float] = {}
     for _ in range(rollouts):
-        for name, process in processes.items():
+        for variant, process in processes.items():
             process.stdin.write("\n")
             process.stdin.flush()
             found = answer(process)
-            seconds[name].append(found["seconds"])
-            extra[name] = found["peak"] - before[name]
+            seconds[variant].append(found["seconds"])
+            extra[variant] = found["peak"] - before[variant]
     for process in processes.values():
         process.kill()
     return seconds, extra
@@ -338,19 +362,23 @@ def run(cell: "Cell", context: "Context") -> dict[str, Any]:
         return {name: {"floor": over_the_floor(in_own_process(beside_the_floor, folder, rollouts))}}
     if cell["part"] == "profile":
         return {name: {"profile of ours": in_own_process(profile, folder, min(rollouts, 4))}}
-    seconds, extra = in_turns(context.paths["trl"], folder, rollouts)
+    trl, given, chosen = context.paths["trl"], [folder] if folder else [], context.settings["variants"]
+    if cell["part"] == "operations":
+        counted = {VARIANTS[variant]: answer(started(trl, variant, "count", *given)) for variant in ("trl", "ours")}
+        return {name: {"operations": counted}}
+    seconds, extra = in_turns(trl, given, rollouts, chosen)
     setting = {"prompt": PROMPT, "response": RESPONSE, "batch": BATCH, "epochs": EPOCHS, "rollouts": rollouts - WARM_UP}
-    reference = seconds["trl 1.12.0"][WARM_UP:]
+    reference = seconds["trl"][WARM_UP:]
     variants = {}
     for variant, taken in seconds.items():
         each = taken[WARM_UP:]
         faster = [t / o for t, o in zip(reference, each, strict=True)]
-        variants[variant] = {
+        variants[VARIANTS[variant]] = {
             "cpu_seconds_median": statistics.median(each),
             "times_faster_median": statistics.median(faster),
             "times_faster_range": [min(faster), max(faster)],
             "extra_memory_mib": extra[variant],
-            "memory_ratio": extra[variant] / extra["trl 1.12.0"],
+            "memory_ratio": extra[variant] / extra["trl"],
         }
     return {name: {"setting": setting, "variants": variants}}
 
@@ -375,6 +403,11 @@ def report(record: dict[str, Any], context: "Context") -> str:
             lines.append([name, f"{each['cpu_seconds_median']:.2f}", over])
         if lines:
             tables.append(table([f"in one process, {model}", "CPU s a rollout", "ours over it"], lines))
+        counted = {name: each["operations"] for name, each in found.get("operations", {}).items()}
+        if counted:
+            least = min(counted.values())
+            lines = [[name, f"{each / 1e12:.3f}", f"{each / least:.2f}"] for name, each in counted.items()]
+            tables.append(table([f"matrix products, {model}", "10^12 operations a rollout", "over the fewest"], lines))
         shares = [
             [part, f"{share:.2f} s" if part == "total_seconds" else f"{share:.0%}"]
             for part, share in found.get("profile of ours", {}).items()
@@ -384,6 +417,9 @@ def report(record: dict[str, Any], context: "Context") -> str:
     return "\n\n".join(tables)
 
 
-if __name__ == "__main__":  # a process of `in_turns`, which may have another TRL
+if __name__ == "__main__":  # a process of `started`, which may have another TRL
     kind, number, *policy_folder = sys.argv[1:]
-    work(kind, policy_folder[0] if policy_folder else None, int(number))
+    if number == "count":
+        count(kind, *policy_folder or [None])
+    else:
+        work(kind, policy_folder[0] if policy_folder else None, int(number))
