@@ -31,6 +31,7 @@ VARIANTS = {
     "ours": "ours",
     "models": "ours, reward and value models",
     "no-kl": "ours, without KL",
+    "twice": "ours, old log-probabilities in a pass of their own",
     # the same optimizer steps, each in two halves
     "trl-halves": "trl 1.12.0, 4 rows at a time",
     "halves": "ours, 4 rows at a time",
@@ -43,9 +44,14 @@ def tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    plain = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    plain = Tokenizer(models.WordLevel({word(i): i for i in range(VOCABULARY)}, unk_token=word(0)))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="w2", pad_token="w1", padding_side="left")
+    return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token=word(2), pad_token=word(1), padding_side="left")
+
+
+def word(number: int) -> str:
+    """All of one length: a special token that begins another word would be found in it, and split it."""
+    return f"w{number:05}"
 
 
 def policy(model: str | None) -> Any:
@@ -133,6 +139,8 @@ def our_trainer(variant: str, model: str | None, rollouts: int, ids: list[list[i
     from peft_dynamic.trainers import PPOConfig, PPOTrainer
 
     models = variant == "models"
+    texts = [" ".join(map(word, row)) for row in ids]
+    assert tokenizer()(texts)["input_ids"] == ids  # the very prompts that TRL's trainer is given
     config = PPOConfig(
         max_completion_length=RESPONSE,
         stop_token=None,
@@ -140,16 +148,18 @@ def our_trainer(variant: str, model: str | None, rollouts: int, ids: list[list[i
         kl_coef=0.0 if variant == "no-kl" else 0.05,
         **shared,
     )
-    return PPOTrainer(
+    trainer = PPOTrainer(
         policy(model),
         classifier() if models else lambda completions, **_: [float(len(text) % 7) for text in completions],
         config,
-        train_dataset=Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in row) for row in ids]}),
+        train_dataset=Dataset.from_dict({"prompt": texts}),
         processing_class=tokenizer(),
         reward_processing_classes=tokenizer() if models else None,
         value_model=classifier() if models else None,
         peft_config=adapter(),
     )
+    trainer.shares_first_pass = trainer.shares_first_pass and variant != "twice"
+    return trainer
 
 
 def adapter() -> Any:
@@ -364,7 +374,9 @@ def run(cell: "Cell", context: "Context") -> dict[str, Any]:
         return {name: {"profile of ours": in_own_process(profile, folder, min(rollouts, 4))}}
     trl, given, chosen = context.paths["trl"], [folder] if folder else [], context.settings["variants"]
     if cell["part"] == "operations":
-        counted = {VARIANTS[variant]: answer(started(trl, variant, "count", *given)) for variant in ("trl", "ours")}
+        counted = {
+            VARIANTS[variant]: answer(started(trl, variant, "count", *given)) for variant in ("trl", "ours", "twice")
+        }
         return {name: {"operations": counted}}
     seconds, extra = in_turns(trl, given, rollouts, chosen)
     setting = {"prompt": PROMPT, "response": RESPONSE, "batch": BATCH, "epochs": EPOCHS, "rollouts": rollouts - WARM_UP}
