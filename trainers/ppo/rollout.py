@@ -90,24 +90,27 @@ class Rollouts:
     def score(self, done: Completions) -> tuple[torch.Tensor, torch.Tensor]:
         """(batch, width) log-probabilities by the policy, and (batch, width + 1) values."""
         trainer, width = self.trainer, int(done.lengths.max())
+        parts, place = self._parts(done)
         with evaluating(trainer.model), trainer.accelerator.autocast():
-            found = [trainer.scorer(trainer.model, batch, width) for batch in self._parts(done)]
+            found = [trainer.scorer(trainer.model, batch, width) for batch in parts]
         logprobs, values = zip(*found, strict=True)
-        return torch.cat(logprobs), torch.cat(values)
+        return torch.cat(logprobs)[place], torch.cat(values)[place]
 
     def reference(self, done: Completions) -> torch.Tensor | None:
         """(batch, width) log-probabilities by the reference policy; None without a KL penalty."""
         trainer, width = self.trainer, int(done.lengths.max())
         if not trainer.args.kl_coef:
             return None
+        parts, place = self._parts(done)
         with evaluating(trainer.model), trainer.accelerator.autocast():
-            return torch.cat([self._reference(batch, width) for batch in self._parts(done)])
+            return torch.cat([self._reference(batch, width) for batch in parts])[place]
 
-    def _parts(self, done: Completions) -> list[Sequences]:
-        """The completions, as many at a time as are scored."""
+    def _parts(self, done: Completions) -> tuple[list[Sequences], torch.Tensor]:
+        """The completions, as many at a time as are scored, and where each is among them; like lengths together."""
         size = self.trainer.args.rollout_forward_batch_size
-        parts = [slice(start, start + size) for start in range(0, len(done.ids), size)]
-        return [Sequences(done.ids[part], done.prompt_lengths[part], done.lengths[part]) for part in parts]
+        order = torch.argsort(done.prompt_lengths + done.lengths, stable=True)
+        parts = [Sequences(done.ids[rows], done.prompt_lengths[rows], done.lengths[rows]) for rows in order.split(size)]
+        return parts, torch.argsort(order)
 
     def _reference(self, batch: Sequences, width: int) -> torch.Tensor:
         trainer = self.trainer

@@ -237,13 +237,16 @@ class PPOTrainer(Trainer):
         seeds = (args.seed, index, args.process_index, epoch)
         order = torch.randperm(args.rollout_size, generator=torch.Generator().manual_seed(seed_of(*seeds)))
         size, per_step = args.train_batch_size, args.train_batch_size * args.gradient_accumulation_steps
-        chosen = order[step * size : (step + 1) * size].to(args.device)
         known = self._rollout if self._begun is None else self._begun.done.tensors()
         assert known is not None
+        first = step * size // per_step * per_step
+        rows = order[first : first + per_step].to(args.device)
+        if args.gradient_accumulation_steps > 1:  # rows of like lengths together: the same sum over less padding
+            rows = rows[torch.argsort((known["prompt_lengths"] + known["lengths"])[rows], stable=True)]
+        chosen = rows[step * size - first :][:size]
         batch = {key: value[chosen] for key, value in known.items()}
         # Tokens of this optimizer step on all processes, per process: DDP averages the gradients over these.
-        first = step * size // per_step * per_step
-        tokens = known["lengths"][order[first : first + per_step].to(args.device)].sum()
+        tokens = known["lengths"][rows].sum()
         batch["rows"] = chosen
         batch["tokens"] = self.rollouts.total(tokens.float()) / args.world_size
         self._micro_step += 1
