@@ -331,6 +331,54 @@ def over_the_floor(seconds: dict[str, list[float]]) -> dict[str, Any]:
     return found
 
 
+def generation(model: str | None, rounds: int) -> dict[str, Any]:
+    """Two things that were left out: merging the adapter to generate, and the log-probabilities that generation has."""
+    import torch
+
+    from benchmarks.timing import in_turn, ratios
+    from peft_dynamic.trainers.ppo.completions import Draw
+
+    trainer = our_trainer("ours", model, 1, prompts(BATCH), settings())
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.01)  # or the adapter would be 0, and merging it exact
+    texts = list(trainer.train_dataset["prompt"])
+    base = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "base_layer" in name}
+
+    def complete() -> Any:
+        return trainer.rollouts.complete(texts, True, (0, 0, 0))
+
+    def merged() -> None:
+        trainer.model.merge_adapter()
+        complete()
+        trainer.model.unmerge_adapter()
+
+    found: dict[str, Any] = {"times": ratios(in_turn({"as it is": complete, "merged": merged}, rounds), "as it is")}
+    left = max((p - base[name]).abs().max().item() for name, p in trainer.model.named_parameters() if name in base)
+    found["base weights differ by, after the rounds with merging"] = left
+    draw, sampled = Draw.__call__, []
+
+    def record(self: Any, input_ids: Any, scores: Any) -> Any:
+        drawn = draw(self, input_ids, scores)
+        logprobs = torch.log_softmax(scores.float() / self.temperature, dim=1)
+        sampled.append(logprobs.gather(1, drawn.argmax(1)[:, None])[:, 0])
+        return drawn
+
+    Draw.__call__ = record  # type: ignore[method-assign]  # in this process, which ends here
+    for dtype in (torch.float32, torch.bfloat16):
+        trainer.model.to(dtype)
+        trainer.value_function.float()  # as it always is
+        sampled.clear()
+        done = complete()
+        difference = (torch.stack(sampled, dim=1) - trainer.rollouts.score(done)[0]).abs()
+        found[f"log-probabilities differ by, {str(dtype)[6:]}"] = {
+            "mean": difference.mean().item(),
+            "max": difference.max().item(),
+        }
+    return found
+
+
 def started(trl: Path, variant: str, *arguments: str) -> Any:
     """A process of this file's, with TRL 1.12.0 where it is the variant."""
     root = str(Path(__file__).parents[2])
@@ -370,6 +418,8 @@ def run(cell: "Cell", context: "Context") -> dict[str, Any]:
     name = model.name if model else "Llama: hidden 64, 4 layers, vocabulary 49152"
     if cell["part"] == "floor":
         return {name: {"floor": over_the_floor(in_own_process(beside_the_floor, folder, rollouts))}}
+    if cell["part"] == "generation":
+        return {name: {"generation": in_own_process(generation, folder, rollouts)}}
     if cell["part"] == "profile":
         return {name: {"profile of ours": in_own_process(profile, folder, min(rollouts, 4))}}
     trl, given, chosen = context.paths["trl"], [folder] if folder else [], context.settings["variants"]
@@ -420,6 +470,16 @@ def report(record: dict[str, Any], context: "Context") -> str:
             least = min(counted.values())
             lines = [[name, f"{each / 1e12:.3f}", f"{each / least:.2f}"] for name, each in counted.items()]
             tables.append(table([f"matrix products, {model}", "10^12 operations a rollout", "over the fewest"], lines))
+        if "generation" in found:
+            made = found["generation"]
+            merged = made["times"]["merged"]["ratio_median"]
+            lines = [["time with a merged adapter over that without", f"{merged:.2f}"]]
+            lines += [
+                [what, f"{each:.1e}" if isinstance(each, float) else f"{each['mean']:.1e}, at most {each['max']:.1e}"]
+                for what, each in made.items()
+                if what != "times"
+            ]
+            tables.append(table([f"generation, {model}", ""], lines))
         shares = [
             [part, f"{share:.2f} s" if part == "total_seconds" else f"{share:.0%}"]
             for part, share in found.get("profile of ours", {}).items()
