@@ -246,7 +246,8 @@ def profile(model: str | None, rollouts: int) -> dict[str, float]:
     from accelerate import Accelerator
 
     timed(Generator, "_generate", "generation")
-    timed(Rollouts, "score", "old, reference and values")
+    timed(Rollouts, "reference", "reference policy")
+    timed(Rollouts, "score", "old log-probabilities and values, where they take a pass")
     timed(trainer.PPOTrainer, "compute_loss", "forward of the updates, with d logp / d hidden")
     timed(Accelerator, "backward", "backward of the updates")
     timed(scoring, "token_logprobs", "of all that: the head (vocabulary)")
