@@ -75,12 +75,16 @@ class WithVLLM:
         settings, tokenizer = trainer.args, trainer.processing_class
         self.number += 1  # vLLM keeps an adapter by its number
         ids = tokenizer(prompts)["input_ids"]
-        sampling = SamplingParams(
-            temperature=settings.temperature if trainer.do_sample else 0.0,
-            max_tokens=settings.max_completion_length,
-            logprobs=0,  # that of the sampled token alone
-            seed=int(torch.randint(2**31, ())),  # of the rollout's own random state, so a resumed run draws the same
-        )
+        sampling = [
+            SamplingParams(
+                temperature=settings.temperature if trainer.do_sample else 0.0,
+                max_tokens=settings.max_completion_length,
+                logprobs=0,  # that of the sampled token alone
+                seed=seed,
+            )
+            # of the rollout's own random state, so a resumed run draws the same; equal prompts get others
+            for seed in torch.randint(2**31, (len(ids),)).tolist()
+        ]
         with tempfile.TemporaryDirectory() as folder:
             trainer.model.save_pretrained(folder)
             outputs = self.llm.generate(
