@@ -27,6 +27,7 @@ import peft_dynamic.tuners  # noqa: F401  # registers the adapter types
 from peft_dynamic.cli._edge import blame
 from peft_dynamic.cli._given import bad_input, check_model, command_line
 from peft_dynamic.cli._interrupt import Interrupted, Interruption
+from peft_dynamic.cli._kind import check_kind
 
 LAST = "true"  # of --resume_from_checkpoint: whichever is the last
 SETTINGS = "run.yaml"
@@ -92,6 +93,7 @@ def run(verb: str, recipe: Recipe, words: list[str]) -> None:
         try:
             with _bad_options():
                 given = _given(parser, recipe, words)
+            check_kind(verb, recipe.task_type, given.model.model_name_or_path, model_settings(given))
             _train(recipe, given, parser.given, interruption)
         except Interrupted:
             if _is_main():

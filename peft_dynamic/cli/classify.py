@@ -54,10 +54,11 @@ def _build() -> Any:
         labels = _classes.Labels.of(train, script.label_column)
         columns = _classes.text_columns(train, script.text_columns, script.label_column)
         settings = _fit.model_settings(given) | {"quantization_config": get_quantization_config(given.model)}
-        model = _classes.load(given.model.model_name_or_path, labels, tokenizer, given.training.seed, settings)
+        model, random = _classes.load(given.model.model_name_or_path, labels, tokenizer, given.training.seed, settings)
         if given.peft_config is not None:
             from peft import get_peft_model
 
+            _classes.save_random(given.peft_config, random)
             model = get_peft_model(model, given.peft_config)
 
         def encoded(rows: Any) -> Any:
