@@ -29,6 +29,10 @@ from peft_dynamic.cli._given import bad_input, check_model, command_line
 from peft_dynamic.cli._interrupt import Interrupted, Interruption
 from peft_dynamic.cli._kind import check_kind
 
+MORE = (
+    "--config takes a YAML file with these names as keys. --help-all --adapter dylora, or another, lists the adapter's "
+    "own settings too."
+)
 LAST = "true"  # of --resume_from_checkpoint: whichever is the last
 SETTINGS = "run.yaml"
 SAVED = ("adapter_config.json", "model.safetensors", "model.safetensors.index.json", "checkpoint-*")
@@ -81,7 +85,8 @@ def run(verb: str, recipe: Recipe, words: list[str]) -> None:
     """
     parser = _parser(verb, recipe)
     if "--help-all" in words:
-        typer.echo(parser.format_help())
+        with _bad_options():
+            typer.echo(parser.page(words))
         return
     if not sys.stderr.isatty():
         from datasets import disable_progress_bars
@@ -107,7 +112,7 @@ def _parser(verb: str, recipe: Recipe) -> Any:
     from peft_dynamic.trainers.arguments import AdapterParser
 
     kinds = (recipe.script, recipe.config, ModelConfig, *([recipe.mixture] if recipe.mixture else []))
-    parser = AdapterParser(kinds, recipe.task_type, prog=f"peft-dynamic {verb}", add_help=False)
+    parser = AdapterParser(kinds, recipe.task_type, prog=f"peft-dynamic {verb}", add_help=False, epilog=MORE)
     known = {each.name for each in dataclasses.fields(recipe.config)}
     # A checkpoint every tenth, the last two kept: a run that breaks off can be gone on with
     defaults = {"save_steps": 0.1, "save_total_limit": 2, **recipe.defaults}

@@ -16,8 +16,7 @@ VERB = _recipe.Verb(
     (
         *(_recipe.MODEL, _recipe.DATA, ("--text_columns", "The column of text, or two as a,b. Default: all of text.")),
         *(("--label_column", "The column of labels: names, numbers from 0, or values with a decimal point."),),
-        *(_recipe.ADAPTER, _recipe.RANKS, _recipe.OUTPUT, _recipe.CONFIG, _recipe.RATE, _recipe.STEPS, _recipe.BATCH),
-        *(_recipe.CURVE, _recipe.RESUME),
+        *(_recipe.ADAPTER, _recipe.RANKS, _recipe.OUTPUT, _recipe.CONFIG, _recipe.RATE, _recipe.STEPS),
     ),
     "--model_name_or_path answerdotai/ModernBERT-base --dataset_name train.jsonl --adapter dylora --r 8 "
     "--ranks 1,2,4,8 --learning_rate 1e-3 --output_dir out/classify",

@@ -314,6 +314,15 @@ def test_rows_that_cannot_be_had_are_told(tmp_path: Path, tiny: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("verb", ["sft", "soft", "ppo", "cite", "classify"])
+def test_help_shows_the_ten_options_that_matter_first(verb: str) -> None:
+    shown = re.findall(r"^  (--\w+)  ", invoke(verb, "--help").output, re.MULTILINE)
+    assert len(shown) == len({*shown}) == 10
+    whole = invoke(verb, "--help-all", "--adapter", "dylora").output
+    assert [option for option in shown if not re.search(rf"^ *{option}\b", whole, re.MULTILINE)] == []
+    assert "'dylra': there is no such method" in message(invoke(verb, "--help-all", "--adapter", "dylra"))
+
+
 def test_the_whole_list_of_options_has_the_adapters(tmp_path: Path) -> None:
     result = invoke("sft", "--help-all")
     assert result.exit_code == 0
