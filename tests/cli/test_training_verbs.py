@@ -250,6 +250,7 @@ def test_cite_scores_the_questions_that_it_held_out(tmp_path: Path, tiny: Path) 
 
 
 BASE = ["--model_name_or_path", "x/y", "--dataset_name", "x/y"]
+STREAM = ["--dataset_streaming", "true"]
 
 
 @pytest.mark.parametrize(
@@ -270,9 +271,20 @@ BASE = ["--model_name_or_path", "x/y", "--dataset_name", "x/y"]
         ([*BASE, "--early_stopping_patience", "2"], "beside --load_best_model_at_end true"),
         ([*BASE, "--resume_from_checkpoint", "true"], "has no checkpoint. Leave it out to begin."),
         ([*BASE, "--resume_from_checkpoint", "x", "--overwrite", "true"], "pass one of them"),
+        (
+            [*BASE, *STREAM],
+            "--dataset_streaming true: a stream's length is not known, so pass the steps too, as --max_",
+        ),
+        ([*BASE, "--report_to", "wandb"], "--report_to wandb: wandb is not installed. pip install wandb, or pass"),
+        ([*BASE, "--report_to", "trackio"], "--report_to trackio: trackio is not installed. pip install trackio"),
+        ([*BASE, "--report_to", "wndb"], "--report_to wndb: there is no such logger. Pass none, all, or of azure_ml,"),
     ],
 )
-def test_a_slip_is_told_before_a_model_is_loaded(given: list[str], said: str) -> None:
+def test_a_slip_is_told_before_a_model_is_loaded(given: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft_dynamic.cli import _before
+
+    installed = _before.has_package
+    monkeypatch.setattr(_before, "has_package", lambda name: name not in ("wandb", "trackio") and installed(name))
     result = invoke("sft", *given)
     assert result.exit_code == 2, result.output
     assert said in message(result)
