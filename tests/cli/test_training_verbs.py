@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ pytest.importorskip("trl")
 from tests.cli import common
 from tests.cli.common import ROWS, forked, invoke, message, start, write
 from tests.processes import free_port, python
+from tests.tuners.test_distributed import ACCELERATE_CONFIG
 
 elsewhere, tiny = common.elsewhere, common.tiny  # fixtures
 
@@ -143,6 +146,45 @@ def test_two_processes_write_one_set_of_files(tmp_path: Path, tiny: Path) -> Non
     with torch.no_grad(), model.at_rank(2):
         alone = mean_loss(model, encoded(tiny, ROWS, 4))["loss"]
     assert measured[-1] == pytest.approx(alone, rel=1e-5)
+
+
+def test_accelerate_launch_gives_the_weights_of_one_process(tmp_path: Path, tiny: Path) -> None:
+    # of one length, so that the mean over the tokens of two processes is the mean over those of the whole batch
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": f"Say {c}.", "completion": f"{c}!"} for c in "abcdefgh"])
+    settings = {"model_name_or_path": tiny, "dataset_name": rows, "use_cpu": True, **RUN, **DYLORA}
+    settings |= {"optim": "sgd", "learning_rate": 1}  # Adam would divide small gradients' rounding by themselves
+    sizes = {"one": 4, "two": 2}
+    given = {
+        name: words(**settings | {"output_dir": tmp_path / name, "per_device_train_batch_size": size})
+        for name, size in sizes.items()
+    }
+    (tmp_path / "launch.yaml").write_text(ACCELERATE_CONFIG.format(port=free_port()))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "launch.yaml"]
+    one = start("sft", *given["one"], cwd=tmp_path)
+    two = subprocess.run(
+        [*launcher, "-m", "peft_dynamic.cli", "sft", *given["two"]],
+        cwd=tmp_path,
+        env=common.environment(OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert two.returncode == 0, two.stdout + two.stderr
+    alone = one.ended(timeout=100)
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    assert two.stdout.count("Saved in") == 1
+    assert files_in(tmp_path / "two") == files_in(tmp_path / "one")
+    found, wanted = weights(tmp_path / "two"), weights(tmp_path / "one")
+    assert found.keys() == wanted.keys()
+    assert any("lora_B" in name and tensor.abs().max() > 1e-2 for name, tensor in wanted.items())
+    for name, tensor in wanted.items():
+        assert torch.allclose(found[name], tensor, rtol=1e-4, atol=1e-6), name
+
+
+def files_in(folder: Path) -> list[str]:
+    """All but each process's random state."""
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(str(path) for path in files if not path.name.startswith("rng_state"))
 
 
 def loaded(base: Path, adapter: Path) -> Any:
