@@ -1,4 +1,4 @@
-"""The Python on an adapter's page is run as it stands, in a process of its own: it gives the adapter that was pushed."""
+"""The Python on an adapter's page is run as it stands, in a process of its own: it gives the pushed adapter."""
 
 import copy
 import os
@@ -27,8 +27,9 @@ pytestmark = pytest.mark.filterwarnings(hub_server.HOSTS_WARNING)
 # What the page's names mean: `me/poet` and `me/base` are folders where it runs, and the network is off
 RUN = """
 import sys
-exec(compile(open("block.py").read(), "block.py", "exec"))
-assert any(name.startswith("peft_dynamic") for name in sys.modules) == ("import peft_dynamic" in open("block.py").read())
+block = open("block.py").read()
+exec(compile(block, "block.py", "exec"))
+assert any(name.startswith("peft_dynamic") for name in sys.modules) == ("import peft_dynamic" in block)
 import torch
 from safetensors.torch import save_file
 from tests.stock_cases import build, compute
