@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,12 +26,20 @@ class Completions:
         prompt_lengths: (batch,) int.
         lengths: (batch,) int, the tokens of each completion, with the one that ended it.
         ended: (batch,) bool, False where a completion was cut off.
+        sampled: (batch, width) log-probabilities by whatever sampled the tokens, NaN where it gave none; or None.
+        fields: further arguments of the reward functions, one value for each completion.
     """
 
     ids: torch.Tensor
     prompt_lengths: torch.Tensor
     lengths: torch.Tensor
     ended: torch.Tensor
+    sampled: torch.Tensor | None = None
+    fields: dict[str, list[Any]] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What scoring needs, one row for each completion."""
+        return {"ids": self.ids, "prompt_lengths": self.prompt_lengths, "lengths": self.lengths}
 
     def completion_ids(self) -> list[list[int]]:
         return [
@@ -154,6 +162,14 @@ class Generator:
                 )
             found.append(ids)
         return found
+
+    def end_of(self, ids: list[int]) -> tuple[int, bool]:
+        """Where `Ends` would have ended tokens that something else has generated: their number, and whether it did."""
+        texts = self.tokenizer.batch_decode([ids[:n] for n in range(1, len(ids) + 1)]) if self.stop_strings else ids
+        for n, (token, text) in enumerate(zip(ids, texts, strict=True), 1):
+            if token in self.stop_ids or any(string in text for string in self.stop_strings):
+                return n, True
+        return len(ids), False
 
     @torch.no_grad()
     def __call__(self, model: Any, policy: Any, prompts: list[list[int]], sample: bool, size: int) -> Completions:

@@ -24,7 +24,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("temperature", "kl_coef", "vf_coef", "gamma", "lam", "kl_horizon"), _NUMBER),
     # infinity leaves a clipping out
     **dict.fromkeys(("cliprange", "cliprange_value"), ("a number", is_number)),
-    **dict.fromkeys(("kl_target", "missing_eos_penalty"), or_none("a finite number", is_finite)),
+    **dict.fromkeys(("kl_target", "target_kl", "missing_eos_penalty"), or_none("a finite number", is_finite)),
     **dict.fromkeys(("stop_token_id", "num_completions_to_print"), _WHOLE),
     **dict.fromkeys(("bootstrap_truncated", "shuffle_dataset", "whiten_rewards", "whiten_advantages"), FLAG),
     **dict.fromkeys(("disable_dropout", "eval_do_sample", "log_completions"), FLAG),
@@ -130,6 +130,13 @@ class PPOConfig(TrainingArguments):
     # The update
     num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each rollout."})
     num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps in each pass over a rollout."})
+    target_kl: float | None = field(
+        default=None,
+        metadata={
+            "help": "Once `approx_kl` of an optimizer step is above this, the rollout's remaining steps are counted "
+            "but not computed; None computes all."
+        },
+    )
     gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
     lam: float = field(default=0.95, metadata={"help": "Lambda of the generalized advantage estimation."})
     cliprange: float = field(default=0.2, metadata={"help": "How far a token's probability ratio may move from 1."})
@@ -170,7 +177,7 @@ class PPOConfig(TrainingArguments):
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in 0..1.")
-        for name in ("kl_target", "missing_eos_penalty"):
+        for name in ("kl_target", "target_kl", "missing_eos_penalty"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be above 0, or None to leave it out.")
@@ -178,6 +185,11 @@ class PPOConfig(TrainingArguments):
             raise ValueError(f"kl_estimator={self.kl_estimator!r} must be one of {KL_ESTIMATORS}.")
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError(f"kl_target={self.kl_target} adapts kl_coef, which never leaves 0: start above it.")
+        if self.target_kl is not None and self.fp16:
+            raise ValueError(
+                f"target_kl={self.target_kl} leaves optimizer steps without a gradient, which the loss scaling of fp16 "
+                "does not allow. Set bf16=True in its place, or target_kl=None."
+            )
         if self.stop_token not in ("eos", None):
             raise ValueError(
                 f"stop_token={self.stop_token!r} must be 'eos' or None. Name another token by stop_token_id, and a "

@@ -23,7 +23,8 @@ class Metrics:
     def __init__(self) -> None:
         self._values: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._sums: torch.Tensor | None = None
-        self._steps = 0
+        self._change: torch.Tensor | None = None
+        self._steps, self._skipped = 0, 0
 
     def add(self, mode: str, values: dict[str, float]) -> None:
         """Keep one number for each name; `mode` is "train" or "eval"."""
@@ -33,10 +34,19 @@ class Metrics:
     def add_micro_batch(self, values: torch.Tensor) -> None:
         """Keep the numbers of `MICRO_BATCH`, each a part of the mean over its optimizer step's tokens."""
         self._sums = values if self._sums is None else self._sums + values
+        change = values[MICRO_BATCH.index("approx_kl")]
+        self._change = change if self._change is None else self._change + change
 
-    def end_step(self) -> None:
-        """An optimizer step is complete."""
+    def end_step(self) -> torch.Tensor:
+        """An optimizer step is complete; returns its own `approx_kl`."""
         self._steps += 1
+        change, self._change = self._change, None
+        assert change is not None
+        return change
+
+    def skip_step(self, complete: bool) -> None:
+        """A micro-batch is not computed; `complete` says whether an optimizer step ends with it."""
+        self._skipped += complete
 
     def take(
         self, mode: str, total: Callable[[torch.Tensor], torch.Tensor] | None = None, processes: int = 1
@@ -51,7 +61,10 @@ class Metrics:
         if total is not None and self._sums is not None and self._steps:
             means = total(self._sums) / (processes * self._steps)
             found |= dict(zip(MICRO_BATCH, means.tolist(), strict=True))
-            self._sums, self._steps = None, 0
+        if total is not None:
+            if self._skipped:
+                found["skipped_steps"] = self._skipped / (self._skipped + self._steps)
+            self._sums, self._steps, self._skipped = None, 0, 0
         return found
 
 
@@ -118,6 +131,30 @@ def rollout_metrics(
         "value/explained_variance": explained_variance(values, returns),
     }
     return found if kl is None else found | {"kl": kl_sum.mean().item()}
+
+
+def sampling_metrics(accelerator: Any, sampled: torch.Tensor | None, logprobs: torch.Tensor) -> dict[str, float]:
+    """How far the log-probabilities of whatever sampled the tokens are from the policy's, over all processes.
+
+    Args:
+        accelerator: gathers from the processes.
+        sampled: (batch, width), NaN where it gave none; or None.
+        logprobs: (batch, width) of the policy.
+
+    Returns:
+        Mean and largest difference under TRL's names; nothing where no process has any.
+    """
+    difference = logprobs.new_empty(0) if sampled is None else (sampled - logprobs).abs()
+    difference = difference[~difference.isnan()]
+    largest = difference.max() if len(difference) else difference.new_zeros(())
+    gathered = accelerator.gather(
+        torch.stack([difference.sum(), difference.new_tensor(len(difference)), largest])[None]
+    )
+    total, number = gathered[:, :2].sum(0).tolist()
+    if not number:
+        return {}
+    name = "sampling/sampling_logp_difference"
+    return {f"{name}/mean": total / number, f"{name}/max": gathered[:, 2].max().item()}
 
 
 class CompletionTable:

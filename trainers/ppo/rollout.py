@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 
 from peft_dynamic.functional import ppo
 from peft_dynamic.hosts.modes import evaluating
@@ -14,18 +15,24 @@ from peft_dynamic.trainers.ppo.completions import Completions
 from peft_dynamic.trainers.ppo.completions import Draw as Draw  # was here before
 from peft_dynamic.trainers.ppo.completions import Ends as Ends  # was here before
 from peft_dynamic.trainers.ppo.completions import Generator as Generator  # was here before
-from peft_dynamic.trainers.ppo.metrics import rollout_metrics
+from peft_dynamic.trainers.ppo.metrics import rollout_metrics, sampling_metrics
 from peft_dynamic.trainers.ppo.reference import reference_policy
+from peft_dynamic.trainers.ppo.rollout_func import call
 from peft_dynamic.trainers.ppo.scoring import Sequences
 from peft_dynamic.trainers.ppo.setup import seed_of
 
 
-class Scores(NamedTuple):
-    """Log-probabilities (batch, width), those of the reference, and values (batch, width + 1); None if not asked."""
+class Begun(NamedTuple):
+    """A rollout that waits for the policy's log-probabilities and values.
 
-    logprobs: torch.Tensor
+    Completions, (batch, functions) their rewards, (batch,) the weighted totals, and (batch, width) log-probabilities by
+    the reference, or None.
+    """
+
+    done: Completions
+    by_function: torch.Tensor
+    scores: torch.Tensor
     reference: torch.Tensor | None
-    values: torch.Tensor | None
 
 
 class Rollouts:
@@ -47,10 +54,14 @@ class Rollouts:
             seeds: numbers that the random state is made of.
         """
         trainer = self.trainer
-        ids = trainer.generator.tokenize(prompts)
+        function = trainer.rollout_func
+        ids = trainer.generator.tokenize(prompts) if function is None else []
         devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
         with evaluating(trainer.model), torch.random.fork_rng(devices), trainer.accelerator.autocast():
             torch.manual_seed(seed_of(*seeds))
+            if function is not None:
+                trainer.do_sample = sample
+                return call(function, prompts, trainer)
             return trainer.generator(
                 trainer.model, trainer.policy, ids, sample, trainer.args.rollout_forward_batch_size
             )
@@ -65,39 +76,41 @@ class Rollouts:
         completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
         skipped = ("prompt", "completion", "completion_ids")
         columns: dict[str, Any] = {key: [row[key] for row in rows] for key in rows[0] if key not in skipped}
+        columns |= {key: values for key, values in done.fields.items() if key not in skipped}
         columns["trainer_state"] = trainer.state
         columns["log_extra"] = trainer.table.extra
-        columns["log_metric"] = lambda name, value: trainer.metrics.add(mode, {name: float(value)})
+        logged: list[tuple[str, float]] = []
+        columns["log_metric"] = lambda name, value: logged.append((name, float(value)))
         rewards = trainer.rewards(prompts, completions, ids, columns, trainer.args.device)
+        for name, value in gather_object(logged):  # of all processes, each of which may have logged other names
+            trainer.metrics.add(mode, {name: value})
         trainer.table.add(prompts, completions, trainer.rewards.names, rewards)
         return rewards
 
-    def score(self, done: Completions, values: bool) -> Scores:
-        """What policy, reference and value function say of completions.
+    def score(self, done: Completions) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch, width) log-probabilities by the policy, and (batch, width + 1) values."""
+        trainer, width = self.trainer, int(done.lengths.max())
+        parts, place = self._parts(done)
+        with evaluating(trainer.model), trainer.accelerator.autocast():
+            found = [trainer.scorer(trainer.model, batch, width) for batch in parts]
+        logprobs, values = zip(*found, strict=True)
+        return torch.cat(logprobs)[place], torch.cat(values)[place]
 
-        Args:
-            done: the completions.
-            values: whether the value function is asked too.
-        """
-        trainer, args = self.trainer, self.trainer.args
-        width, size = int(done.lengths.max()), args.rollout_forward_batch_size
-        logprobs, references, state_values = [], [], []
-        with evaluating(trainer.model):
-            for start in range(0, len(done.ids), size):
-                part = slice(start, start + size)
-                batch = Sequences(done.ids[part], done.prompt_lengths[part], done.lengths[part])
-                with trainer.accelerator.autocast():
-                    own, of_states = trainer.scorer(trainer.model, batch, width, values)
-                    logprobs.append(own)
-                    if of_states is not None:
-                        state_values.append(of_states)
-                    if args.kl_coef:
-                        references.append(self._reference(batch, width))
-        return Scores(
-            torch.cat(logprobs),
-            torch.cat(references) if references else None,
-            torch.cat(state_values) if state_values else None,
-        )
+    def reference(self, done: Completions) -> torch.Tensor | None:
+        """(batch, width) log-probabilities by the reference policy; None without a KL penalty."""
+        trainer, width = self.trainer, int(done.lengths.max())
+        if not trainer.args.kl_coef:
+            return None
+        parts, place = self._parts(done)
+        with evaluating(trainer.model), trainer.accelerator.autocast():
+            return torch.cat([self._reference(batch, width) for batch in parts])[place]
+
+    def _parts(self, done: Completions) -> tuple[list[Sequences], torch.Tensor]:
+        """The completions, as many at a time as are scored, and where each is among them; like lengths together."""
+        size = self.trainer.args.rollout_forward_batch_size
+        order = torch.argsort(done.prompt_lengths + done.lengths, stable=True)
+        parts = [Sequences(done.ids[rows], done.prompt_lengths[rows], done.lengths[rows]) for rows in order.split(size)]
+        return parts, torch.argsort(order)
 
     def _reference(self, batch: Sequences, width: int) -> torch.Tensor:
         trainer = self.trainer
@@ -112,16 +125,30 @@ class Rollouts:
 
     def make(self, rows: list[dict[str, Any]], index: int) -> dict[str, Any]:
         """Complete, judge and score the prompts of one rollout: all that its optimizer steps need."""
-        trainer, args = self.trainer, self.trainer.args
+        begun = self.begin(rows, index)
+        return self.finish(begun, *self.score(begun.done))
+
+    def begin(self, rows: list[dict[str, Any]], index: int) -> Begun:
+        """Complete and judge the prompts of one rollout, and ask the reference policy."""
+        args = self.trainer.args
         done = self.complete([row["prompt"] for row in rows], True, (args.seed, index, args.process_index))
         by_function = self.judge(rows, done, "train")
-        scores = trainer.rewards.total(by_function)
+        return Begun(done, by_function, self.trainer.rewards.total(by_function), self.reference(done))
+
+    def finish(self, begun: Begun, logprobs: torch.Tensor, values: torch.Tensor) -> dict[str, Any]:
+        """Advantages and returns of a rollout, and its metrics.
+
+        Args:
+            begun: the completions, their rewards, and what the reference says of them.
+            logprobs: (batch, width) of the policy.
+            values: (batch, width + 1) of the states.
+        """
+        trainer, args = self.trainer, self.trainer.args
+        done, by_function, scores, reference = begun
         bootstraps = args.bootstrap_truncated and trainer.generator.can_end
         outcome, bootstrap = scores * done.ended if bootstraps else scores, torch.zeros_like(scores)
         if args.missing_eos_penalty is not None:
             outcome = outcome - args.missing_eos_penalty * (~done.ended)
-        logprobs, reference, values = self.score(done, values=True)
-        assert values is not None
         width = logprobs.shape[1]
         mask = ppo.position_mask(done.lengths, width)
         kl = None if reference is None else ppo.kl_estimate(logprobs, reference, args.kl_estimator)
@@ -140,6 +167,8 @@ class Rollouts:
         measured = rollout_metrics(
             trainer.accelerator, trainer.rewards.names, by_function, scores, done, logprobs, kl, values[:, :-1], returns
         )
+        if trainer.rollout_func is not None:
+            measured |= sampling_metrics(trainer.accelerator, done.sampled, logprobs)
         if bootstraps and not measured["completions/ended_ratio"]:
             warnings.warn(
                 f"bootstrap_truncated=True: no completion of this rollout ended within max_completion_length="
@@ -154,9 +183,7 @@ class Rollouts:
                 trainer.kl_coef, measured["kl"], args.kl_target, args.kl_horizon, episodes
             )
         return {
-            "ids": done.ids,
-            "prompt_lengths": done.prompt_lengths,
-            "lengths": done.lengths,
+            **done.tensors(),
             "logprobs": logprobs,
             "values": values[:, :-1] * mask,
             "advantages": advantages,

@@ -24,7 +24,8 @@ from peft_dynamic.trainers.ppo.config import PPOConfig
 from peft_dynamic.trainers.ppo.metrics import CompletionTable, Metrics, length_metrics, reward_metrics
 from peft_dynamic.trainers.ppo.reference import check_reference, frozen_copy, is_peft
 from peft_dynamic.trainers.ppo.rewards import RewardFunction, Rewards
-from peft_dynamic.trainers.ppo.rollout import Rollouts
+from peft_dynamic.trainers.ppo.rollout import Begun, Rollouts
+from peft_dynamic.trainers.ppo.rollout_func import RolloutFunction
 from peft_dynamic.trainers.ppo.sampler import RolloutSampler
 from peft_dynamic.trainers.ppo.scoring import Scorer, Sequences
 from peft_dynamic.trainers.ppo.setup import (
@@ -37,6 +38,7 @@ from peft_dynamic.trainers.ppo.setup import (
     make_generator,
     seed_of,
 )
+from peft_dynamic.trainers.ppo.sharing import shares_first_pass
 from peft_dynamic.trainers.ppo.value_head import FILE, NAME, ValueFunction
 
 
@@ -68,6 +70,10 @@ class PPOTrainer(Trainer):
         ref_model: the reference policy. Without it the reference is the model without its adapter or, where there is
             no adapter, a frozen copy of it.
         value_model: a sequence-classification model with one label for the values, instead of the linear head.
+        rollout_func: generates in place of the policy's own `generate`, such as with vLLM. It is called as TRL's
+            GRPOTrainer calls it, `rollout_func(prompts, trainer)`, and returns a dict: `prompt_ids` and
+            `completion_ids`, a list of token ids for each prompt; `logprobs`, a list of numbers for each completion or
+            None; and further fields for the reward functions. `trainer.do_sample` says whether to sample.
 
     Raises:
         ValueError: the model, the data and the settings do not fit together; the text says what to change.
@@ -78,6 +84,8 @@ class PPOTrainer(Trainer):
     control: Any
     loss_is_scaled_for_ga = True  # each micro-batch is divided by the tokens of the whole optimizer step
     _tag_names = ("ppo", "peft-dynamic")
+    num_generations = num_generations_eval = 1  # completions for each prompt that a `rollout_func` is given
+    do_sample = True  # or False while a greedy evaluation asks a `rollout_func`
 
     def __init__(
         self,
@@ -93,9 +101,13 @@ class PPOTrainer(Trainer):
         peft_config: Any = None,
         ref_model: Any = None,
         value_model: Any = None,
+        rollout_func: RolloutFunction | None = None,
     ) -> None:
         args = PPOConfig("ppo_output") if args is None else args
         check_arguments(model, args, peft_config)
+        if rollout_func is not None and not callable(rollout_func):
+            raise TypeError(f"rollout_func={rollout_func!r} must be a function of prompts and trainer, or None.")
+        self.rollout_func = rollout_func
         for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
             check_dataset(dataset)
         set_seed(args.seed)  # an adapter starts at random
@@ -133,6 +145,8 @@ class PPOTrainer(Trainer):
         self.kl_coef = args.kl_coef
         self.rollouts = Rollouts(self)
         self._rollout: dict[str, Any] | None = None
+        self._begun: Begun | None = None  # a rollout that waits for its first pass
+        self._stopped = False  # whether the rollout's remaining steps are skipped, by target_kl
         self._micro_step = 0  # forward and backward passes since training started
         self._gradients_seen = False
         self.metrics = Metrics()
@@ -159,6 +173,7 @@ class PPOTrainer(Trainer):
             unpack_bnb_4bit(self.ref_model)
             base = self.ref_model.get_base_model() if is_peft(self.ref_model) else self.ref_model
             self.ref_scorer = Scorer(base, args.temperature)
+        self.shares_first_pass = shares_first_pass(self.model, self.scorer, args)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(list(self._tag_names))
 
@@ -211,19 +226,28 @@ class PPOTrainer(Trainer):
         args = self.args
         index, step = divmod(self._micro_step, args.steps_per_rollout)
         if step == 0:
-            self._rollout = self.rollouts.make(inputs, index)
-        assert self._rollout is not None
+            self._rollout, self._begun, self._stopped = None, None, False
+            if self.shares_first_pass:
+                self._begun = self.rollouts.begin(inputs, index)
+            else:
+                self._rollout = self.rollouts.make(inputs, index)
         per_epoch = args.num_mini_batches * args.gradient_accumulation_steps
         epoch, step = divmod(step, per_epoch)
         # The order is a function of the numbers, so that a resumed run has it without its being saved
         seeds = (args.seed, index, args.process_index, epoch)
         order = torch.randperm(args.rollout_size, generator=torch.Generator().manual_seed(seed_of(*seeds)))
         size, per_step = args.train_batch_size, args.train_batch_size * args.gradient_accumulation_steps
-        chosen = order[step * size : (step + 1) * size].to(args.device)
-        batch = {key: value[chosen] for key, value in self._rollout.items()}
-        # Tokens of this optimizer step on all processes, per process: DDP averages the gradients over these.
+        known = self._rollout if self._begun is None else self._begun.done.tensors()
+        assert known is not None
         first = step * size // per_step * per_step
-        tokens = self._rollout["lengths"][order[first : first + per_step].to(args.device)].sum()
+        rows = order[first : first + per_step].to(args.device)
+        if args.gradient_accumulation_steps > 1:  # rows of like lengths together: the same sum over less padding
+            rows = rows[torch.argsort((known["prompt_lengths"] + known["lengths"])[rows], stable=True)]
+        chosen = rows[step * size - first :][:size]
+        batch = {key: value[chosen] for key, value in known.items()}
+        # Tokens of this optimizer step on all processes, per process: DDP averages the gradients over these.
+        tokens = known["lengths"][rows].sum()
+        batch["rows"] = chosen
         batch["tokens"] = self.rollouts.total(tokens.float()) / args.world_size
         self._micro_step += 1
         return batch
@@ -242,6 +266,8 @@ class PPOTrainer(Trainer):
             logprobs, values = self.scorer(model, batch, width)
         assert values is not None
         mask = ppo.position_mask(lengths, width)
+        if self._begun is not None:
+            inputs = inputs | self._finish(inputs["rows"], logprobs.detach(), values.detach())
         old = {key: inputs[key][:, :width] for key in ("logprobs", "values", "advantages", "returns")}
         policy, policy_clipped = ppo.policy_loss(logprobs, old["logprobs"], old["advantages"], args.cliprange)
         value, value_clipped = ppo.value_loss(values[:, :-1], old["values"], old["returns"], args.cliprange_value)
@@ -253,10 +279,25 @@ class PPOTrainer(Trainer):
         )
         return policy + args.vf_coef * value
 
+    def _finish(self, rows: torch.Tensor, logprobs: torch.Tensor, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Complete the rollout with what the first pass over it has given, and return its rows in the pass's order."""
+        assert self._begun is not None
+        begun, place = self._begun, torch.argsort(rows)
+        self._rollout = self.rollouts.finish(begun, logprobs[place], values[place])
+        self._begun = None
+        return {key: value[rows] for key, value in self._rollout.items()}
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        if self._stopped and self._micro_step % self.args.steps_per_rollout:
+            self._micro_step += 1
+            self.metrics.skip_step(self._micro_step % self.args.gradient_accumulation_steps == 0)
+            return torch.zeros((), device=self.args.device)  # and no gradient: the optimizer leaves all as it is
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._micro_step % self.args.gradient_accumulation_steps == 0:
-            self.metrics.end_step()
+            change = self.metrics.end_step()
+            if self.args.target_kl is not None:
+                mean = float(self.rollouts.total(change)) / self.args.world_size
+                self._stopped = mean > self.args.target_kl
         if not self._gradients_seen:
             own = {id(p) for p in self.value_function.parameters()}
             trained = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
@@ -327,8 +368,8 @@ class PPOTrainer(Trainer):
     # Checkpoints
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        self._rollout, self._micro_step, self.kl_coef = None, 0, self.args.kl_coef
-        self._gradients_seen = False
+        self._begun, self._rollout, self._micro_step, self.kl_coef = None, None, 0, self.args.kl_coef
+        self._gradients_seen, self._stopped = False, False
         self.metrics, self.table = Metrics(), CompletionTable()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -349,6 +390,7 @@ class PPOTrainer(Trainer):
         state = {
             "micro_step": self._micro_step,
             "kl_coef": self.kl_coef,
+            "stopped": self._stopped,
             "rollout": rollout,
             "shape": [self.args.rollout_size, self.args.steps_per_rollout, self.args.world_size],
         }
@@ -371,6 +413,7 @@ class PPOTrainer(Trainer):
                 f"and processes, and this run has {shape}. Resume with the batch sizes it was saved with."
             )
         self._micro_step, self.kl_coef = state["micro_step"], state["kl_coef"]
+        self._stopped = state.get("stopped", False)  # which older checkpoints do not have
         if state["rollout"] is not None:
             self._rollout = {key: value.to(self.args.device) for key, value in state["rollout"].items()}
 

@@ -89,6 +89,7 @@ def trainer(folder: Path, model: Any = None, reward_funcs: Any = early_letters, 
         "value_model",
         "callbacks",
         "processing_class",
+        "rollout_func",
     )
     own = {name: settings.pop(name) for name in names if name in settings}
     own.setdefault("train_dataset", prompts())

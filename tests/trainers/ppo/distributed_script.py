@@ -14,15 +14,32 @@ from peft import LoraConfig
 from tests.trainers.ppo.common import EOS, early_letters, prompts, trainer
 
 
+def by_prompt(prompts: list[str], trainer: Any) -> dict[str, Any]:
+    """Completions that follow from their prompts, whoever samples. The two processes get prompts of other lengths."""
+    ids = trainer.generator.tokenize(prompts)
+    completions = [[(5 * len(p) + i) % EOS for i in range(len(p))] + [EOS] * (len(p) % 2) for p in ids]
+    pairs = zip(ids, completions, strict=True)
+    logprobs = [[-float(len(p)) if len(p) != 3 else None for _ in c] for p, c in pairs]
+    return {"prompt_ids": ids, "completion_ids": completions, "logprobs": logprobs, "weight": [len(p) for p in ids]}
+
+
+def letters(completion_ids: list[list[int]], weight: list[int], log_metric: Any, **_: Any) -> list[float | None]:
+    log_metric("longest_prompt", max(weight))
+    return [None if w == 2 else value * w for value, w in zip(early_letters(completion_ids), weight, strict=True)]
+
+
+def some(completions: list[str], **_: Any) -> list[float]:
+    return [0.25 * len(text) for text in completions]
+
+
 def made(folder: Path, **settings: Any) -> Any:
     """Without sampling, so that what is trained on does not depend on how many processes sample."""
     adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     defaults = {"shuffle_dataset": False, "num_ppo_epochs": 2, "max_steps": 3, "save_steps": 1, "max_grad_norm": 0.0}
     defaults |= {"eval_dataset": prompts(5), "save_strategy": "steps", "learning_rate": 1e-3, "optim": "sgd"}
-    found = trainer(folder, reward_funcs=early_letters, peft_config=adapter, **(defaults | settings))
+    defaults |= {"rollout_func": by_prompt, "target_kl": 1e9}
+    found = trainer(folder, reward_funcs=[letters, some], peft_config=adapter, **(defaults | settings))
     found.value_function.head.weight.data.copy_(torch.linspace(-1, 1, 32)[None])
-    complete = found.rollouts.complete
-    found.rollouts.complete = lambda prompts, sample, seeds: complete(prompts, False, seeds)
     return found
 
 
@@ -42,7 +59,7 @@ def main(folder: Path) -> None:
     dist.all_gather_object(drawn, own)
     if dist.get_rank() == 0:
         weights = {name: p.detach() for name, p in two.model.named_parameters() if p.requires_grad}
-        found = {"weights": weights, "logs": logs, "eval": evaluated["eval_reward"], "same": same, "drawn": drawn}
+        found = {"weights": weights, "logs": logs, "eval": evaluated, "same": same, "drawn": drawn}
         torch.save(found | {"processes": two.args.world_size, "eos": EOS}, folder / "out.pt")
     for each in (two, resumed, sampled):
         each.accelerator.free_memory()

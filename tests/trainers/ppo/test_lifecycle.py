@@ -223,7 +223,7 @@ def test_a_value_model_of_its_own_gives_the_values_is_trained_and_is_kept(tmp_pa
     made = trainer(tmp_path, peft_config=LoraConfig(**LORA), value_model=model, save_strategy="steps", save_steps=4)
     before = weights(model)
     done = made.rollouts.complete(["abc", "a"], True, (0,))
-    _, _, values = made.rollouts.score(done, values=True)
+    _, values = made.rollouts.score(done)
     assert values is not None
     for row, n in enumerate(done.lengths.tolist()):
         prompt = int(done.prompt_lengths[row])
@@ -259,7 +259,7 @@ def test_an_explicit_reference_model_is_the_one_that_is_asked(tmp_path: Path) ->
     for adapter in ({}, {"peft_config": LoraConfig(**LORA)}):
         made = trainer(tmp_path, ref_model=other, **adapter)
         done = made.rollouts.complete(["abc", "a"], True, (0,))
-        _, reference, _ = made.rollouts.score(done, values=False)
+        reference = made.rollouts.reference(done)
         assert reference is not None
         for row, n in enumerate(done.lengths.tolist()):
             prompt = int(done.prompt_lengths[row])
@@ -276,11 +276,11 @@ def test_another_adapter_may_be_the_reference(tmp_path: Path) -> None:
     made = trainer(tmp_path, model=model, ref_adapter_name="sft")
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     done = made.rollouts.complete(["abc", "a"], True, (0,))
-    logprobs, reference, _ = made.rollouts.score(done, values=False)
+    logprobs, reference = made.rollouts.score(done)[0], made.rollouts.reference(done)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
     assert model.active_adapter == "default"
     model.set_adapter("sft")
-    wanted = made.rollouts.score(done, values=False)[0]
+    wanted = made.rollouts.score(done)[0]
     assert reference is not None
     torch.testing.assert_close(reference, wanted)
     assert not torch.allclose(logprobs, wanted)

@@ -185,8 +185,8 @@ def test_the_first_gradient_is_the_one_of_a_plain_computation(tmp_path: Path) ->
     callback = Gradients()
     made.add_callback(callback)
     rollouts: list[dict[str, torch.Tensor]] = []
-    real = made.rollouts.make
-    made.rollouts.make = lambda *args: rollouts.append(real(*args)) or rollouts[-1]  # type: ignore[method-assign]  # of one trainer
+    real = made.rollouts.finish
+    made.rollouts.finish = lambda *args: rollouts.append(real(*args)) or rollouts[-1]  # type: ignore[method-assign]  # of one trainer
     made.train()
 
     plain = get_peft_model(tiny_policy(), lora())
