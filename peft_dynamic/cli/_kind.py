@@ -41,7 +41,7 @@ def check_kind(verb: str, task_type: str, name: str, settings: dict[str, Any]) -
 
 def _no_decoder(config: PretrainedConfig, verb: str) -> str | None:
     kind = f"a model of type {config.model_type!r}"
-    if config.get_text_config(decoder=True).is_encoder_decoder or config.is_encoder_decoder:
+    if getattr(config, "is_encoder_decoder", False):
         return f"{kind} is an encoder-decoder, and {verb} trains decoders alone. {DECODER}."
     if is_encoder_type(config) and not getattr(config, "is_decoder", False):
         fix = f"{DECODER}, or train a classifier with peft-dynamic classify"
