@@ -1,5 +1,6 @@
 """Files for engines that know one rank and one scale: read as they read them, they are the model's adapter."""
 
+import copy
 import json
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft_dynamic import DyLoRAConfig, LorettaRepConfig, MoSLoRAConfig, export_lora, resize_adapter
-from tests import methods
+from tests import methods, vllm_loader
 from tests.conformance.cases import CASES, perturb
 from tests.conformance.test_conformance import compute
 from tests.tuners.common import adapted, rows, tiny_llama
@@ -31,11 +32,29 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval()(input_ids=rows(2)).logits
 
 
+def linear_names(model: nn.Module) -> set[str]:
+    return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+LINEAR = linear_names(tiny_llama())  # all that vLLM adapts
+
+
+def with_updates(updates: dict[str, vllm_loader.Update]) -> nn.Module:
+    """The base model with what vLLM adds to its layers."""
+    model = tiny_llama()
+    with torch.no_grad():
+        for name, update in updates.items():
+            model.get_submodule(name).weight += update.scale * update.b @ update.a
+    return model
+
+
 def read_by(engine: str, folder: Path) -> nn.Module:
     """The base model with the file's updates, as the engine's rules say: the matrices, one alpha, no patterns.
 
-    vLLM scales by lora_alpha / r of the configuration, llama.cpp by lora_alpha over the rank of each matrix.
+    llama.cpp scales by lora_alpha over the rank of each matrix.
     """
+    if engine == "vllm":
+        return with_updates(vllm_loader.read(folder, LINEAR))
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = load_file(folder / "adapter_model.safetensors")
     assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in tensors)
@@ -44,7 +63,7 @@ def read_by(engine: str, folder: Path) -> nn.Module:
         for name, a in tensors.items():
             if name.endswith(".lora_A.weight"):
                 b = tensors[name.replace(".lora_A.", ".lora_B.")]
-                scale = config["lora_alpha"] / (config["r"] if engine == "vllm" else a.shape[0])
+                scale = config["lora_alpha"] / a.shape[0]
                 layer = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
                 layer.weight += scale * b @ a
     return model
@@ -156,8 +175,6 @@ UNREADABLE: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("engine", ["vllm", "llama.cpp"])
 @pytest.mark.parametrize("kind", UNREADABLE)
 def test_what_an_engine_would_drop_is_refused(kind: str, engine: str, tmp_path: Path) -> None:
-    import copy
-
     config, message = UNREADABLE[kind]
     config = copy.deepcopy(config)
     config.task_type = "CAUSAL_LM"
@@ -167,6 +184,51 @@ def test_what_an_engine_would_drop_is_refused(kind: str, engine: str, tmp_path: 
     assert not (tmp_path / "out").exists()
     export_lora(model, tmp_path / "out")  # PEFT reads it
     assert type(PeftModel.from_pretrained(tiny_llama(), tmp_path / "out").peft_config["default"]) is LoraConfig
+
+
+# The rest vLLM takes of some models, or reads as something else
+REFUSED = {"norms": "modules_to_save", "modules_to_save": "modules_to_save", "bias": "a bias", "dora": "use_dora"}
+REFUSED |= {"lora_bias": "no LoRA weight", "tokens": "no LoRA weight"}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_vllms_own_checks_refuse_what_we_refuse_to_write(kind: str, tmp_path: Path) -> None:
+    config = copy.deepcopy(UNREADABLE[kind][0])
+    config.task_type = "CAUSAL_LM"
+    export_lora(get_peft_model(tiny_llama(), config), tmp_path)
+    with pytest.raises(vllm_loader.Refused, match=REFUSED[kind]):
+        vllm_loader.read(tmp_path, LINEAR)
+
+
+def test_vllm_is_to_be_started_with_the_rank(tmp_path: Path) -> None:
+    export_lora(adapted(r=32, ranks=[32]), tmp_path, engine="vllm")
+    with pytest.raises(vllm_loader.Refused, match="rank 32 is above max_lora_rank 16"):
+        vllm_loader.read(tmp_path, LINEAR)
+    assert vllm_loader.read(tmp_path, LINEAR, max_lora_rank=32)
+
+
+@pytest.mark.parametrize("method", ["dylora", "moslora", "loretta-rep"])
+def test_transformers_own_load_adapter_computes_the_adapter(method: str, tmp_path: Path) -> None:
+    settings = {"train_layer_norms": True} if method == "loretta-rep" else {}
+    model = get_peft_model(tiny_llama(), SETTINGS[method](**settings))
+    perturb(model)
+    expected = logits(model)
+    export_lora(model, tmp_path)
+    stock = tiny_llama()
+    stock.load_adapter(tmp_path)
+    torch.testing.assert_close(logits(stock), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_transformers_own_load_adapter_takes_a_twin_by_its_folder(tmp_path: Path) -> None:
+    model = adapted(hub_ranks=[1, 4])
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    for rank in (1, 4):
+        stock = tiny_llama()
+        stock.load_adapter(tmp_path, adapter_kwargs={"subfolder": f"rank-{rank}"})
+        assert type(stock.peft_config["default"]) is LoraConfig
+        with model.at_rank(rank):
+            torch.testing.assert_close(logits(stock), logits(model), rtol=1e-4, atol=2e-5)
 
 
 def test_an_unknown_engine_is_named(tmp_path: Path) -> None:

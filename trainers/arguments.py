@@ -161,6 +161,12 @@ class AdapterParser(TrlParser):
         }
         return found, rest
 
+    def page(self, words: Iterable[str]) -> str:
+        """The help of all options, those of the adapter that the words name among them."""
+        adapter = self._adapter([part for word in words for part in _apart(word)], {})
+        self._add({} if adapter is None else adapter_fields(adapter))
+        return self.format_help()
+
     def error(self, message: str) -> NoReturn:
         """Raise instead of argparse's page of usage and exit.
 

@@ -117,19 +117,57 @@ def text_columns(rows: Any, named: str | None, label: str) -> list[str]:
     return columns
 
 
-def load(name: str, labels: Labels, tokenizer: Any, seed: int, settings: dict[str, Any]) -> Any:
-    """The base model under a head for these labels, which starts at random by the seed."""
+def load(name: str, labels: Labels, tokenizer: Any, seed: int, settings: dict[str, Any]) -> tuple[Any, list[str]]:
+    """The base model under a head for these labels, which starts at random by the seed.
+
+    Returns:
+        The model, and the modules that the checkpoint has no weights for.
+    """
     set_seed(seed)
     heads: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
     if labels.names is not None:
         heads = {"id2label": dict(enumerate(labels.names)), "label2id": {n: i for i, n in enumerate(labels.names)}}
     settings = {key: value for key, value in settings.items() if value is not None}
-    model = AutoModelForSequenceClassification.from_pretrained(name, **heads, **settings)
+    model, found = AutoModelForSequenceClassification.from_pretrained(
+        name, output_loading_info=True, **heads, **settings
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     if model.config.get_text_config().pad_token_id is None:  # a decoder's head reads the last token that is no padding
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return model
+    return model, _modules_of(model, {*found["missing_keys"]})
+
+
+def _modules_of(model: Any, keys: set[str]) -> list[str]:
+    """The outermost modules all of whose parameters are among these."""
+    modules: list[str] = []
+    for name, module in model.named_modules():
+        inside = {f"{name}.{each}" for each, _ in module.named_parameters()}
+        if name and inside and inside <= keys and not name.startswith(tuple(f"{each}." for each in modules)):
+            modules.append(name)
+    return modules
+
+
+def save_random(config: Any, modules: list[str]) -> None:
+    """Have an adapter train and save modules that start at random, where PEFT's rule for SEQ_CLS passes them by.
+
+    Args:
+        config: the adapter's, which is changed.
+        modules: as `load` returns them.
+
+    Raises:
+        typer.BadParameter: the adapter cannot save modules.
+    """
+    passed_by = [name for name in modules if not name.endswith(("classifier", "score"))]
+    if not passed_by:
+        return
+    if not hasattr(config, "modules_to_save"):
+        raise typer.BadParameter(
+            f"{config.peft_type.value.lower()} cannot save {passed_by[0]}, of which the base model has no weights: it "
+            "would be random in the saved adapter. Pass an adapter with modules_to_save, such as lora.",
+            param_hint="--adapter",
+        )
+    config.modules_to_save = [*dict.fromkeys([*(config.modules_to_save or []), *passed_by])]
 
 
 def measured(trainer: Any, model: Any) -> dict[str, float]:

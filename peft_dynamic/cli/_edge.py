@@ -36,7 +36,8 @@ def debugging() -> bool:
 def reason(error: BaseException) -> str:
     """An exception on one line."""
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}{'...' * (len(text) > 300)}" if text else type(error).__name__
+    text = f"{text[:300]}..." if len(text) > 300 else text.removesuffix(".")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 @contextmanager
@@ -92,6 +93,8 @@ def hosts_hushed() -> Iterator[None]:
     loggers = {name: logging.getLogger(name).level for name in ("bitsandbytes", "peft", "accelerate", "torch")}
     for name in loggers:
         logging.getLogger(name).setLevel(logging.ERROR)
+    deepspeed = logging.getLogger("DeepSpeed")  # which sets its own level when it is imported, and writes to stdout
+    deepspeed.addFilter(_is_error)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -99,10 +102,15 @@ def hosts_hushed() -> Iterator[None]:
             warnings.showwarning = _show
             yield
     finally:
+        deepspeed.removeFilter(_is_error)
         for name, level in loggers.items():
             logging.getLogger(name).setLevel(level)
         for name in added:
             os.environ.pop(name, None)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def _show(message: Warning | str, *_: Any, **__: Any) -> None:

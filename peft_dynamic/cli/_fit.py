@@ -24,15 +24,28 @@ from accelerate import PartialState
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 import peft_dynamic.tuners  # noqa: F401  # registers the adapter types
+from peft_dynamic.cli._before import (
+    LAST,
+    SAVED,
+    check_curves,
+    check_data,
+    check_loggers,
+    check_output,
+    check_template,
+    checkpoints,
+    numbers,
+)
 from peft_dynamic.cli._edge import blame
 from peft_dynamic.cli._given import bad_input, check_model, command_line
 from peft_dynamic.cli._interrupt import Interrupted, Interruption
+from peft_dynamic.cli._kind import check_kind
 
-LAST = "true"  # of --resume_from_checkpoint: whichever is the last
+MORE = (
+    "--config takes a YAML file with these names as keys. --help-all --adapter dylora, or another, lists the adapter's "
+    "own settings too."
+)
 SETTINGS = "run.yaml"
-SAVED = ("adapter_config.json", "model.safetensors", "model.safetensors.index.json", "checkpoint-*")
 FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt)(\.(gz|bz2|xz))?$|^[.~/]", re.IGNORECASE)
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass
@@ -80,7 +93,8 @@ def run(verb: str, recipe: Recipe, words: list[str]) -> None:
     """
     parser = _parser(verb, recipe)
     if "--help-all" in words:
-        typer.echo(parser.format_help())
+        with _bad_options():
+            typer.echo(parser.page(words))
         return
     if not sys.stderr.isatty():
         from datasets import disable_progress_bars
@@ -92,6 +106,7 @@ def run(verb: str, recipe: Recipe, words: list[str]) -> None:
         try:
             with _bad_options():
                 given = _given(parser, recipe, words)
+            check_kind(verb, recipe.task_type, given.model.model_name_or_path, model_settings(given))
             _train(recipe, given, parser.given, interruption)
         except Interrupted:
             if _is_main():
@@ -105,7 +120,7 @@ def _parser(verb: str, recipe: Recipe) -> Any:
     from peft_dynamic.trainers.arguments import AdapterParser
 
     kinds = (recipe.script, recipe.config, ModelConfig, *([recipe.mixture] if recipe.mixture else []))
-    parser = AdapterParser(kinds, recipe.task_type, prog=f"peft-dynamic {verb}", add_help=False)
+    parser = AdapterParser(kinds, recipe.task_type, prog=f"peft-dynamic {verb}", add_help=False, epilog=MORE)
     known = {each.name for each in dataclasses.fields(recipe.config)}
     # A checkpoint every tenth, the last two kept: a run that breaks off can be gone on with
     defaults = {"save_steps": 0.1, "save_total_limit": 2, **recipe.defaults}
@@ -132,66 +147,11 @@ def _given(parser: Any, recipe: Recipe, words: list[str]) -> Given:
         training.save_strategy, training.save_steps = training.eval_strategy, training.eval_steps
     if not sys.stderr.isatty() and "disable_tqdm" not in parser.given:
         training.disable_tqdm = True
-    _check_curves(script, training)
-    _check_output(script, training)
+    check_curves(script, training)
+    check_output(script, training)
+    check_data(parser.prog.split()[-1], given)
+    check_loggers(training)
     return given
-
-
-def numbers(text: str | None, name: str) -> list[int]:
-    """Whole numbers with commas or blanks between them.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    words = (text or "").replace(",", " ").split()
-    if not all(word.isdigit() and int(word) > 0 for word in words) or (text is not None and not words):
-        raise ValueError(f"--{name} {text}: must be whole numbers above 0 with commas between them, such as 2,8.")
-    return [int(word) for word in words]
-
-
-def _check_curves(script: Any, training: Any) -> None:
-    for name in ("curve_ranks", "curve_exits"):
-        if numbers(getattr(script, name), name) and training.eval_strategy == "no":
-            raise ValueError(f"--{name} measures at each evaluation: pass --eval_strategy steps too.")
-    if script.curve_every < 1:
-        raise ValueError(f"--curve_every {script.curve_every}: must be at least 1.")
-    patience = script.early_stopping_patience
-    if patience is not None and (patience < 1 or not training.load_best_model_at_end):
-        raise ValueError(
-            f"--early_stopping_patience {patience}: must be at least 1, beside --load_best_model_at_end true and "
-            "--eval_strategy steps: it goes by the best checkpoint's metric."
-        )
-
-
-def _check_output(script: Any, training: Any) -> None:
-    """Raise where something in the folder would be lost or mixed up, or there is nothing to go on from."""
-    folder, resume = Path(training.output_dir), training.resume_from_checkpoint
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file; pass a folder.")
-    if resume is not None and script.overwrite:
-        raise ValueError("--overwrite removes what --resume_from_checkpoint goes on from: pass one of them.")
-    if str(resume).lower() in (LAST, "1", "yes"):
-        found = checkpoints(folder)
-        if not found:
-            raise ValueError(f"--resume_from_checkpoint {resume}: {folder} has no checkpoint. Leave it out to begin.")
-        training.resume_from_checkpoint = str(found[-1])
-    elif str(resume).lower() in ("false", "0", "no"):
-        training.resume_from_checkpoint = resume = None
-    elif resume is not None and not Path(resume).is_dir():
-        raise ValueError(f"--resume_from_checkpoint {resume}: there is no such folder. Pass a checkpoint's, or {LAST}.")
-    if resume is None and not script.overwrite:
-        there = [path.name for pattern in SAVED for path in sorted(folder.glob(pattern))]
-        if there:
-            raise ValueError(
-                f"--output_dir {folder} holds {there[0]} of another run. Pass --resume_from_checkpoint {LAST} to go on "
-                "with it, --overwrite true to replace it, or another folder."
-            )
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the last one at the end."""
-    found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def model_settings(given: Given) -> dict[str, Any]:
@@ -214,6 +174,8 @@ def supervised(kind: Any) -> Callable[[Given], Any]:
         from trl import get_quantization_config
 
         train, evaluation = data(given)
+        if given.training.assistant_only_loss and given.training.chat_template_path is None:
+            check_template(tokenizer(given))
         given.training.model_init_kwargs = model_settings(given)
         return kind(
             given.model.model_name_or_path,

@@ -27,7 +27,6 @@ RATE = ("--learning_rate", "The peak of the learning rate.")
 STEPS = ("--max_steps", "Optimizer steps; without it --num_train_epochs counts.")
 BATCH = ("--per_device_train_batch_size", "Rows that a device sees at a time.")
 RESUME = ("--resume_from_checkpoint", "Go on from a checkpoint, or from the last one with `true`.")
-CURVE = ("--curve_ranks", "With --eval_strategy: measure these ranks at each evaluation, as 2,8.")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ VERB = _recipe.Verb(
     (
         *(_recipe.MODEL, ("--dataset_name", "Rows with question, passages and an answer that cites them, as [1][2].")),
         *(("--passages", "Passages of each row: filled up or cut down to it."), ("--judge", "A model of entailment.")),
-        *(_recipe.ADAPTER, _recipe.OUTPUT, _recipe.CONFIG, _recipe.RATE, _recipe.STEPS, _recipe.BATCH, _recipe.RESUME),
+        *(_recipe.ADAPTER, _recipe.OUTPUT, _recipe.CONFIG, _recipe.RATE, _recipe.STEPS, _recipe.BATCH),
     ),
     "--model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --dataset_name cited.jsonl --adapter dylora --r 16 "
     "--target_modules all-linear --learning_rate 5e-4 --output_dir out/cite",

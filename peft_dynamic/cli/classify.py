@@ -16,8 +16,7 @@ VERB = _recipe.Verb(
     (
         *(_recipe.MODEL, _recipe.DATA, ("--text_columns", "The column of text, or two as a,b. Default: all of text.")),
         *(("--label_column", "The column of labels: names, numbers from 0, or values with a decimal point."),),
-        *(_recipe.ADAPTER, _recipe.RANKS, _recipe.OUTPUT, _recipe.CONFIG, _recipe.RATE, _recipe.STEPS, _recipe.BATCH),
-        *(_recipe.CURVE, _recipe.RESUME),
+        *(_recipe.ADAPTER, _recipe.RANKS, _recipe.OUTPUT, _recipe.CONFIG, _recipe.RATE, _recipe.STEPS),
     ),
     "--model_name_or_path answerdotai/ModernBERT-base --dataset_name train.jsonl --adapter dylora --r 8 "
     "--ranks 1,2,4,8 --learning_rate 1e-3 --output_dir out/classify",
@@ -54,10 +53,11 @@ def _build() -> Any:
         labels = _classes.Labels.of(train, script.label_column)
         columns = _classes.text_columns(train, script.text_columns, script.label_column)
         settings = _fit.model_settings(given) | {"quantization_config": get_quantization_config(given.model)}
-        model = _classes.load(given.model.model_name_or_path, labels, tokenizer, given.training.seed, settings)
+        model, random = _classes.load(given.model.model_name_or_path, labels, tokenizer, given.training.seed, settings)
         if given.peft_config is not None:
             from peft import get_peft_model
 
+            _classes.save_random(given.peft_config, random)
             model = get_peft_model(model, given.peft_config)
 
         def encoded(rows: Any) -> Any:

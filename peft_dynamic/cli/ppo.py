@@ -19,7 +19,6 @@ VERB = _recipe.Verb(
         *(("--reward_models", "Sequence classifiers with one label: folders or names on the Hub."),),
         *(("--task", "A task of GLUE or SuperGLUE, as sst2: its prompts and its reward."),),
         *(_recipe.ADAPTER, _recipe.OUTPUT, _recipe.CONFIG, _recipe.RATE, _recipe.STEPS),
-        *(("--max_completion_length", "The most tokens that a completion may have."), _recipe.RESUME),
     ),
     "--model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --dataset_name prompts.jsonl "
     "--reward_funcs my_rewards.short --adapter lora --r 8 --target_modules all-linear --output_dir out/ppo",

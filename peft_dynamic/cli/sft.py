@@ -14,7 +14,7 @@ VERB = _recipe.Verb(
     "adapter. Several processes: accelerate launch -m peft_dynamic.cli sft ...",
     (
         *(_recipe.MODEL, _recipe.DATA, _recipe.ADAPTER, _recipe.RANKS, _recipe.OUTPUT, _recipe.CONFIG),
-        *(_recipe.RATE, _recipe.STEPS, _recipe.BATCH, _recipe.CURVE, _recipe.RESUME),
+        *(_recipe.RATE, _recipe.STEPS, _recipe.BATCH, _recipe.RESUME),
     ),
     "--model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --dataset_name my.jsonl --adapter dylora --r 8 "
     "--ranks 1,2,4,8 --target_modules all-linear --learning_rate 5e-4 --output_dir out/sft",

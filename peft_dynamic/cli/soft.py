@@ -18,8 +18,8 @@ VERB = _recipe.Verb(
             _recipe.DATA,
             ("--exits", "Depths to train, in layers, as 12,18,24,30: the whole too."),
         ),
-        *(("--exits_per_step", "Train so many of them in a step, beside the whole depth."), _recipe.ADAPTER),
-        *(_recipe.OUTPUT, _recipe.CONFIG, _recipe.RATE, _recipe.STEPS, _recipe.BATCH, _recipe.RESUME),
+        *(_recipe.ADAPTER, _recipe.OUTPUT, _recipe.CONFIG, _recipe.RATE, _recipe.STEPS),
+        *(_recipe.BATCH, _recipe.RESUME),
     ),
     "--model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --dataset_name my.jsonl --exits 12,18,24,30 "
     "--output_dir out/soft",

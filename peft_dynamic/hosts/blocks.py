@@ -62,7 +62,11 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 
 def is_encoder(model: nn.Module) -> bool:
     """Whether the model is of a bidirectional-encoder family (BERT and its like), by its transformers type."""
-    config = getattr(model, "config", None)
+    return is_encoder_type(getattr(model, "config", None))
+
+
+def is_encoder_type(config: Any) -> bool:
+    """As `is_encoder`, of a configuration; a BERT that was made a decoder by `is_decoder` counts as an encoder too."""
     if config is None or getattr(config, "is_encoder_decoder", False):
         return False
     return getattr(config, "model_type", None) in MODEL_FOR_MASKED_LM_MAPPING_NAMES

@@ -170,6 +170,7 @@ def test_the_hosts_warnings_are_hushed_and_ours_are_lines(capfd: pytest.CaptureF
             warnings.warn_explicit("of a host", category, "peft/x.py", 1, module="peft.x")
         warnings.warn_explicit("deprecated by a host, in our line", FutureWarning, "x.py", 1, module="peft_dynamic.x")
         warnings.warn_explicit("of ours", UserWarning, "x.py", 1, module="peft_dynamic.x")
+        logging.getLogger("DeepSpeed").warning("Setting accelerator to CPU.")
         logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward")
     assert capfd.readouterr().err == "Warning: of ours\n"
 

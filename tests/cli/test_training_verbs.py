@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ pytest.importorskip("trl")
 from tests.cli import common
 from tests.cli.common import ROWS, forked, invoke, message, start, write
 from tests.processes import free_port, python
+from tests.tuners.test_distributed import ACCELERATE_CONFIG
 
 elsewhere, tiny = common.elsewhere, common.tiny  # fixtures
 
@@ -145,6 +148,45 @@ def test_two_processes_write_one_set_of_files(tmp_path: Path, tiny: Path) -> Non
     assert measured[-1] == pytest.approx(alone, rel=1e-5)
 
 
+def test_accelerate_launch_gives_the_weights_of_one_process(tmp_path: Path, tiny: Path) -> None:
+    # of one length, so that the mean over the tokens of two processes is the mean over those of the whole batch
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": f"Say {c}.", "completion": f"{c}!"} for c in "abcdefgh"])
+    settings = {"model_name_or_path": tiny, "dataset_name": rows, "use_cpu": True, **RUN, **DYLORA}
+    settings |= {"optim": "sgd", "learning_rate": 1}  # Adam would divide small gradients' rounding by themselves
+    sizes = {"one": 4, "two": 2}
+    given = {
+        name: words(**settings | {"output_dir": tmp_path / name, "per_device_train_batch_size": size})
+        for name, size in sizes.items()
+    }
+    (tmp_path / "launch.yaml").write_text(ACCELERATE_CONFIG.format(port=free_port()))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "launch.yaml"]
+    one = start("sft", *given["one"], cwd=tmp_path)
+    two = subprocess.run(
+        [*launcher, "-m", "peft_dynamic.cli", "sft", *given["two"]],
+        cwd=tmp_path,
+        env=common.environment(OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert two.returncode == 0, two.stdout + two.stderr
+    alone = one.ended(timeout=100)
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    assert two.stdout.count("Saved in") == 1
+    assert files_in(tmp_path / "two") == files_in(tmp_path / "one")
+    found, wanted = weights(tmp_path / "two"), weights(tmp_path / "one")
+    assert found.keys() == wanted.keys()
+    assert any("lora_B" in name and tensor.abs().max() > 1e-2 for name, tensor in wanted.items())
+    for name, tensor in wanted.items():
+        assert torch.allclose(found[name], tensor, rtol=1e-4, atol=1e-6), name
+
+
+def files_in(folder: Path) -> list[str]:
+    """All but each process's random state."""
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(str(path) for path in files if not path.name.startswith("rng_state"))
+
+
 def loaded(base: Path, adapter: Path) -> Any:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -250,6 +292,7 @@ def test_cite_scores_the_questions_that_it_held_out(tmp_path: Path, tiny: Path) 
 
 
 BASE = ["--model_name_or_path", "x/y", "--dataset_name", "x/y"]
+STREAM = ["--dataset_streaming", "true"]
 
 
 @pytest.mark.parametrize(
@@ -270,9 +313,20 @@ BASE = ["--model_name_or_path", "x/y", "--dataset_name", "x/y"]
         ([*BASE, "--early_stopping_patience", "2"], "beside --load_best_model_at_end true"),
         ([*BASE, "--resume_from_checkpoint", "true"], "has no checkpoint. Leave it out to begin."),
         ([*BASE, "--resume_from_checkpoint", "x", "--overwrite", "true"], "pass one of them"),
+        (
+            [*BASE, *STREAM],
+            "--dataset_streaming true: a stream's length is not known, so pass the steps too, as --max_",
+        ),
+        ([*BASE, "--report_to", "wandb"], "--report_to wandb: wandb is not installed. pip install wandb, or pass"),
+        ([*BASE, "--report_to", "trackio"], "--report_to trackio: trackio is not installed. pip install trackio"),
+        ([*BASE, "--report_to", "wndb"], "--report_to wndb: there is no such logger. Pass none, all, or of azure_ml,"),
     ],
 )
-def test_a_slip_is_told_before_a_model_is_loaded(given: list[str], said: str) -> None:
+def test_a_slip_is_told_before_a_model_is_loaded(given: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft_dynamic.cli import _before
+
+    installed = _before.has_package
+    monkeypatch.setattr(_before, "has_package", lambda name: name not in ("wandb", "trackio") and installed(name))
     result = invoke("sft", *given)
     assert result.exit_code == 2, result.output
     assert said in message(result)
@@ -312,6 +366,15 @@ def test_rows_that_cannot_be_had_are_told(tmp_path: Path, tiny: Path) -> None:
         invoke("classify", *base, rows, "--label_column", "labels")
     )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["sft", "soft", "ppo", "cite", "classify"])
+def test_help_shows_the_ten_options_that_matter_first(verb: str) -> None:
+    shown = re.findall(r"^  (--\w+)  ", invoke(verb, "--help").output, re.MULTILINE)
+    assert len(shown) == len({*shown}) == 10
+    whole = invoke(verb, "--help-all", "--adapter", "dylora").output
+    assert [option for option in shown if not re.search(rf"^ *{option}\b", whole, re.MULTILINE)] == []
+    assert "'dylra': there is no such method" in message(invoke(verb, "--help-all", "--adapter", "dylra"))
 
 
 def test_the_whole_list_of_options_has_the_adapters(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 import runpy
 from pathlib import Path
 
+from peft_dynamic.engines import ENGINES
 from peft_dynamic.methods import METHODS
+from tests import engine_support
 
 
 def test_the_page_of_methods_is_what_the_table_makes(root: Path) -> None:
@@ -17,3 +19,16 @@ def test_every_method_has_its_page_and_its_line_in_the_readme(root: Path) -> Non
         assert (root / "docs" / method.page).is_file()
         assert f"docs/{method.page}" in readme
         assert f"https://arxiv.org/abs/{method.paper[1]}" in readme
+
+
+def test_the_page_of_engines_is_what_its_table_makes() -> None:
+    assert engine_support.PAGE.read_text(encoding="utf-8") == engine_support.page()
+
+
+def test_every_engine_names_tests_that_run_as_it_says() -> None:
+    assert {row.program.lower() for row in engine_support.ENGINES} >= {*ENGINES}
+    for row in engine_support.ENGINES:
+        assert bool(row.nodes) == (row.how != engine_support.UNTESTED)
+        for node in row.nodes:
+            sometimes = any(word in engine_support.decorators(node) for word in ("skipif", "needs_", "model("))
+            assert sometimes == (row.how == engine_support.INSTALLED), node
