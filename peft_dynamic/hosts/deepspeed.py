@@ -97,17 +97,36 @@ def full_value(parameter: torch.Tensor) -> torch.Tensor:
     return value.clone()
 
 
-def set_full_value(parameter: torch.Tensor, value: torch.Tensor) -> None:
+def set_full_value(parameter: Any, value: torch.Tensor) -> None:
     """Write it, for the optimizer and for the next forward pass. Every process has to."""
     import deepspeed
-    from deepspeed.utils import safe_set_full_fp32_param
 
-    safe_set_full_fp32_param(parameter, value)
-    if hasattr(parameter, "ds_id"):  # the optimizer's copy alone would leave the part that the next pass gathers
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            parameter.data.copy_(value)
-    else:
+    if not hasattr(parameter, "ds_id"):
+        deepspeed.utils.safe_set_full_fp32_param(parameter, value)
         parameter.data.copy_(value)
+        return
+    # DeepSpeed's own way to write the whole fails where the parts do not come out even
+    part = torch.zeros_like(deepspeed.utils.safe_get_local_fp32_param(parameter))
+    start = torch.distributed.get_rank(parameter.ds_process_group) * part.numel()
+    own = value.flatten()[start : start + part.numel()]
+    part[: own.numel()].copy_(own)
+    deepspeed.utils.safe_set_local_fp32_param(parameter, part)
+    # the optimizer's copy alone would leave the part that the next pass gathers
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        parameter.data.copy_(value)
+
+
+@contextmanager
+def at_hand(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
+    """What ZeRO-3 has of these in parts is whole for a while. Every process has to ask."""
+    parted = [parameter for parameter in parameters if is_parted(parameter)]
+    if not parted:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parted):
+        yield
 
 
 def gather_with(module: nn.Module, parameters: Iterable[torch.Tensor]) -> None:

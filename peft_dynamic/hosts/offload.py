@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from peft_dynamic.hosts.deepspeed import is_parted
+from peft_dynamic.hosts.deepspeed import at_hand, is_parted, set_full_value, steps_over_copies
 
 
 def real(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -63,3 +63,30 @@ def whole(tensor: torch.Tensor | None) -> torch.Tensor | None:
     if gathered.requires_grad:
         gathered.register_hook(lambda gradient: gradient / tensor.device_mesh.size())
     return gathered
+
+
+@torch.no_grad()
+def read_whole(parameter: torch.Tensor) -> torch.Tensor:
+    """A copy of a whole parameter, whoever holds the parts. Every process has to ask."""
+    if hasattr(parameter, "placements"):
+        from torch.distributed.tensor import DTensor
+
+        assert isinstance(parameter, DTensor)
+        return parameter.full_tensor().clone()
+    with at_hand([parameter]):
+        return parameter.detach().clone()
+
+
+@torch.no_grad()
+def write_whole(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Let a parameter have this value, whoever holds the parts. Every process has to."""
+    if hasattr(parameter, "placements"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(parameter, DTensor)
+        value = value.to(parameter.device, parameter.dtype)
+        parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None))
+    elif steps_over_copies(parameter):
+        set_full_value(parameter, value.to(parameter.device))
+    else:
+        parameter.copy_(value)

@@ -110,7 +110,12 @@ class Generator:
         equal_lengths: generate together only for prompts of the same length. For adapters with virtual tokens: padding
             between these and a prompt would move them apart.
         chat_template_kwargs: for prompts that are conversations.
+
+    Attributes:
+        synced: several processes hold the policy in parts, so that each takes part as long as one of them generates.
     """
+
+    synced = False
 
     def __init__(
         self,
@@ -231,6 +236,7 @@ class Generator:
                 attention_mask=torch.tensor(mask, device=device),
                 stopping_criteria=StoppingCriteriaList([ends]),
                 logits_processor=LogitsProcessorList([Draw(self.temperature)] if sample else []),
+                synced_gpus=self.synced,
             )
         return out[:, width:], ends.lengths, ends.ended
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_dynamic.hosts.deepspeed import gathering, is_parted
 from peft_dynamic.hosts.modes import evaluating
 
 
@@ -19,7 +20,16 @@ def is_peft(model: Any) -> bool:
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy that is not trained."""
+    """A copy that is not trained.
+
+    Raises:
+        ValueError: ZeRO-3 has loaded the model in parts.
+    """
+    if any(map(is_parted, model.parameters())):
+        raise ValueError(
+            "ref_model is None, and ZeRO-3 has loaded the model in parts, of which there is no copy for a reference "
+            "policy. Train an adapter, pass ref_model, or set kl_coef=0."
+        )
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 
@@ -49,7 +59,7 @@ def check_reference(model: Any, adapter: str | None) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     ids = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
     saved = [p.detach().clone() for p in trained]
-    with evaluating(model):
+    with evaluating(model), gathering(model):
         try:
             with reference_policy(model, adapter):
                 before = model(input_ids=ids).logits

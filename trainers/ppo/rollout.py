@@ -20,6 +20,7 @@ from peft_dynamic.trainers.ppo.reference import reference_policy
 from peft_dynamic.trainers.ppo.rollout_func import call
 from peft_dynamic.trainers.ppo.scoring import Sequences
 from peft_dynamic.trainers.ppo.setup import seed_of
+from peft_dynamic.trainers.ppo.sharding import generates, is_sharded
 
 
 class Begun(NamedTuple):
@@ -62,6 +63,8 @@ class Rollouts:
             if function is not None:
                 trainer.do_sample = sample
                 return call(function, prompts, trainer)
+            if is_sharded(trainer):
+                generates(trainer)
             return trainer.generator(
                 trainer.model, trainer.policy, ids, sample, trainer.args.rollout_forward_batch_size
             )

@@ -15,7 +15,9 @@ from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
 from peft_dynamic.functional.token_logprobs import token_logprobs
+from peft_dynamic.hosts.deepspeed import at_hand, gather_with, gathering
 from peft_dynamic.hosts.modes import eval_mode
+from peft_dynamic.hosts.offload import whole
 from peft_dynamic.trainers.ppo.value_head import NAME, ValueFunction
 
 
@@ -82,7 +84,13 @@ class Scorer:
             float32, 0 in the places that are not taken.
         """
         rows, columns = sequences.states(width)
-        answer = _forward(self.policy, lambda *args, **inputs: self._read(sequences, rows, columns, values, inputs))
+        outer: Any = getattr(model, "module", model)  # below what DDP and DeepSpeed put around it
+
+        def read(*args: Any, **inputs: Any) -> ModelOutput:
+            gather_with(outer, self.head.parameters(recurse=False))
+            return self._read(sequences, rows, columns, values, inputs)
+
+        answer = _forward(self.policy, read)
         # In this order: an adapter with virtual tokens is switched off by keeping the policy's forward of that moment
         with answer, within or nullcontext():
             found = model(**sequences.inputs())
@@ -113,8 +121,9 @@ class Scorer:
         states = hidden[rows, columns + shift]
         output = ModelOutput()
         if logits is None:
-            scale = self.scale / self.temperature
-            output["logprobs"] = token_logprobs(states[acts], self.head.weight, self.head.bias, next_ids, scale)
+            scale, weight = self.scale / self.temperature, whole(self.head.weight)
+            assert weight is not None
+            output["logprobs"] = token_logprobs(states[acts], weight, whole(self.head.bias), next_ids, scale)
         else:
             chosen = logits[rows[acts], columns[acts] + shift].float() / self.temperature
             output["logprobs"] = torch.log_softmax(chosen, dim=-1).gather(1, next_ids[:, None])[:, 0]
@@ -138,11 +147,12 @@ class Scorer:
         """Whether hidden states times one matrix, and a known factor, are the model's logits: tried, not assumed."""
         if type(self.head) is not nn.Linear or self.policy.base_model is self.policy:
             return False
-        ids = torch.arange(4, device=self.head.weight.device)[None] % self.head.weight.shape[0]
-        with eval_mode(self.policy):
+        ids = torch.arange(4, device=self.head.weight.device)[None] % self.head.out_features
+        with eval_mode(self.policy), gathering(self.policy):
             logits = self._with_logits({"input_ids": ids, "use_cache": False})[1]
             base = self.policy.base_model(input_ids=ids, use_cache=False)[0]
-        mine = nn.functional.linear(base.to(self.head.weight.dtype), self.head.weight, self.head.bias) * self.scale
+        with at_hand(self.head.parameters(recurse=False)):
+            mine = nn.functional.linear(base.to(self.head.weight.dtype), self.head.weight, self.head.bias) * self.scale
         return bool((mine - logits).abs().max() <= 1e-2 * logits.abs().max())
 
 

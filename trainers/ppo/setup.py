@@ -42,11 +42,6 @@ def check_arguments(model: Any, args: PPOConfig, peft_config: Any) -> None:
         raise TypeError(f"args is a {type(args).__name__}; pass a PPOConfig.")
     if peft_config is not None and is_peft(model):
         raise ValueError("peft_config is for a bare model, and this one has an adapter already: pass one or the other.")
-    if args.fsdp or args.deepspeed:
-        raise ValueError(
-            "PPOTrainer runs in one process or under DDP. Under FSDP and DeepSpeed generation and the value function "
-            "would need the sharded weights together: leave fsdp and deepspeed unset."
-        )
 
 
 def check_dataset(dataset: Any) -> None:

@@ -16,6 +16,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from peft_dynamic.hosts.deepspeed import at_hand, gathering
 from peft_dynamic.hosts.modes import evaluating
 from peft_dynamic.trainers.ppo.config import PPOConfig
 from peft_dynamic.trainers.ppo.reference import is_peft
@@ -45,10 +46,15 @@ def _is_stock_lora(model: Any) -> bool:
 def _trains_as_it_scores(model: Any, scorer: Scorer) -> bool:
     """Tried on a few tokens, with the random state put back."""
     device = model.get_input_embeddings().weight.device
-    ids = torch.arange(8, device=device)[None] % model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(8, device=device)[None] % model.get_input_embeddings().num_embeddings
     few = Sequences(ids, torch.tensor([1], device=device), torch.tensor([7], device=device))
-    found = []
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
+    found, head = [], scorer.head.parameters(recurse=False)
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        evaluating(model),
+        at_hand(head),
+        gathering(model),
+    ):
         for training in (False, True):
             model.train(training)
             logprobs, values = scorer(model, few, 7)

@@ -38,6 +38,7 @@ from peft_dynamic.trainers.ppo.setup import (
     make_generator,
     seed_of,
 )
+from peft_dynamic.trainers.ppo.sharding import GradientArrival, check_engine, is_sharded, watch
 from peft_dynamic.trainers.ppo.sharing import shares_first_pass
 from peft_dynamic.trainers.ppo.value_head import FILE, NAME, ValueFunction
 
@@ -85,6 +86,7 @@ class PPOTrainer(Trainer):
     loss_is_scaled_for_ga = True  # each micro-batch is divided by the tokens of the whole optimizer step
     _tag_names = ("ppo", "peft-dynamic")
     num_generations = num_generations_eval = 1  # completions for each prompt that a `rollout_func` is given
+    _values_to_save: dict[str, torch.Tensor] | None = None
     do_sample = True  # or False while a greedy evaluation asks a `rollout_func`
 
     def __init__(
@@ -148,7 +150,8 @@ class PPOTrainer(Trainer):
         self._begun: Begun | None = None  # a rollout that waits for its first pass
         self._stopped = False  # whether the rollout's remaining steps are skipped, by target_kl
         self._micro_step = 0  # forward and backward passes since training started
-        self._gradients_seen = False
+        self._gradients_seen = False  # whether it was looked for them
+        self._arrival: GradientArrival | None = None
         self.metrics = Metrics()
         self.table = CompletionTable()
         super().__init__(
@@ -166,6 +169,8 @@ class PPOTrainer(Trainer):
                 f"{self.args.n_gpu} GPUs in one process would run under nn.DataParallel, which PPOTrainer does not "
                 "support. Use `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one of them."
             )
+        check_engine(self, value_model)
+        watch(self)
         self.scorer = Scorer(self.policy, args.temperature)
         self.ref_scorer = None
         if self.ref_model is not None:
@@ -292,36 +297,50 @@ class PPOTrainer(Trainer):
             self._micro_step += 1
             self.metrics.skip_step(self._micro_step % self.args.gradient_accumulation_steps == 0)
             return torch.zeros((), device=self.args.device)  # and no gradient: the optimizer leaves all as it is
+        if not self._gradients_seen:
+            self._gradients_seen = True
+            own = {id(p) for p in self.value_function.parameters()}
+            self._arrival = GradientArrival(
+                [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
+            )
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._micro_step % self.args.gradient_accumulation_steps == 0:
             change = self.metrics.end_step()
             if self.args.target_kl is not None:
                 mean = float(self.rollouts.total(change)) / self.args.world_size
                 self._stopped = mean > self.args.target_kl
-        if not self._gradients_seen:
-            own = {id(p) for p in self.value_function.parameters()}
-            trained = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
-            if all(p.grad is None for p in trained):
+        if self._arrival is not None:
+            arrival, self._arrival = self._arrival, None
+            if not arrival.check():
                 raise RuntimeError(
-                    f"None of the policy's {len(trained)} trained parameters has a gradient after a backward pass, so "
-                    "training would change nothing. Is the adapter active, and can its layers be differentiated?"
+                    f"None of the policy's {len(arrival.parameters)} trained parameters has a gradient after a "
+                    "backward pass, so training would change nothing. Is the adapter active, and can its layers be "
+                    "differentiated?"
                 )
-            self._gradients_seen = True
         self._check_finite(loss)
         return loss
 
     def _check_finite(self, loss: torch.Tensor) -> None:
         """Stop before an update that would turn the weights into NaN, and a checkpoint that would keep them."""
-        if self.accelerator.scaler is not None:  # which skips such steps by itself
+        # A scaler skips such steps by itself; DeepSpeed has stepped already, and FiniteSteps was asked before
+        if self.accelerator.scaler is not None or self.is_deepspeed_enabled:
             return
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        finite = [loss.isfinite().all(), *(gradient.isfinite().all() for gradient in gradients)]
-        if torch.stack([each.to(loss.device) for each in finite]).all():  # the device is waited for once
-            return
-        raise FloatingPointError(
-            f"The loss of step {self.state.global_step + 1} is {loss.item():g}, or a gradient of it is not finite. "
-            "Nothing was updated, and checkpoints that are saved stay as they are. Lower learning_rate, set "
-            "max_grad_norm, or look at the rewards' size (reward and reward_std in the logs)."
+        parts = [gradient.to_local() if hasattr(gradient, "to_local") else gradient for gradient in gradients]
+        finite = torch.stack([loss.isfinite().all(), *(part.isfinite().all().to(loss.device) for part in parts)]).all()
+        if is_sharded(self):  # each process has another part
+            finite = self.rollouts.total((~finite).float()) == 0
+        if not finite:  # the device is waited for once
+            raise self.not_finite(loss)
+
+    def not_finite(self, loss: torch.Tensor | None) -> FloatingPointError:
+        """The error for a step that is not to be taken."""
+        step = self.state.global_step + 1
+        of_loss = "" if loss is None else f"The loss of step {step} is {loss.item():g}, or a gradient of it"
+        return FloatingPointError(
+            f"{of_loss or f'A gradient of step {step}'} is not finite. Nothing was updated, and checkpoints that are "
+            "saved stay as they are. Lower learning_rate, set max_grad_norm, or look at the rewards' size (reward and "
+            "reward_std in the logs)."
         )
 
     # Evaluation and logs
@@ -369,14 +388,21 @@ class PPOTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self._begun, self._rollout, self._micro_step, self.kl_coef = None, None, 0, self.args.kl_coef
-        self._gradients_seen, self._stopped = False, False
+        self._gradients_seen, self._arrival, self._stopped = False, None, False
         self.metrics, self.table = Metrics(), CompletionTable()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if state_dict is not None:  # ZeRO-3 gathers the value function with the policy
+            state_dict = {name: value for name, value in state_dict.items() if NAME not in name.split(".")}
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            self.value_function.save(output_dir or self.args.output_dir)
+            self.value_function.save(output_dir or self.args.output_dir, self._values_to_save)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # `_save` is for one process, and every one has to take part where the value function is in parts
+        self._values_to_save = self.value_function.tensors() if is_sharded(self) else None
+        super().save_model(output_dir, _internal_call)
 
     def _state_file(self, folder: str) -> str:
         return os.path.join(folder, f"ppo_state_{self.args.process_index}.pt")
@@ -398,6 +424,15 @@ class PPOTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._go_on_from(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_deepspeed_enabled:  # whose engine loads the model by itself
+            self._go_on_from(checkpoint)
+
+    def _go_on_from(self, resume_from_checkpoint: str) -> None:
+        """Take over the value function, and the rollout that was being trained on."""
         self.value_function.load(resume_from_checkpoint)
         path = self._state_file(resume_from_checkpoint)
         if not os.path.isfile(path):

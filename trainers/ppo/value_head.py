@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from peft_dynamic.hosts.offload import read_whole, write_whole
+
 NAME = "ppo_value"  # of the child module
 FILE = "value_head.safetensors"
 
@@ -71,10 +73,13 @@ class ValueFunction(nn.Module):
         """Nothing: see the head of this file."""
         return kwargs.get("destination", {})
 
-    def save(self, folder: str | Path) -> None:
-        """Write the parameters to a file in `folder`."""
-        tensors = {name: p.detach().cpu().contiguous().clone() for name, p in self.named_parameters()}
-        save_file(tensors, Path(folder) / FILE)
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The whole parameters, to be saved; where an engine holds them in parts every process has to ask."""
+        return {name: read_whole(p).cpu().contiguous() for name, p in self.named_parameters()}
+
+    def save(self, folder: str | Path, tensors: dict[str, torch.Tensor] | None = None) -> None:
+        """Write the parameters, or `tensors` of them, to a file in `folder`."""
+        save_file(self.tensors() if tensors is None else tensors, Path(folder) / FILE)
 
     def load(self, folder: str | Path) -> None:
         """Read what `save` wrote.
@@ -87,15 +92,14 @@ class ValueFunction(nn.Module):
             raise ValueError(f"{folder} has no {FILE}, so its value function is lost: it was not saved by PPOTrainer.")
         found = load_file(path)
         mine = dict(self.named_parameters())
-        shapes = {name: tuple(p.shape) for name, p in mine.items()}
+        shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in mine.items()}  # the whole one's
         if shapes != {name: tuple(tensor.shape) for name, tensor in found.items()}:
             raise ValueError(
                 f"{path} holds {sorted(found)[:3]}... of another value function than {sorted(mine)[:3]}...: pass the "
                 "value_model (or none) that it was trained with."
             )
-        with torch.no_grad():
-            for name, tensor in found.items():
-                mine[name].copy_(tensor)
+        for name, tensor in found.items():
+            write_whole(mine[name], tensor)
 
 
 def _classifier(model: Any) -> Any:
