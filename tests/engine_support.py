@@ -12,18 +12,22 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "engines.md"
 REAL = "by the program itself, in every run of the tests"
-INSTALLED = "by the program itself, where it is installed"
+INSTALLED = "by the program itself, where it is installed: the extra `test` brings it"
 RESTATED = "by its loader's rules, restated in our tests"
 UNTESTED = "not tested"
 
 
 class Support(NamedTuple):
-    """A row: the program, what it is given, how that is tested, and by which tests."""
+    """A row: the program, what it is given, how that is tested, by which tests, and the package that they run.
+
+    `package` is a name of constraints.txt, whose version is tested.
+    """
 
     program: str
     given: str
     how: str
     nodes: tuple[str, ...] = ()
+    package: str = ""
 
 
 ENGINES = (
@@ -35,6 +39,7 @@ ENGINES = (
             "tests/test_export.py::test_stock_peft_computes_the_same_bits",
             "tests/test_push.py::test_strangers_pull_by_name_and_get_equal_logits",
         ),
+        "peft",
     ),
     Support(
         "transformers",
@@ -44,6 +49,7 @@ ENGINES = (
             "tests/test_engines.py::test_transformers_own_load_adapter_computes_the_adapter",
             "tests/test_engines.py::test_transformers_own_load_adapter_takes_a_twin_by_its_folder",
         ),
+        "transformers",
     ),
     Support(
         "vLLM",
@@ -59,13 +65,26 @@ ENGINES = (
         'a GGUF file of `peft-dynamic export --gguf`, or an export with `engine="llama.cpp"` through its converter',
         INSTALLED,
         ("tests/cli/test_gguf.py::test_llama_cpp_computes_what_peft_does_token_by_token",),
+        "xllamacpp",
     ),
     Support("Ollama", "the GGUF files of llama.cpp, by the `Modelfile` on the card", UNTESTED),
     Support(
+        "sentence-transformers",
+        'an export by `model.load_adapter`, or a twin with `adapter_kwargs={"subfolder": "rank-4"}`',
+        INSTALLED,
+        ("tests/test_other_libraries.py::test_sentence_transformers_takes_an_export_and_a_twin",),
+        "sentence-transformers",
+    ),
+    Support(
         "diffusers",
-        "what PEFT's `get_peft_model_state_dict` gives of a UNet's adapter",
-        RESTATED,
-        ("tests/tuners/test_diffusers.py::test_diffusers_gets_a_stock_lora_of_the_set_rank",),
+        "a file of PEFT's `get_peft_model_state_dict(unet)` by `unet.load_lora_adapter`, or a twin by `PeftModel`; not "
+        "what `unet.save_lora_adapter` writes of an adapter of ours",
+        INSTALLED,
+        (
+            "tests/test_other_libraries.py::test_diffusers_own_loader_computes_the_adapter_of_a_unet",
+            "tests/test_other_libraries.py::test_a_unet_takes_a_twin_as_the_card_says",
+        ),
+        "diffusers",
     ),
 )
 
@@ -83,6 +102,21 @@ def decorators(node: str) -> str:
     raise LookupError(node)
 
 
+def version(row: Support) -> str:
+    """What is tested, as constraints.txt pins it; "" where no package is.
+
+    Raises:
+        LookupError: it is not pinned there.
+    """
+    if not row.package:
+        return ""
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    found = [pin.partition("==")[2] for pin in pins if pin.partition("==")[0] == row.package]
+    if not found:
+        raise LookupError(row.package)
+    return f"{row.package} {found[0]}"
+
+
 def page() -> str:
     """The page."""
     lines = [
@@ -90,12 +124,12 @@ def page() -> str:
         "",
         "<!-- Made by python -m tests.engine_support from the table there: change it there. -->",
         "",
-        "| program | is given | tested | tests |",
-        "|---|---|---|---|",
+        "| program | is given | tested | version | tests |",
+        "|---|---|---|---|---|",
     ]
     for row in ENGINES:
         tests = ", ".join(f"[`{node.partition('::')[2]}`](../{node.partition('::')[0]})" for node in row.nodes)
-        lines.append(f"| {row.program} | {row.given} | {row.how} | {tests} |")
+        lines.append(f"| {row.program} | {row.given} | {row.how} | {version(row)} | {tests} |")
     lines += [
         "",
         "The logits, or the tokens, are compared with those of our adapter at that rank. vLLM's rules are in",

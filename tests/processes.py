@@ -7,17 +7,21 @@ process that never imports it never saw it. Tests of importing itself, and of th
 from __future__ import annotations
 
 import io
+import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import runpy
 import socket
+import socketserver
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -138,3 +142,47 @@ def together(script: Path, *words: object, processes: int = 2, timeout: float = 
     started = [Started(script, words, ROOT, os.environ | shared | rank) for rank in ranks]
     ended = [each.ended(timeout) for each in started]
     assert not any(each.returncode for each in ended), "\n".join(each.stderr[-3000:] for each in ended)
+
+
+CLIENT = """#!{python} -IS
+import json, os, socket, sys
+code = {code!r}
+words = sys.argv[1:]
+if words[:1] == ["-"]:
+    code, words = sys.stdin.read(), words[1:]
+with socket.create_connection({address!r}) as server, server.makefile("rw", encoding="utf-8") as file:
+    file.write(json.dumps([code, words, os.getcwd(), dict(os.environ)]) + chr(10))
+    file.flush()
+    status, *texts = json.loads(file.readline())
+for stream, text in zip((sys.stdout, sys.stderr), texts):
+    stream.write(text)
+sys.exit(status)
+"""
+
+
+class _Served(socketserver.StreamRequestHandler):
+    def handle(self) -> None:
+        code, words, cwd, env = json.loads(self.rfile.readline())
+        done = Started("-c", (code, *words), Path(cwd), env).ended(timeout=280)
+        self.wfile.write(json.dumps([done.returncode, done.stdout, done.stderr]).encode() + b"\n")
+
+
+@contextmanager
+def programs(folder: Path, **codes: str) -> Iterator[None]:
+    """Programs that a shell script finds in a folder, and that run in forked processes.
+
+    Args:
+        folder: for the script's PATH.
+        codes: name -> the text that is run, _ in a name for -; with `-` as its first word a program runs its input.
+    """
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Served) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        folder.mkdir(exist_ok=True)
+        for name, code in codes.items():
+            path = folder / name.replace("_", "-")
+            path.write_text(CLIENT.format(python=sys.executable, code=code, address=server.server_address))
+            path.chmod(0o755)
+        try:
+            yield
+        finally:
+            server.shutdown()

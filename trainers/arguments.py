@@ -302,9 +302,13 @@ def _is_words(value: Any) -> bool:
 
 def _value(value: Any, field: dataclasses.Field) -> Any:
     """A value as the configuration takes it: from a YAML file as it is, from a command line out of its words."""
+    kind = str(field.type)
     if not _is_words(value):
-        return str(value) if isinstance(value, str) else value  # argparse has made a word of a file's text
-    words, kind = [str(word) for word in value], str(field.type)
+        if not isinstance(value, str):
+            return value
+        # argparse has made a word of a file's text; PEFT would read a text in place of a list letter by letter
+        return [str(value)] if _lists_alone(kind) else str(value)
+    words = [str(word) for word in value]
     if not words:
         if "bool" in kind:
             return True
@@ -315,9 +319,23 @@ def _value(value: Any, field: dataclasses.Field) -> Any:
     read = [_from_text(word) if _more_than_text(kind) else word for word in words]
     if len(read) > 1 and not lists:
         raise ValueError(f"{field.name}={' '.join(words)!r}: one value is wanted.")
-    if len(read) > 1 or (lists and isinstance(read[0], int | float) and not isinstance(read[0], bool)):
-        return read
-    return None if words[0] in ("none", "null") and "Optional" in kind + " Optional" * ("None" in kind) else read[0]
+    if words in (["none"], ["null"]) and ("Optional" in kind or "None" in kind):
+        return None
+    return read if len(read) > 1 or (lists and _is_item(read[0], kind)) else read[0]
+
+
+def _lists_alone(kind: str) -> bool:
+    """Whether a type has lists of texts and no text: a text would be read letter by letter."""
+    rest = re.sub(r"(?i)list\[str\]", "", kind)
+    return rest != kind and not re.search(r"\bstr\b", rest)
+
+
+def _is_item(value: Any, kind: str) -> bool:
+    """Whether a single value is a list of one: a number, or a name where PEFT would take a text for a pattern."""
+    if isinstance(value, str):
+        plain = not (_PATTERN.search(value) or "-" in value)  # all-linear is a word of PEFT's
+        return _lists_alone(kind) or (plain and "list[str]" in kind.lower())
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _more_than_text(kind: str) -> bool:

@@ -37,7 +37,12 @@ def answering(as_json: bool) -> Iterator[dict[str, Any]]:
         return
     with redirect_stdout(sys.stderr):
         yield answer
-    typer.echo(json.dumps(_plain(answer), indent=2, allow_nan=False))
+    typer.echo(in_json(answer))
+
+
+def in_json(answer: Mapping[str, Any]) -> str:
+    """An answer as JSON."""
+    return json.dumps(_plain(answer), indent=2, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:

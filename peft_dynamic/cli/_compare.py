@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,10 @@ import torch
 import typer
 from rich.table import Table as Columns
 
+from peft_dynamic.cards.text import inline
+from peft_dynamic.cards.text import table as as_markdown
 from peft_dynamic.cli import _identity, _load, _paired
+from peft_dynamic.cli._answer import in_json
 from peft_dynamic.cli._budget import Budget
 from peft_dynamic.cli._contender import Contender
 from peft_dynamic.cli._given import bad_input
@@ -37,6 +41,7 @@ class Comparing:
     minutes: float | None
     metric: str | None
     started: float  # by time.monotonic
+    out: Path | None = None  # .json or .md
 
 
 @dataclass
@@ -180,6 +185,8 @@ def _shown(job: Comparing, entries: list[Entry]) -> dict[str, Any]:
         "compared": [],
         "missing": missing,
     }
+    cells: list[list[str]] = []
+    notes: list[str] = []
     if done:
         table = _paired.table([each.scores or [] for each in done], [each.whole or [] for each in done], job.metric)
         if not table.used:
@@ -192,15 +199,21 @@ def _shown(job: Comparing, entries: list[Entry]) -> dict[str, Any]:
             )
         answer |= {"metric": table.metric, "rows": table.used}
         answer["compared"] = [_row(entry, table, values) for entry, values in zip(done, table.values, strict=True)]
-        typer.echo(_text(answer["compared"], table), nl=False)
+        cells = _cells(answer["compared"], table)
+        typer.echo(_text(cells), nl=False)
         if not table.alike:
-            typer.echo(
+            notes.append(
                 "Their tokenizers cut the rows differently, so that a token's loss means something else in each: the "
                 "loss of a whole row is compared."
             )
-        typer.echo(f"Over {table.used} rows of {job.task.given.data}. In brackets: 95 % of a bootstrap over the rows.")
+        notes.append(
+            f"Over {table.used} rows of {job.task.given.data}. In brackets: 95 % of a bootstrap over the rows."
+        )
     if missing:
-        typer.echo(f"Missing: {', '.join(missing)}. Pass more --minutes, or fewer --rows.")
+        notes.append(f"Missing: {', '.join(missing)}. Pass more --minutes, or fewer --rows.")
+    typer.echo("\n".join(notes))
+    if job.out is not None:
+        _write(job.out, answer, cells, notes)
     return answer
 
 
@@ -220,22 +233,45 @@ def _row(entry: Entry, table: _paired.Table, values: dict[str, Any]) -> dict[str
     }
 
 
-def _text(rows: list[dict[str, Any]], table: _paired.Table) -> str:
-    """The rows as a table."""
+def _cells(rows: list[dict[str, Any]], table: _paired.Table) -> list[list[str]]:
+    """The rows as a table, its head first."""
     scores = aligned([row["metrics"][table.metric] for row in rows])
     ends = [value for row in rows for value in (row["difference"], *(row["interval"] or ())) if value is not None]
     shown = iter(aligned(ends, signed=True))
-    columns = Columns("", table.metric, "beside the first", "parameters", "bytes", "seconds", "memory")
-    for column in columns.columns[1:]:
-        column.justify = "right"
+    cells = [["", table.metric, "beside the first", "parameters", "bytes", "seconds", "memory"]]
     for row, score in zip(rows, scores, strict=True):
         beside = "" if row["difference"] is None else next(shown)
         if row["interval"] is not None:
             beside += f" [{next(shown)}, {next(shown)}]{_verdict(row['interval'], table.metric)}"
         memory = "" if row["memory"] is None else f"{row['memory'] / 2**20:,.0f} MiB"
         sizes = (f"{row['parameters']:,}", f"{row['bytes']:,}", f"{row['seconds']:.2f}", memory)
-        columns.add_row(row["name"], score, beside, *sizes)
+        cells.append([row["name"], score, beside, *sizes])
+    return cells
+
+
+def _text(cells: list[list[str]]) -> str:
+    """The table for a terminal."""
+    columns = Columns(*cells[0])
+    for column in columns.columns[1:]:
+        column.justify = "right"
+    for row in cells[1:]:
+        columns.add_row(*row)
     return as_text(columns, width=160)
+
+
+def _write(out: Path, answer: dict[str, Any], cells: list[list[str]], notes: list[str]) -> None:
+    """The table in a file, whole or not at all."""
+    text = in_json(answer)
+    if out.suffix == ".md":
+        shown = [[inline(cell) for cell in row] for row in cells]
+        parts = [as_markdown(shown[0], shown[1:])] if shown else []
+        text = "\n\n".join([*parts, *map(inline, notes)])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as work:
+        made = Path(work, out.name)
+        made.write_text(f"{text}\n", encoding="utf-8")
+        made.replace(out)
+    typer.echo(f"The table is in {out}.")
 
 
 def _verdict(found: list[float], metric: str) -> str:

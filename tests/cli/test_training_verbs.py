@@ -4,8 +4,11 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +188,43 @@ def files_in(folder: Path) -> list[str]:
     """All but each process's random state."""
     files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(str(path) for path in files if not path.name.startswith("rng_state"))
+
+
+def of_trackio(folder: Path) -> dict[str, list[float]]:
+    """What a run logged, by the names of the values."""
+    found: dict[str, list[float]] = {}
+    with closing(sqlite3.connect(folder / "huggingface.db")) as database:
+        for (row,) in database.execute("select metrics from metrics order by id"):
+            for name, value in json.loads(row).items():
+                found.setdefault(name, []).append(value)
+    return found
+
+
+@pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is not here")
+def test_trackio_gets_what_is_measured(tmp_path: Path, tiny: Path) -> None:
+    rows = write(tmp_path / "rows.jsonl", ROWS)
+    settings = {"model_name_or_path": tiny, "dataset_name": rows, "eval_data": rows, **RUN, **DYLORA}
+    settings |= {"eval_strategy": "steps", "eval_steps": 2, "curve_ranks": "1", "report_to": "trackio"}
+    done = forked("sft", *words(output_dir=tmp_path / "out", **settings), cwd=tmp_path, TRACKIO_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
+    found = of_trackio(tmp_path)
+    for name, logged in [("eval_rank_1_loss", "eval/rank_1_loss"), ("eval_loss", "eval/loss"), ("loss", "train/loss")]:
+        assert found[logged] == [pytest.approx(row[name]) for row in state["log_history"] if name in row]
+        assert len(found[logged]) == 2
+
+
+@pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not here: pip install wandb")
+def test_wandb_gets_what_is_measured_offline(tmp_path: Path, tiny: Path) -> None:
+    rows = write(tmp_path / "rows.jsonl", ROWS)
+    settings = {"model_name_or_path": tiny, "dataset_name": rows, "eval_data": rows, **RUN, **DYLORA}
+    settings |= {"eval_strategy": "steps", "eval_steps": 2, "curve_ranks": "1", "report_to": "wandb"}
+    offline = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
+    # wandb writes its file when the interpreter ends, which a forked one does without it
+    done = common.command("sft", *words(output_dir=tmp_path / "out", **settings), cwd=tmp_path, **offline)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"eval/rank_1_loss" in written.read_bytes()
 
 
 def loaded(base: Path, adapter: Path) -> Any:

@@ -29,6 +29,7 @@ def test_every_engine_names_tests_that_run_as_it_says() -> None:
     assert {row.program.lower() for row in engine_support.ENGINES} >= {*ENGINES}
     for row in engine_support.ENGINES:
         assert bool(row.nodes) == (row.how != engine_support.UNTESTED)
+        assert bool(row.package) == (row.how in (engine_support.REAL, engine_support.INSTALLED))
         for node in row.nodes:
             sometimes = any(word in engine_support.decorators(node) for word in ("skipif", "needs_", "model("))
             assert sometimes == (row.how == engine_support.INSTALLED), node

@@ -35,6 +35,11 @@ def parsed(tmp_path: Path, *words: str, parser: Any = None) -> Any:
         (["--lora-dropout", "0.1"], {"lora_dropout": 0.1}),
         (["--target_modules", "q_proj,v_proj"], {"target_modules": {"q_proj", "v_proj"}}),
         (["--target-modules", "q_proj", "v_proj"], {"target_modules": {"q_proj", "v_proj"}}),
+        (["--target_modules", "q_proj"], {"target_modules": {"q_proj"}}),
+        (["--target_modules", "self_attn.q_proj"], {"target_modules": {"self_attn.q_proj"}}),
+        (["--modules_to_save", "lm_head"], {"modules_to_save": ["lm_head"]}),  # of a text PEFT would take the letters
+        (["--modules_to_save", "my-head"], {"modules_to_save": ["my-head"]}),
+        (["--modules_to_save", "none"], {"modules_to_save": None}),
         (["--target_modules", "all-linear"], {"target_modules": "all-linear"}),
         (["--target_modules", r".*\.(q|v){1,2}_proj"], {"target_modules": r".*\.(q|v){1,2}_proj"}),
         (["--target_modules", "0,2"], {"target_modules": {"0", "2"}}),  # names of a Sequential's modules
@@ -44,6 +49,7 @@ def parsed(tmp_path: Path, *words: str, parser: Any = None) -> Any:
         (["--init_lora_weights", "false"], {"init_lora_weights": False}),
         (["--init_lora_weights", "gaussian"], {"init_lora_weights": "gaussian"}),
         (["--rank_sampling", "none"], {"rank_sampling": "full"}),
+        (["--rank_sampling", "uniform"], {"rank_sampling": "uniform"}),
         (["--layers_to_transform", "1", "--target_modules", "q_proj,k_proj"], {"layers_to_transform": [1]}),
     ],
 )
@@ -63,6 +69,9 @@ def test_a_file_and_what_is_written_of_it(tmp_path: Path) -> None:
     assert (config.ranks, config.target_modules, training.learning_rate) == ([1, 4], {"0", "2"}, 1e-3)
     assert parser.given == {**settings, "output_dir": str(tmp_path), "bf16": False}
     assert yaml.safe_load(yaml.safe_dump(parser.given)) == parser.given
+    (tmp_path / "b.yaml").write_text("adapter: lora\nmodules_to_save: lm_head\ntarget_modules: all-linear\n")
+    *_, other = parsed(tmp_path, "--config", str(tmp_path / "b.yaml"))
+    assert (other.modules_to_save, other.target_modules) == (["lm_head"], "all-linear")
     # a word comes before the file
     *_, config = parsed(tmp_path, f"--config={tmp_path / 'a.yaml'}", "--ranks", "2,4")
     assert config.ranks == [2, 4]
