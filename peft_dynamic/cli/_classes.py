@@ -162,8 +162,8 @@ def check_ends(config: Any, rows: Any, tokenizer: Any) -> None:
         else f"writes {' or '.join(map(str, sorted(found)))} of them in a text"
     )
     raise typer.BadParameter(
-        f"the head of a {config.model_type} reads the token that ends a text (number {end}), and the tokenizer {wrong}. "
-        "Pass a model whose tokenizer ends each text with it and pads with another.",
+        f"the head of a {config.model_type} reads the token that ends a text (number {end}), and the tokenizer {wrong}"
+        ". Pass a model whose tokenizer ends each text with it and pads with another.",
         param_hint="--model_name_or_path",
     )
 
