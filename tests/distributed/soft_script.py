@@ -49,6 +49,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def model_for(tie: bool, loaded: bool) -> Any:
     model = build("llama")
+    del model.model.layers[3:]
+    model.config.num_hidden_layers = 3
     model.config.tie_word_embeddings = tie
     if tie:
         model.tie_weights()
@@ -67,6 +69,7 @@ def train(kind: str, resume: bool) -> dict[str, Any]:
     folder = Path(f"{Path(OUT).with_suffix('')}-{kind}")
     more = arguments(
         ENGINE,
+        exits=[1, 2, 3],
         exits_per_step=1,
         max_steps=4,
         per_device_train_batch_size=2 // PROCESSES,

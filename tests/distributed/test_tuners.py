@@ -70,5 +70,5 @@ def test_the_ranks_change_and_so_do_the_weights(single: Results) -> None:
     assert {"eval_rank_2_loss", "eval_rank_8_loss"} <= single["dylora"]["whole"]["logs"][4].keys()
     for method, found in single.items():
         norms = [entry["grad_norm"] for entry in found["whole"]["logs"] if "grad_norm" in entry]
-        assert max(norms) > 0.1, method  # so that clipping acts
+        assert max(norms) > 0.05, method  # so that clipping acts
         assert found["whole"]["saved"].keys() == found["resumed"]["saved"].keys()

@@ -92,7 +92,7 @@ def train(method: str, folder: str, resume: bool) -> dict[str, Any]:
         learning_rate=1e-2,
         adam_epsilon=1e-3,  # Adam divides by the root of tiny numbers, whose rounding would be all that is compared
         weight_decay=0.01,
-        max_grad_norm=0.1,
+        max_grad_norm=0.05,
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=1,
@@ -106,7 +106,7 @@ def train(method: str, folder: str, resume: bool) -> dict[str, Any]:
     )
     args = TrainingArguments(**settings)
     torch.manual_seed(0)
-    model, watch = with_method(method), Watch()
+    model, watch = with_method(method, layers=1), Watch()
     train_rows, eval_rows = data()
     trainer = InOrder(model, args, train_dataset=train_rows, eval_dataset=eval_rows, callbacks=[watch])
     if method.startswith("dylora"):
