@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -136,6 +137,35 @@ def load(name: str, labels: Labels, tokenizer: Any, seed: int, settings: dict[st
     if model.config.get_text_config().pad_token_id is None:  # a decoder's head reads the last token that is no padding
         model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model, _modules_of(model, {*found["missing_keys"]})
+
+
+def check_ends(config: Any, rows: Any, tokenizer: Any) -> None:
+    """Stop where an encoder-decoder's head would not find the one token that ends each text, which it reads.
+
+    Args:
+        config: the model's.
+        rows: as the tokenizer gives them; the first hundred are looked at.
+        tokenizer: whose padding must be another token.
+
+    Raises:
+        typer.BadParameter: it would not.
+    """
+    if not config.is_encoder_decoder:
+        return
+    end = config.get_text_config().eos_token_id
+    found = {row["input_ids"].count(end) for row in islice(rows, 100)}
+    if len(found) == 1 and found != {0} and tokenizer.pad_token_id != end:
+        return
+    wrong = (
+        f"pads with it ({tokenizer.pad_token!r})"
+        if tokenizer.pad_token_id == end
+        else f"writes {' or '.join(map(str, sorted(found)))} of them in a text"
+    )
+    raise typer.BadParameter(
+        f"the head of a {config.model_type} reads the token that ends a text (number {end}), and the tokenizer {wrong}"
+        ". Pass a model whose tokenizer ends each text with it and pads with another.",
+        param_hint="--model_name_or_path",
+    )
 
 
 def _modules_of(model: Any, keys: set[str]) -> list[str]:

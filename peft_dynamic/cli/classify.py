@@ -32,7 +32,7 @@ def classify(context: typer.Context) -> None:
 
 
 def _build() -> Any:
-    from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
+    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
     from trl import get_quantization_config
 
     from peft_dynamic.cli import _classes, _fit
@@ -49,7 +49,7 @@ def _build() -> Any:
     def trainer(given: _fit.Given) -> Any:
         train, evaluation = _fit.data(given)
         script = given.script
-        tokenizer = AutoTokenizer.from_pretrained(given.model.model_name_or_path)
+        tokenizer = _fit.tokenizer(given)
         labels = _classes.Labels.of(train, script.label_column)
         columns = _classes.text_columns(train, script.text_columns, script.label_column)
         settings = _fit.model_settings(given) | {"quantization_config": get_quantization_config(given.model)}
@@ -63,10 +63,12 @@ def _build() -> Any:
         def encoded(rows: Any) -> Any:
             return None if rows is None else labels.encoded(rows, columns, tokenizer, script.max_length)
 
+        texts = encoded(train)
+        _classes.check_ends(model.config, texts, tokenizer)
         made = Trainer(
             model,
             given.training,
-            train_dataset=encoded(train),
+            train_dataset=texts,
             eval_dataset=encoded(evaluation),
             data_collator=DataCollatorWithPadding(tokenizer),
             processing_class=tokenizer,

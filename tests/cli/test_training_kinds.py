@@ -10,7 +10,7 @@ pytest.importorskip("trl")
 
 from tests.cli import common
 from tests.cli.common import invoke, message, write
-from tests.cli.test_training_verbs import CLASSES, DYLORA, RUN, run, weights
+from tests.cli.test_training_verbs import CLASSES, DYLORA, RUN, run, weights, words
 
 elsewhere, tiny = common.elsewhere, common.tiny  # fixtures
 
@@ -91,3 +91,22 @@ def test_an_adapter_that_cannot_save_the_head_is_refused(tmp_path: Path, pair: P
     assert result.exit_code == 2, result.output
     said = "--adapter: trainable_tokens cannot save classification_head, of which the base model has no weights"
     assert said in message(result)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("tokenizer.json", {"post_processor": None}, "writes 0 of them in a text"),
+        ("tokenizer_config.json", {"pad_token": "</s>"}, "pads with it ('</s>')"),
+    ],
+)
+def test_a_tokenizer_that_ends_no_text_is_refused(
+    tmp_path: Path, pair: Path, file: str, change: dict[str, object], said: str
+) -> None:
+    base = shutil.copytree(pair, tmp_path / "base")
+    (base / file).write_text(json.dumps(json.loads((base / file).read_text()) | change))
+    rows = write(tmp_path / "rows.jsonl", CLASSES)
+    result = invoke("classify", *words(model_name_or_path=base, dataset_name=rows, output_dir=tmp_path / "out"))
+    assert result.exit_code == 2, result.output
+    assert f"the head of a t5 reads the token that ends a text (number 0), and the tokenizer {said}" in message(result)
+    assert not (tmp_path / "out").exists()
