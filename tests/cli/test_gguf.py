@@ -162,7 +162,9 @@ def expected(model: Any, ids: list[int]) -> list[list[float]]:
     for _ in range(8):
         with torch.no_grad():
             scores = model(torch.tensor([[*ids, *(int(token) for token, _ in found)]])).logits[0, -1].log_softmax(-1)
-        found.append([int(scores.argmax()), float(scores.max())])
+        best, second = scores.topk(2).values.tolist()
+        assert best - second > 0.25  # else the 16 bits of the other side decide between the two
+        found.append([int(scores.argmax()), best])
     return found
 
 
@@ -188,7 +190,7 @@ def test_llama_cpp_computes_what_peft_does_token_by_token(model_path: Path, tmp_
     model.set_rank(3)
     result = invoke("export", tmp_path / "two", "--rank", 3, "--gguf", tmp_path / "lora.gguf")
     assert result.exit_code == 0, result.output
-    ids = [100, 200, 300, 400]
+    ids = [1582, 3164, 4746, 6328]  # one of few prompts after which each best token is far ahead
     adapted = expected(model, ids)
     with model.disable_adapter():
         bare = expected(model, ids)
