@@ -26,4 +26,4 @@ if dist.is_initialized():
     dist.barrier()
 sys.stdout.flush()
 sys.stderr.flush()
-os._exit(0)  # all is written; gloo's threads may end an interpreter that goes down by the book (one run in ten)
+os._exit(0)  # all is written; gloo's threads may end an interpreter that goes down by the book
