@@ -19,7 +19,7 @@ from tests.conformance.cases import perturb
 tiny = common.tiny  # fixture
 # Neither is a dependency of the package; the extra `test` brings them.
 needs_sentence_transformers, needs_diffusers = (
-    pytest.mark.skipif(find_spec(name) is None, reason=f"{name} is not here")
+    pytest.mark.skipif(find_spec(name) is None, reason=f"{name} is not here; the extra test has it")
     for name in ("sentence_transformers", "diffusers")
 )
 TEXTS = ["say one", "say three, please"]

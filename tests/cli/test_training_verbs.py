@@ -200,7 +200,7 @@ def of_trackio(folder: Path) -> dict[str, list[float]]:
     return found
 
 
-@pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is not here")
+@pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is not here; the extra test has it")
 def test_trackio_gets_what_is_measured(tmp_path: Path, tiny: Path) -> None:
     rows = write(tmp_path / "rows.jsonl", ROWS)
     settings = {"model_name_or_path": tiny, "dataset_name": rows, "eval_data": rows, **RUN, **DYLORA}
@@ -214,7 +214,7 @@ def test_trackio_gets_what_is_measured(tmp_path: Path, tiny: Path) -> None:
         assert len(found[logged]) == 2
 
 
-@pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not here: pip install wandb")
+@pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not here, 20 MB that no extra has: pip install wandb")
 def test_wandb_gets_what_is_measured_offline(tmp_path: Path, tiny: Path) -> None:
     rows = write(tmp_path / "rows.jsonl", ROWS)
     settings = {"model_name_or_path": tiny, "dataset_name": rows, "eval_data": rows, **RUN, **DYLORA}

@@ -84,6 +84,7 @@ def _keep_frozen(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
             for factor, mask in zip(factors, ranks.moving_parts(factors), strict=True):
                 saved.append((factor, factor.detach().clone(), _distribute_like(mask, factor)))
     _before_step[id(optimizer)] = saved
+    _blank_steps.discard(id(optimizer))  # of a step that an error ended
     if stepped and _is_blank(optimizer, stepped):
         _blank_steps.add(id(optimizer))
 
