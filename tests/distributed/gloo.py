@@ -4,15 +4,21 @@ Without an accelerator accelerate drops the plugins of FSDP and DeepSpeed. DeepS
 shared memory, which gloo does without.
 """
 
+import gc
 import importlib
 import os
 import sys
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
 
 os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 if "quantised" not in sys.argv:
     sys.modules.setdefault("bitsandbytes", None)  # importing it takes seconds
 
+import torch
+import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
@@ -57,3 +63,20 @@ def arguments(engine: str, **settings: object) -> dict[str, object]:
     if engine.startswith("zero"):
         settings["deepspeed"] = deepspeed_config(int(engine[-1]))
     return settings
+
+
+def run_cells(out: str, cells: Mapping[str, Callable[[], dict[str, Any]]]) -> None:
+    """Make the cells one after the other; the first process writes name -> what came out, or the error."""
+    results: dict[str, Any] = {}
+    for name, make in cells.items():
+        try:
+            results[name] = make()
+        except Exception:
+            results[name] = {"error": traceback.format_exc()}
+            print(name, traceback.format_exc(), file=sys.stderr, flush=True)  # of a process that writes nothing, too
+        gc.collect()
+    if int(os.environ.get("RANK", 0)) == 0:
+        torch.save(results, out)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

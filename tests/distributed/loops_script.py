@@ -3,19 +3,16 @@
 python loops_script.py ENGINE OUT CELLS...
 """
 
-import gc
 import os
 import sys
-import traceback
 from typing import Any
 
-from tests.distributed.gloo import deepspeed_config, use
+from tests.distributed.gloo import deepspeed_config, run_cells, use
 
 ENGINE, OUT, *CELLS = sys.argv[1:]
 use(ENGINE)
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from peft import get_peft_model
@@ -215,20 +212,5 @@ KNOWN = {
 } | {f"loaded-{method}": (lambda method=method: loaded(method)) for method in METHODS}
 
 
-def main() -> None:
-    results: dict[str, Any] = {}
-    for cell in CELLS:
-        try:
-            results[cell] = KNOWN[cell]()
-        except Exception:
-            results[cell] = {"error": traceback.format_exc()}
-        gc.collect()
-    if int(os.environ.get("RANK", 0)) == 0:
-        torch.save(results, OUT)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run_cells(OUT, {cell: KNOWN[cell] for cell in CELLS})

@@ -8,11 +8,11 @@ Three rollouts of two optimizer steps, an evaluation, and a resume from inside t
 import gc
 import os
 import sys
-import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.gloo import arguments, use
+from tests.distributed.gloo import arguments, run_cells, use
 
 ENGINE, OUT, *CASES = sys.argv[1:]
 use(ENGINE)
@@ -130,21 +130,9 @@ def refused(kind: str) -> dict[str, Any]:
     return {"said": said, "moved": moved}
 
 
-def main() -> None:
-    results: dict[str, Any] = {}
-    for kind in CASES:
-        try:
-            trains = kind in KINDS
-            results[kind] = {"whole": train(kind, False), "resumed": train(kind, True)} if trains else refused(kind)
-        except Exception:
-            results[kind] = {"error": traceback.format_exc()}
-        gc.collect()
-    if int(os.environ.get("RANK", 0)) == 0:
-        torch.save(results, OUT)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+def cell(kind: str) -> dict[str, Any]:
+    return {"whole": train(kind, False), "resumed": train(kind, True)} if kind in KINDS else refused(kind)
 
 
 if __name__ == "__main__":
-    main()
+    run_cells(OUT, {kind: partial(cell, kind) for kind in CASES})

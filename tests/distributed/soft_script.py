@@ -9,11 +9,11 @@ from the second step.
 import gc
 import os
 import sys
-import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.gloo import arguments, use
+from tests.distributed.gloo import arguments, run_cells, use
 
 ENGINE, OUT, *CASES = sys.argv[1:]
 use(ENGINE)
@@ -111,20 +111,9 @@ def train(kind: str, resume: bool) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    results: dict[str, Any] = {}
-    for kind in CASES:
-        try:
-            results[kind] = {"whole": train(kind, False), "resumed": train(kind, True)}
-        except Exception:
-            results[kind] = {"error": traceback.format_exc()}
-        gc.collect()
-    if int(os.environ.get("RANK", 0)) == 0:
-        torch.save(results, OUT)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+def both(kind: str) -> dict[str, Any]:
+    return {"whole": train(kind, False), "resumed": train(kind, True)}
 
 
 if __name__ == "__main__":
-    main()
+    run_cells(OUT, {kind: partial(both, kind) for kind in CASES})

@@ -10,12 +10,11 @@ import gc
 import json
 import os
 import sys
-import time
-import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.gloo import arguments, use
+from tests.distributed.gloo import arguments, run_cells, use
 
 ENGINE, OUT, *METHODS_ASKED = sys.argv[1:]
 use(ENGINE)
@@ -138,25 +137,10 @@ def train(method: str, folder: str, resume: bool) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    results: dict[str, Any] = {}
-    first = int(os.environ.get("RANK", 0)) == 0
-    for method in METHODS_ASKED:
-        begun = time.monotonic()
-        folder = f"{Path(OUT).with_suffix('')}-{method}"
-        try:
-            results[method] = {"whole": train(method, folder, False), "resumed": train(method, folder, True)}
-        except Exception:
-            results[method] = {"error": traceback.format_exc()}
-            print(ENGINE, method, os.environ.get("RANK"), traceback.format_exc(), flush=True)
-        if first:
-            print(f"{method}: {time.monotonic() - begun:.1f} s", flush=True)
-    if first:
-        torch.save(results, OUT)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+def both(method: str) -> dict[str, Any]:
+    folder = f"{Path(OUT).with_suffix('')}-{method}"
+    return {"whole": train(method, folder, False), "resumed": train(method, folder, True)}
 
 
 if __name__ == "__main__":
-    main()
+    run_cells(OUT, {method: partial(both, method) for method in METHODS_ASKED})
