@@ -84,9 +84,9 @@ def train(method: str, folder: str, resume: bool) -> dict[str, Any]:
     settings = arguments(
         ENGINE,
         output_dir=folder,
-        per_device_train_batch_size=2 // processes,
+        per_device_train_batch_size=max(2 // processes, 1),  # four rows a step, in two micro-batches where that goes
         per_device_eval_batch_size=4 // processes,
-        gradient_accumulation_steps=2,
+        gradient_accumulation_steps=4 // (max(2 // processes, 1) * processes),
         max_steps=STEPS,
         learning_rate=1e-2,
         adam_epsilon=1e-3,  # Adam divides by the root of tiny numbers, whose rounding would be all that is compared
