@@ -16,12 +16,12 @@ from typing import Any, NoReturn
 import yaml
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from peft_dynamic._extras import how_to_install
+
 try:
     from trl import ModelConfig, ScriptArguments, TrlParser
 except ImportError as error:
-    raise ImportError(
-        "AdapterParser needs TRL, the extra peft-dynamic[trl]: pip install 'trl>=1.15' datasets"
-    ) from error
+    raise ImportError(f"AdapterParser needs TRL. {how_to_install('trl', 'trl>=1.15', 'datasets')}") from error
 
 # What PEFT or the script fills in, and no user
 _FILLED_IN = {

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from peft_dynamic._extras import how_to_install
 from peft_dynamic.citations import metrics
 from peft_dynamic.citations.answers import Answer, Sentence
 from peft_dynamic.citations.entailment import TRUE_MODEL, EntailmentCache, EntailmentModel, Judge
@@ -246,7 +247,7 @@ def _has_rouge(notes: list[str]) -> bool:
     try:
         metrics.rouge_lsum("a", ["a"], lambda text: [text])
     except ImportError:
-        notes.append("ROUGE-Lsum was left out: it needs rouge-score (pip install rouge-score).")
+        notes.append(f"ROUGE-Lsum was left out: it needs rouge-score. {how_to_install('citation', 'rouge-score')}")
         return False
     return True
 

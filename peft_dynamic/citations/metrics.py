@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+from peft_dynamic._extras import how_to_install
+
 Splitter = Callable[[str], list[str]]
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -113,7 +115,7 @@ def mauve(references: list[str], outputs: list[str], model: str = "gpt2-large", 
     try:
         from mauve import compute_mauve
     except ImportError as error:
-        raise ImportError("mauve=True needs MAUVE, the extra peft-dynamic[mauve]: pip install mauve-text") from error
+        raise ImportError(f"mauve=True needs MAUVE. {how_to_install('mauve', 'mauve-text')}") from error
     made = compute_mauve(
         p_text=references,
         q_text=outputs,
@@ -155,9 +157,7 @@ def _rouge_scorer() -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise ImportError(
-            "rouge=True needs rouge-score, of the extra peft-dynamic[citation]: pip install rouge-score"
-        ) from error
+        raise ImportError(f"rouge=True needs rouge-score. {how_to_install('citation', 'rouge-score')}") from error
     return RougeScorer(["rougeLsum"], use_stemmer=True)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from peft_dynamic._extras import how_to_install
 from peft_dynamic.cli._interrupt import Interrupted, Interruption
 
 # typer brings its own copy of click in some releases: the class is found from what typer exports in all of them
@@ -62,7 +63,7 @@ def require_package(name: str, what: str, extra: str) -> None:
         UserError: it is missing; the message says how to install it.
     """
     if not has_package(name):
-        raise UserError(f"{what} needs {name}. {how_to_install(name, extra)}")
+        raise UserError(f"{what} needs {name}. {how_to_install(extra, name)}")
 
 
 def has_package(name: str) -> bool:
@@ -71,11 +72,6 @@ def has_package(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ValueError:  # in sys.modules without a spec
         return name in sys.modules
-
-
-def how_to_install(name: str, extra: str) -> str:
-    """A package of an index, and the extra of this package, which is a checkout until it is on an index."""
-    return f"Install it with: pip install {name} (or, in a checkout of peft_dynamic, pip install '.[{extra}]')."
 
 
 @contextmanager

@@ -23,7 +23,8 @@ from typing import Any
 
 import typer
 
-from peft_dynamic.cli._edge import blame, debugging, how_to_install, reason, require_package
+from peft_dynamic._extras import how_to_install
+from peft_dynamic.cli._edge import blame, debugging, reason, require_package
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 PACKED = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
@@ -164,7 +165,7 @@ def _read_hub(name: str, option: str) -> list[dict[str, Any]]:
         from datasets import load_dataset
     except ImportError as error:
         raise typer.BadParameter(
-            f"{name!r} is no file here, and a Hub dataset needs datasets. {how_to_install('datasets', 'demo')}",
+            f"{name!r} is no file here, and a Hub dataset needs datasets. {how_to_install('demo', 'datasets')}",
             param_hint=option,
         ) from error
     try:

@@ -16,12 +16,13 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments, set_seed
 
+from peft_dynamic._extras import how_to_install
 from peft_dynamic.cards import write_model_card
 from peft_dynamic.cli import _identity
 from peft_dynamic.cli._budget import Budget, Pace, Plan, Schedule, plan
 from peft_dynamic.cli._check import check_in_stock_peft
 from peft_dynamic.cli._data import Example
-from peft_dynamic.cli._edge import UserError, has_package, how_to_install
+from peft_dynamic.cli._edge import UserError, has_package
 from peft_dynamic.cli._encode import Tokens, encode_and_tell, prompt_text
 from peft_dynamic.cli._job import Job
 from peft_dynamic.cli._load import autocast, device, fast_dtype, hush_transformers, load_decoder, load_tokenizer
@@ -280,7 +281,7 @@ class _Run:
         job = self.job
         held_out = HeldOut(self.held_batches, list(job.config.ranks), self.budget, self.reserve, self.found.dtype)
         if not (pictures := has_package("matplotlib")):
-            note = f"There is no picture: it needs matplotlib. {how_to_install('matplotlib', 'plot')}"
+            note = f"There is no picture: it needs matplotlib. {how_to_install('plot', 'matplotlib')}"
             self.found.notes.append(note)
             self.say(note)
 

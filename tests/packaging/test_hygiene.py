@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,3 +116,29 @@ def test_each_model_that_a_test_is_marked_with_is_fetched_by_make_models(root: P
     }
     fetched = re.findall(r"peft-dynamic models (.*)", (root / "Makefile").read_text(encoding="utf-8"))
     assert {"smollm2", "minilm"} < marked <= set(" ".join(fetched).split()) <= set(KNOWN)
+
+
+def test_no_page_or_message_installs_this_package_from_an_index(root: Path) -> None:
+    """It is on none: a message that says so sends people to an error, or to somebody else's package."""
+    promise = re.compile(r"pip install[^\n`(]*?[\"' ]peft[-_]dynamic\b(?!\.)")
+    assert promise.search('pip install "peft-dynamic[trl]"')
+    assert not promise.search("(or, in a checkout of peft_dynamic, pip install '.[trl]')")
+    places = ["peft_dynamic", "trainers", "examples", "docs", "benchmarks"]
+    paths = [root / "README.md", root / "CONTRIBUTING.md"]
+    paths += [path for place in places for path in (root / place).rglob("*") if path.suffix in {".py", ".md", ".yaml"}]
+    assert len(paths) > 200
+    assert not [str(path.relative_to(root)) for path in paths if promise.search(path.read_text(encoding="utf-8"))]
+
+
+def test_the_packages_that_messages_name_are_those_of_the_extra(root: Path) -> None:
+    extras = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named: dict[tuple[str, str], str] = {}
+    for path in [*(root / "peft_dynamic").rglob("*.py"), *(root / "trainers").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "how_to_install":
+                literal = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+                named |= {(literal[0], package): path.name for package in literal[1:]}
+    assert ("trl", "trl>=1.15") in named
+    for (extra, package), name in named.items():
+        wanted = re.compile(rf"{re.escape(package)}(?![\w.])")
+        assert any(wanted.match(requirement) for requirement in extras[extra]), f"{name}: {package} is not in {extra}"

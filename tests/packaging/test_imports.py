@@ -45,7 +45,7 @@ for module in pkgutil.walk_packages(peft_dynamic.__path__, "peft_dynamic.", oner
         importlib.import_module(module.name)
     except ImportError as error:
         # A trainer may need TRL, and then has to say how to get it.
-        if not (module.name.startswith("peft_dynamic.trainers") and "peft-dynamic[trl]" in str(error)):
+        if not (module.name.startswith("peft_dynamic.trainers") and "pip install '.[trl]'" in str(error)):
             raise
     print(module.name)
 assert not OPTIONAL & set(sys.modules)

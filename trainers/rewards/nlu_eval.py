@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from peft_dynamic._extras import how_to_install
 from peft_dynamic.hosts.modes import eval_mode
 from peft_dynamic.hosts.quantization import unpack_bnb_4bit
 from peft_dynamic.trainers.rewards.nlu import nlu_parse, nlu_prompt
@@ -147,8 +148,8 @@ def _need_libraries() -> None:
             import_module(library)
     except ImportError as error:
         raise ImportError(
-            "The metrics of GLUE and SuperGLUE need scikit-learn and scipy: pip install scikit-learn scipy, or in a "
-            "checkout pip install '.[nlu]' (once it is published: pip install 'peft-dynamic[nlu]')"
+            "The metrics of GLUE and SuperGLUE need scikit-learn and scipy. "
+            + how_to_install("nlu", "scikit-learn", "scipy")
         ) from error
 
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
+from peft_dynamic._extras import how_to_install
 from peft_dynamic.exits.layers import PAPER_EXITS, evenly_spaced
 from peft_dynamic.rules import is_int
 
 try:
     from trl import SFTConfig
 except ImportError as error:
-    raise ImportError("SoFTConfig needs TRL, the extra peft-dynamic[trl]: pip install 'trl>=1.15' datasets") from error
+    raise ImportError(f"SoFTConfig needs TRL. {how_to_install('trl', 'trl>=1.15', 'datasets')}") from error
 
 
 # The annotations of fields are read by transformers' and TRL's parsers, which need them as objects: the parser of a

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import ModelOutput
 
+from peft_dynamic._extras import how_to_install
 from peft_dynamic.functional.exit_loss import IGNORED, exit_losses
 from peft_dynamic.hosts.decoder import Decoder, check_decoder, find_decoder, layer_state
 from peft_dynamic.hosts.deepspeed import gather_with, gathering
@@ -29,7 +30,7 @@ from peft_dynamic.trainers.soft.config import SoFTConfig, draw_exits
 try:
     from trl import SFTTrainer
 except ImportError as error:
-    raise ImportError("SoFTTrainer needs TRL, the extra peft-dynamic[trl]: pip install 'trl>=1.15' datasets") from error
+    raise ImportError(f"SoFTTrainer needs TRL. {how_to_install('trl', 'trl>=1.15', 'datasets')}") from error
 
 _CITATION = """\
 @inproceedings{kavehzadeh2024sorted,
