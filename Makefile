@@ -6,13 +6,14 @@ PYTHON ?= $(shell command -v python3 || command -v python)
 export PEFT_DYNAMIC_CACHE ?= $(or $(HOME),$(shell $(PYTHON) -c "import os; print(os.path.expanduser('~'))"))/.cache/peft_dynamic
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help test test-matrix lint pytest models demo bench format clean
+.PHONY: help test test-matrix lint pytest models demo bench docs format clean
 
 help:
 	@echo "make test    lint, type-check and test, in .venv-test"
 	@echo "make test-matrix  the tests on other kernels, threads, locales, folders and orders, and fresh examples: an hour"
 	@echo "make demo    train and look at a small adapter, in .venv-demo"
 	@echo "make bench   list the studies of benchmarks/; STUDY=name runs one, ARGS='--data DATA --models MODELS' is passed on"
+	@echo "make docs    build the documentation site into site/; open site/index.html, or serve it with 'mkdocs serve'"
 	@echo "make lint    ruff, mypy and the order of the rooms alone"
 	@echo "make pytest  the tests alone; ARGS='-k name' is passed on"
 	@echo "make format  let ruff mend and format the code"
@@ -49,10 +50,13 @@ demo: .venv-demo/.stamp
 bench: .venv-test/.stamp
 	.venv-test/bin/python -m benchmarks $(STUDY) $(ARGS)
 
+docs: .venv-test/.stamp
+	.venv-test/bin/python -m mkdocs build --strict $(ARGS)
+
 format: .venv-test/.stamp
 	.venv-test/bin/ruff check --fix .
 	.venv-test/bin/ruff format .
 
 clean:
-	rm -rf .venv-test .venv-demo build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv-test .venv-demo build dist site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
