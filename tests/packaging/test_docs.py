@@ -33,3 +33,10 @@ def test_every_engine_names_tests_that_run_as_it_says() -> None:
         for node in row.nodes:
             sometimes = any(word in engine_support.decorators(node) for word in ("skipif", "needs_", "model("))
             assert sometimes == (row.how == engine_support.INSTALLED), node
+
+
+def test_the_figures_are_what_their_script_draws(root: Path) -> None:
+    script = runpy.run_path(str(root / "docs" / "make_figures.py"))
+    drawn = {f"{name}.svg": draw().svg() for name, draw in script["FIGURES"].items()}
+    found = {path.name: path.read_text(encoding="utf-8") for path in (root / "docs" / "figures").iterdir()}
+    assert found == drawn
