@@ -14,6 +14,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/**/*.md", "benchmarks/**/*.md")
+STUDIES = "benchmarks/*/README.md"  # in the nav of mkdocs.yml
 LINK = re.compile(r"(?<=\]\()([^()\s#]+)(?=[)#])")
 STUBBED = re.compile(r"^::: (peft_dynamic|peft_dynamic\.trainers)$", re.M)
 LANGUAGES = {".py": "python", ".sh": "bash", ".yaml": "yaml"}
@@ -28,10 +29,10 @@ def linked(page: Path) -> set[Path]:
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """The studies' pages in the navigation, in the place of their pattern."""
     for section in config.nav or []:
-        for pages in section.values():
-            if isinstance(pages, list):
-                names = [path.relative_to(ROOT).as_posix() for each in pages if "*" in each for path in ROOT.glob(each)]
-                pages[:] = [each for each in pages if "*" not in each] + sorted(names)
+        for pages in section.values() if isinstance(section, dict) else ():
+            if isinstance(pages, list) and STUDIES in pages:
+                pages.remove(STUDIES)
+                pages += sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(STUDIES))
     return config
 
 
