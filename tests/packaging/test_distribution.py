@@ -1,7 +1,9 @@
 """What is built is what is in the tree, under the names and the version that we promise."""
 
 import email
+import re
 import shutil
+import sys
 import tarfile
 import tomllib
 import zipfile
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from peft_dynamic import __version__
+from tests.packaging.conftest import run
 from tests.processes import python
 
 NOT_SHIPPED = {".pyc"}
@@ -62,7 +65,49 @@ def test_the_metadata(wheel: Path, wheel_names: set[str]) -> None:
     assert metadata["Name"] == "peft-dynamic"
     assert metadata["Version"] == __version__
     assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Description-Content-Type"] == "text/markdown"
     assert "peft-dynamic = peft_dynamic.cli:main" in entry_points
+
+
+LINK = re.compile(r"(!?)\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def test_the_readme_of_the_index_has_links_to_the_tag(root: Path, project: dict, wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = email.message_from_bytes(archive.read(f"peft_dynamic-{__version__}.dist-info/METADATA"))
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    shown = metadata.get_payload(decode=True).decode("utf-8")
+    assert shown.count("\n") >= readme.count("\n")
+    repository = project["project"]["urls"]["Repository"]
+    assert metadata.get_all("Project-URL") == [f"Repository, {repository}"]
+    for (image, own), (_, target) in zip(LINK.findall(readme), LINK.findall(shown), strict=True):
+        if own.startswith(("https://", "#")):
+            assert target == own
+        else:
+            assert (root / own.partition("#")[0]).exists()
+            assert target == f"{repository}/{'raw' if image else 'blob'}/v{__version__}/{own}"
+
+
+def test_an_index_takes_what_is_built(wheel: Path) -> None:
+    built = [*wheel.parent.glob("*.whl"), *wheel.parent.glob("*.tar.gz")]
+    assert len(built) == 2
+    out = run(sys.executable, "-m", "twine", "check", "--strict", *built, cwd=wheel.parent, COLUMNS="200")
+    assert out.count("PASSED") == 2
+
+
+@pytest.mark.parametrize("link", ["a file", "missing"])
+def test_a_wheel_that_is_built_without_the_link_is_whole(
+    checkout: Path, wheel_names: set[str], tmp_path: Path, link: str
+) -> None:
+    tree = tmp_path / "tree"
+    shutil.copytree(checkout, tree, symlinks=True, ignore=shutil.ignore_patterns("dist", "build", "*.egg-info"))
+    (tree / "peft_dynamic" / "trainers").unlink()
+    if link == "a file":
+        (tree / "peft_dynamic" / "trainers").write_text("../trainers")
+    run(sys.executable, "-c", "import setuptools.build_meta as m; m.build_wheel('../dist')", cwd=tree)
+    (made,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(made) as archive:
+        assert {name for name in archive.namelist() if not name.endswith("/")} == wheel_names
 
 
 def test_the_installed_wheel_is_whole(forked: Callable[[str], str], installed: Path) -> None:
