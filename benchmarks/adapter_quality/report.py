@@ -1,22 +1,23 @@
-"""Tables and a plot of runs.jsonl: results.json, and scores.png with the score by parameters of each task."""
+"""Tables and a plot of runs.jsonl: results.json, and scores.png with the points to LoRA of each task."""
 
 import json
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
-from matplotlib.ticker import LogLocator
-
+from benchmarks.pictures import panels, save, style
 from benchmarks.study import Context, Row
 from benchmarks.summary import borda_table, paired, shown, shown_paired, spread, table
 
-MARKERS = "osD^vP*<>Xhp"
-METRICS = {"accuracy": "accuracy (%)", "matthews": "Matthews (x 100)", "correlation": "Pearson and Spearman (x 100)"}
 BASE = "lora"
+NAMES = {
+    "dora": "DoRA",
+    "moslora": "MoSLoRA",
+    "loretta-rep": "LoRETTA_rep",
+    "loretta-rep-small": "LoRETTA_rep, small",
+    "loretta-rep-small-noise": "LoRETTA_rep, small, noise",
+    "loretta-adp": "LoRETTA_adp",
+}
 
 
 def tuned(rows: list[Row], task: str, method: str, steps: int, seed: int) -> dict[str, Any] | None:
@@ -107,42 +108,44 @@ def ranked(tasks: dict[str, Any]) -> str:
     return borda_table(scores, unit=100) if len(scores) > 1 else ""
 
 
-def plot(tasks: dict[str, Any], context: Context, path: Path) -> None:
-    columns = min(3, len(tasks))
-    rows = -(-len(tasks) // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.6 * rows + 0.8), squeeze=False)
-    order = list(context.settings["methods"])
-    handles: dict[str, Any] = {}
-    for axis, (name, task) in zip(grid.flat, tasks.items(), strict=False):
-        placed: list[float] = []
-        for method, entry in task["methods"].items():
-            score, size = entry["score"], entry["parameters"]["without_head"]
-            near = [other for other in placed if abs(size / other - 1) < 0.1]
-            placed.append(size)
-            handles[method] = axis.errorbar(
-                (near or [size])[0] * 1.05 ** len(near),
-                100 * score["mean"],
-                None if score["std"] is None else 100 * score["std"],
-                color=f"C{order.index(method)}",
-                marker=MARKERS[order.index(method)],
-                linestyle="none",
-                capsize=3,
-            )
-        axis.set_xscale("log")
-        axis.xaxis.set_minor_locator(LogLocator(subs=(2, 3, 5, 7)))
-        for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
-            ticks(lambda size, _: f"{size / 1000:g}k")
-        axis.set_title(f"{name}: {task['setting']['model']}, {task['steps']} steps", fontsize=10)
-        axis.set_ylabel(METRICS[task["setting"]["metric"]])
-        axis.set_xlabel("trainable parameters without the head")
-        axis.grid(alpha=0.3, which="both")
-    for axis in list(grid.flat)[len(tasks) :]:
-        axis.set_visible(False)
-    figure.suptitle(f"Mean and standard deviation of up to {len(context.study.seeds)} seeds (like sizes side by side)")
-    figure.legend(list(handles.values()), list(handles), loc="lower center", ncols=4, frameon=False)
-    figure.tight_layout(rect=(0, 0.55 / figure.get_figheight(), 1, 1))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def plot(tasks: dict[str, Any], means: dict[str, Any], context: Context, path: Path) -> None:
+    """A panel per task, a line per method: the score less LoRA's, with the 95 % interval of the paired seeds."""
+    figure, axes = panels(len(tasks), 2.15 * len(tasks), 4.2, sharey=True)
+    names = {name: label for name, label in NAMES.items() if any(name in task["methods"] for task in tasks.values())}
+    sizes: dict[str, list[float]] = {}
+    for axis, (task, found) in zip(axes, tasks.items(), strict=True):
+        lora = found["methods"][BASE]
+        for place, method in enumerate(names):
+            entry = found["methods"].get(method)
+            less = entry and entry["score"].get("minus_lora")
+            if not less:
+                continue
+            count = entry["parameters"]["without_head"]
+            sizes.setdefault(method, []).append(100 * count / lora["parameters"]["without_head"])
+            low, high = less.get("interval_95", [less["mean"]] * 2)
+            errors = [[100 * (less["mean"] - low)], [100 * (high - less["mean"])]]
+            axis.errorbar(100 * less["mean"], place, xerr=errors, capsize=3, **style(place + 1))
+        axis.axvline(0, color="0.4", lw=1)
+        axis.set_xlim(-12.5, 8.5)
+        model = {"minilm": "MiniLM", "smollm2": "SmolLM2"}[found["setting"]["model"]]
+        level = f"{found['steps']} steps, LoRA {100 * lora['score']['mean']:.1f}"
+        axis.set_title(f"{task.removesuffix('-long')}, {model}\n{level}", fontsize=10)
+        axis.set_xlabel("points less LoRA's")
+    labels = [f"{label}\n{mean(sizes[name]):.0f} % of LoRA's size" for name, label in names.items()]
+    axes[0].set_yticks(range(len(names)), labels)
+    axes[0].set_ylim(len(names) - 0.5, -0.5)
+    behind = [
+        -100 * means[kind]["methods"]["loretta-rep-small-noise"]["score"]["minus_lora"]["mean"]
+        for kind in ("minilm", "minilm, long")
+    ]
+    finding = (
+        "MoSLoRA is no better than LoRA; LoRETTA_rep, with a tenth of the parameters, is "
+        f"{behind[0]:.1f} points behind it on MiniLM after 200 steps and {behind[1]:.1f} after 500"
+    )
+    figure.supxlabel(
+        "mean and 95 % interval of the paired seeds; an interval that leaves a panel is longer", fontsize=9
+    )
+    save(figure, path, finding)
 
 
 def report(rows: list[Row], context: Context) -> str:
@@ -162,7 +165,7 @@ def report(rows: list[Row], context: Context) -> str:
     made = json.dumps({"tasks": tasks, "mean_over_tasks": means}, indent=1)
     (context.folder / "results.json").write_text(made + "\n", encoding="utf-8")
     if tasks:
-        plot(tasks, context, context.folder / "scores.png")
+        plot(tasks, means, context, context.folder / "scores.png")
     tables = [shown_task(name, task["methods"]) for name, task in tasks.items()]
     tables += [
         shown_task(f"mean of {', '.join(each['tasks'])} ({kind})", each["methods"]) for kind, each in means.items()

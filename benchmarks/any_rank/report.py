@@ -4,11 +4,7 @@ from itertools import pairwise
 from statistics import mean
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
-
+from benchmarks.pictures import legend, panels, save, style
 from benchmarks.study import Context, Row
 from benchmarks.summary import borda_table, paired, shown, shown_paired, spread, table
 
@@ -33,12 +29,8 @@ WAYS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "matryoshka": ("MatryoshkaLoRA, as released", [("matryoshka", "own")]),
     "matryoshka, cut": ("its gain folded, cut plain", [("matryoshka", "plain"), ("matryoshka", "whole")]),
 }
-DRAWN = {
-    "dedicated": "black",
-    "plain": "tab:green",
-    "loss, shared": "tab:red",
-    "dylora": "tab:blue",
-}
+DRAWN = ("dedicated", "dylora", "loss, shared", "plain")
+TITLES = {"sst2": "SST-2, MiniLM", "mrpc": "MRPC, MiniLM", "stsb": "STS-B, MiniLM", "e2e_nlg": "E2E NLG, SmolLM2"}
 BEST = "loss, shared"
 SCORES = {"accuracy": 100, "pearson_spearman": 100}
 Points = dict[int, dict[int, dict[str, float]]]  # rank -> seed -> metrics
@@ -153,30 +145,37 @@ def costs(rows: list[Row]) -> str:
 
 
 def draw(axis: Any, task: str, found: dict[str, Points]) -> None:
-    """The loss by rank, with the standard error over the seeds."""
-    for way, colour in DRAWN.items():
+    """The loss by rank, with the standard error over the seeds; the ways stand a little apart."""
+    for number, way in enumerate(DRAWN):
         if way in found:
             spreads = [spread(of(found[way], r, "loss").values()) for r in found[way]]
             errors = [(s["std"] or 0) / s["seeds"] ** 0.5 for s in spreads]
-            style = {"label": WAYS[way][0], "color": colour, "marker": "o", "capsize": 2}
-            axis.errorbar(list(found[way]), [s["mean"] for s in spreads], errors, **style)
+            apart = 2 ** (0.11 * (number - (len(DRAWN) - 1) / 2))
+            look = style(number) | {"capsize": 2, "elinewidth": 0.8, "label": WAYS[way][0]}
+            axis.errorbar([apart * r for r in found[way]], [s["mean"] for s in spreads], errors, **look)
     axis.set_xscale("log", base=2)
     axis.set_xticks(list(found["dedicated"]), labels=[str(r) for r in found["dedicated"]])
-    axis.set(xlabel="rank, or as many parameters", title=task)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
+    seeds = len(found["dedicated"][1])
+    axis.set(xlabel="rank, or as many parameters", title=f"{TITLES[task]}, {seeds} seeds")
 
 
 def plot(tasks: dict[str, dict[str, Points]], context: Context) -> None:
-    """One picture with an axis for each task."""
-    figure, axes = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks), 3.6), layout="constrained", squeeze=False)
-    for axis, (task, found) in zip(axes[0], tasks.items(), strict=True):
+    """One picture with an axis for each task; its title names where the cut is behind."""
+    tasks = {task: tasks[task] for task in TITLES if task in tasks}
+    figure, axes = panels(len(tasks), 3.7 * len(tasks), 4.3)
+    behind = []
+    for axis, (task, found) in zip(axes, tasks.items(), strict=True):
         draw(axis, task, found)
-    axes[0][0].set_ylabel("held-out loss")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.savefig(context.folder / "ranks.png", dpi=130)
-    plt.close(figure)
+        for rank in found["dedicated"]:
+            less = paired(of(found[BEST], rank, "loss"), of(found["dedicated"], rank, "loss"))
+            if less and less.get("interval_95", [0])[0] > 0:
+                behind.append(f"{TITLES[task].partition(',')[0]} at rank {rank}")
+    axes[0].set_ylabel("held-out loss (lower is better)")
+    note = "mean and standard error of the seeds; level: the 95 % interval of the difference holds 0"
+    legend(figure, axes, len(DRAWN), note)
+    but = f", but for {' and '.join(behind)}" if behind else ""
+    finding = f"One LoRA, cut to each rank by the loss, is level with six LoRAs, one per rank{but}"
+    save(figure, context.folder / "ranks.png", finding)
 
 
 def report(rows: list[Row], context: Context) -> str:

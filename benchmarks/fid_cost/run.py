@@ -9,9 +9,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from transformers import T5Config, T5ForConditionalGeneration
 
+from benchmarks.pictures import legend, panels, save, style
 from benchmarks.study import Cell, Context
 from benchmarks.summary import table
 from benchmarks.timing import in_own_process, in_turn, resident
@@ -67,20 +67,22 @@ def run(cell: Cell, context: Context) -> dict[str, Any]:
 
 
 def plot(record: dict[str, Any], context: Context) -> None:
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for axis, key, label in (
-        (axes[0], "seconds", "seconds per training step"),
-        (axes[1], "mib", "MiB above the model"),
+    figure, axes = panels(2, 9, 4.2)
+    for axis, key, label in zip(
+        axes, ("seconds", "mib"), ("seconds per training step", "MiB above the model"), strict=True
     ):
-        for variant, marker in zip(VARIANTS, "osx", strict=True):
+        for number, variant in enumerate(VARIANTS):
             found = record[key][variant]
-            axis.plot([int(n) for n in found], [*found.values()], marker=marker, label=variant)
-        axis.set_xlabel(f"passages of {TOKENS} tokens")
-        axis.set_ylabel(label)
-        axis.set_ylim(bottom=0)
-    axes[0].legend()
-    figure.savefig(context.folder / "cost.png", dpi=120)
+            axis.plot([int(n) for n in found], [*found.values()], label=variant, **style(number))
+        axis.set(xlabel=f"passages of {TOKENS} tokens", ylabel=label, ylim=(0, None), xticks=[int(n) for n in found])
+    legend(figure, axes, len(VARIANTS))
+    (slow, fast), (more, less) = ([record[key][v] for v in ("one encoder input", "FiD")] for key in ("seconds", "mib"))
+    most, large = list(fast)[-1], list(less)[-1]
+    finding = (
+        f"With {most} passages a step of FiD is {slow[most] / fast[most]:.1f} times faster than one encoder input's, "
+        f"and with {large} it takes {less[large] / more[large]:.2f} of its memory"
+    )
+    save(figure, context.folder / "cost.png", finding)
 
 
 def report(record: dict[str, Any], context: Context) -> str:

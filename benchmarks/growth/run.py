@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from benchmarks import timing
+from benchmarks.pictures import panels, save, style
 from benchmarks.study import Cell, Context
 from benchmarks.summary import table
 from peft_dynamic import DyLoRAConfig, adapter_moments, resize_adapter
@@ -212,20 +212,30 @@ def gpu_arithmetic() -> list[list[str]]:
 
 def report(record: dict[str, Any], context: Context) -> str:
     lines, kinds = [], [what for what in SIZES if what in record]
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for what in kinds:
+    figure, (axes,) = panels(1, 8.5, 4.8)
+    exponents = {}
+    for number, what in enumerate(kinds):
         found = record[what]
         sizes, seconds = found["sizes"], found["seconds"]
         mib = found.get("mib")
         grows = f"{exponent(sizes, mib):.2f}" if mib else ""
         times = ", ".join(f"{second:.3g}" for second in seconds)
         lines.append([what, ", ".join(map(str, sizes)), times, f"{exponent(sizes, seconds):.2f}", grows])
-        axes.plot([size / sizes[0] for size in sizes], [s / seconds[0] for s in seconds], marker="o", label=what)
-    axes.set(xscale="log", yscale="log", xlabel="size, over the smallest", ylabel="time, over the smallest's")
-    axes.plot([1, 32], [1, 32], color="black", linewidth=0.8, linestyle=":", label="in proportion")
-    axes.legend(fontsize=8, ncols=2)
-    figure.savefig(context.folder / "growth.png", dpi=130, metadata={"Software": None})
+        exponents[what] = exponent(sizes, seconds)
+        label = f"{what}, exponent {exponents[what]:.2f}"
+        axes.plot([size / sizes[0] for size in sizes], [s / seconds[0] for s in seconds], label=label, **style(number))
+    axes.plot([1, 32], [1, 32], color="0.5", linewidth=1, linestyle=":", label="in proportion")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    times = [1, 2, 4, 8, 16, 32]
+    axes.set_xticks(times, times)
+    axes.set_yticks(times, times)
+    axes.set(xlabel="size, times the smallest", ylabel="time, times that of the smallest size")
+    axes.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    finding = (
+        f"No method grows much faster than its size: the largest exponent of time is {max(exponents.values()):.2f}"
+    )
+    save(figure, context.folder / "growth.png", finding)
     grown = table(["what grows", "sizes", "seconds", "exponent of time", "of memory"], lines)
     by_engine = table(["engine", "GPUs", "GiB a GPU", "GiB a GPU sends in a step"], gpu_arithmetic())
     return f"{grown}\n\n![Time over size, in logarithms](growth.png)\n\n## A 70B model\n\n{by_engine}"

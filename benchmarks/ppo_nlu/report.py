@@ -3,15 +3,14 @@
 from statistics import mean
 from typing import Any
 
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from benchmarks.pictures import legend, panels, save, style
 from benchmarks.study import Context, Row
 from benchmarks.summary import borda_table, shown, spread, table
 
 TRAINED = ("sft", "ppo", "sft-more", "sft-longer")
 ARMS = ("majority", "zero", "few", *TRAINED)
-CURVES = (("reward", "reward"), ("kl", "KL to the SFT model, per answer"), ("entropy", "entropy per token"))
 HEADER = [
     "task",
     "run",
@@ -89,25 +88,31 @@ def over_tasks(runs: list[Row]) -> str:
 
 
 def plot(runs: list[Row], context: Context) -> None:
-    """A row per task, the balanced runs where there are such."""
-    runs = [run for run in runs if run["arm"] == "ppo"]
+    """A panel per task, the balanced runs where there are such: the reward, and the score before and after."""
     even = {run["task"] for run in runs if run["balanced"]}
     runs = [run for run in runs if run["balanced"] or run["task"] not in even]
-    tasks = list(dict.fromkeys((run["task"], started(run)) for run in runs))
-    figure = Figure(figsize=(4.2 * len(CURVES), 2.3 * len(tasks)), layout="constrained")
-    for axes, (task, way) in zip(figure.subplots(len(tasks), len(CURVES), squeeze=False), tasks, strict=True):
-        for axis, (name, title) in zip(axes, CURVES, strict=True):
-            for run in runs:
-                if (run["task"], started(run)) == (task, way):
-                    values = [log[name] for log in run["curve"]]
-                    axis.plot(range(1, len(values) + 1), values, marker=".", label=f"seed {run['seed']}")
-            axis.set_title(f"{task} ({way}): {title}", fontsize=10)
-            axis.set_xlabel(f"rollout of {context.settings['batch'] * context.settings['rollout']}")
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axis.grid(alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
-        axes[0].legend(frameon=False, fontsize=8)
-    figure.savefig(context.folder / "curves.png", dpi=130)
+    tasks = list(dict.fromkeys(run["task"] for run in runs))
+    figure, axes = panels(len(tasks), 2.2 * len(tasks), 3.9)
+    learned = []
+    for axis, task in zip(axes, tasks, strict=True):
+        of_task = {arm: [run for run in runs if run["task"] == task and run["arm"] == arm] for arm in ("sft", "ppo")}
+        for run in of_task["ppo"]:
+            values = [log["reward"] for log in run["curve"]]
+            axis.plot(
+                range(1, len(values) + 1), values, label=f"seed {run['seed']}", **style(run["seed"]) | {"ms": 3.5}
+            )
+        before, after = ([100 * run["score"] for run in of_task[arm]] for arm in ("sft", "ppo"))
+        # each seed gains more than what a score of these rows is known to
+        if min(end - start for start, end in zip(before, after, strict=True)) > 5:
+            learned.append(task)
+        scores = [round(mean(each), 1) + 0.0 for each in (before, after)]  # no -0.0
+        axis.set_title(f"{task}\nscore {scores[0]} to {scores[1]}", fontsize=10)
+        axis.set_xlabel(f"rollout of {context.settings['batch'] * context.settings['rollout']}")
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes[0].set_ylabel("mean reward of the rollout")
+    legend(figure, axes, 3, "score: on validation rows, times 100, before and after PPO, the mean of the seeds")
+    finding = f"PPO from a short start learns {len(learned)} of {len(tasks)} tasks on every seed: {', '.join(learned)}"
+    save(figure, context.folder / "curves.png", finding)
 
 
 def report(rows: list[Row], context: Context) -> str:

@@ -5,32 +5,28 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
-
+from benchmarks.pictures import legend, panels, save, style
 from benchmarks.study import Context, Row
 from benchmarks.summary import borda_table, paired, shown, spread, table
 
-# Way to a rank: (methods of study.toml, of which a task has one, and the curve of that run), label, colour, marker.
+# Way to a rank: (methods of study.toml, of which a task has one, and the curve of that run), and its label.
 LORA = ("lora", "lora-r/2")
 WAYS = {
-    "dedicated": ((LORA, "trained"), "LoRA, a run per rank (6 runs)", "black", "o"),
-    "dylora": ((("dylora",), "trained"), "DyLoRA (1 run)", "tab:blue", "s"),
-    "dylora-half": ((("dylora-half",), "trained"), "DyLoRA, half the steps at r (1 run)", "tab:pink", "P"),
-    "dylora-2r": ((("dylora-2r",), "trained"), "DyLoRA, alpha = 2r, lower rate (1 run)", "tab:cyan", "D"),
-    "dylora-2r-half": ((("dylora-2r-half",), "trained"), "the same, half the steps at r (1 run)", "tab:purple", "P"),
-    "dylora-paper": ((("dylora-paper",), "trained"), "DyLoRA, the paper's rules (1 run)", "tab:orange", "^"),
-    "lora32-svd": ((LORA, "svd"), "LoRA r=32 cut by its singular values", "tab:green", "v"),
-    "lora32-index": ((LORA, "index"), "LoRA r=32 cut to its first components", "tab:red", "x"),
+    "dedicated": ((LORA, "trained"), "LoRA, a run per rank (6 runs)"),
+    "dylora": ((("dylora",), "trained"), "DyLoRA (1 run)"),
+    "dylora-half": ((("dylora-half",), "trained"), "DyLoRA, half the steps at r (1 run)"),
+    "dylora-2r": ((("dylora-2r",), "trained"), "DyLoRA, alpha = 2r, lower rate (1 run)"),
+    "dylora-2r-half": ((("dylora-2r-half",), "trained"), "the same, half the steps at r (1 run)"),
+    "dylora-paper": ((("dylora-paper",), "trained"), "DyLoRA, the paper's rules (1 run)"),
+    "lora32-svd": ((LORA, "svd"), "LoRA r=32 cut by its singular values"),
+    "lora32-index": ((LORA, "index"), "LoRA r=32 cut to its first components"),
 }
 UNITS = {"loss": (1, 3), "accuracy": (100, 1)}  # what a mean is multiplied with, and its digits
 
 
 def points(runs: list[Row], way: str) -> dict[int, dict[int, dict[str, float]]]:
     """Loss and accuracy by rank and seed."""
-    (methods, curve), *_ = WAYS[way]
+    (methods, curve), _ = WAYS[way]
     found: dict[int, dict[int, dict[str, float]]] = {}
     for run in sorted(runs, key=lambda run: run["seed"]):
         if run["method"] in methods:
@@ -117,31 +113,39 @@ def ranked(results: dict[str, Any]) -> list[str]:
     return made
 
 
+def finding(task: str, summary: dict[str, Any]) -> str:
+    """What the picture of a task shows of DyLoRA and the dedicated runs, in the mean over the ranks."""
+    cells = {way: {metric: entry[metric]["over_ranks"]["mean"] for metric in UNITS} for way, entry in summary.items()}
+    own = next(cells[way] for way in ("dylora", "dylora-2r") if way in cells)
+    six = cells["dedicated"]
+    if max(each["accuracy"] for each in cells.values()) < 0.55:  # of two classes
+        return f"{task}: every way is at chance, so it tells none from another"
+    return (
+        f"{task}, mean over the ranks: one DyLoRA run has an accuracy of {100 * own['accuracy']:.1f} % for "
+        f"{100 * six['accuracy']:.1f} % of six LoRA runs, and a loss of {own['loss']:.3f} for {six['loss']:.3f}"
+    )
+
+
 def plot(task: str, run: Row, summary: dict[str, Any], context: Context, path: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6))
-    for axis, metric, name in zip(axes, ("loss", "accuracy"), ("evaluation loss", "accuracy (%)"), strict=True):
+    figure, axes = panels(2, 11, 4.8)
+    ways = [way for way in summary if way != "lora32-index"]  # far off the scale; in the table
+    for axis, metric, name in zip(axes, ("loss", "accuracy"), ("evaluation loss", "accuracy, %"), strict=True):
         unit = 100 if metric == "accuracy" else 1
-        for way, entry in summary.items():
-            if way == "lora32-index":
-                continue  # far off the scale; in the table
-            _, label, colour, marker = WAYS[way]
-            cells = entry[metric]["by_rank"]
+        for number, way in enumerate(ways):
+            cells = summary[way][metric]["by_rank"]
             means, stds = ([unit * (cell[key] or 0) for cell in cells.values()] for key in ("mean", "std"))
-            axis.errorbar(list(cells), means, stds, label=label, color=colour, marker=marker, capsize=3, lw=1.5)
+            apart = 2 ** (0.09 * (number - (len(ways) - 1) / 2))
+            look = style(list(WAYS).index(way)) | {"label": WAYS[way][1], "capsize": 2, "elinewidth": 0.8}
+            axis.errorbar([apart * rank for rank in cells], means, stds, **look)
         axis.set_xscale("log", base=2)
         axis.set_xticks(context.settings["ranks"], context.settings["ranks"])
-        axis.set_xlabel("rank")
-        axis.set_ylabel(name)
-        axis.grid(alpha=0.3)
-    figure.suptitle(
-        f"{task}: {run['setting']['model']}, {run['steps']} steps of {run['setting']['batch_size']}, "
+        axis.set(xlabel="rank", ylabel=name)
+    note = (
+        f"{run['setting']['model']}, {run['steps']} steps of {run['setting']['batch_size']}; "
         f"mean and standard deviation of up to {len(context.study.seeds)} seeds"
     )
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=2, frameon=False)
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    legend(figure, axes, 2, note)
+    save(figure, path, finding(task, summary))
 
 
 def report(rows: list[Row], context: Context) -> str:

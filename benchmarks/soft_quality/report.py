@@ -3,8 +3,7 @@
 import json
 from typing import Any
 
-from matplotlib.figure import Figure
-
+from benchmarks.pictures import legend, panels, save, style
 from benchmarks.study import Context, Row
 from benchmarks.summary import shown, spread, table
 
@@ -44,29 +43,23 @@ def shown_metric(found: dict[str, Any], metric: str) -> str:
 
 
 def plot(found: dict[str, Any], context: Context) -> None:
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axis, metric, label in zip(figure.subplots(1, 2), found, ("loss on E2E NLG", "ROUGE-L"), strict=True):
-        for kind, name in NAMES.items():
-            cells = found[metric][kind]
-            if not cells:
-                continue
-            axis.errorbar(
-                list(cells),
-                [cell["mean"] for cell in cells.values()],
-                [cell["std"] or 0 for cell in cells.values()],
-                marker="o",
-                label=name,
-                capsize=2,
-            )
-        axis.set_xlabel("layers")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_yscale("log")
-    figure.axes[0].set_yticks([1.5, 2, 3, 5, 10, 20], ["1.5", "2", "3", "5", "10", "20"], minor=False)
-    figure.axes[0].minorticks_off()
-    figure.axes[1].legend(frameon=False, fontsize=8, loc="upper left")
-    figure.savefig(context.folder / "losses.png", dpi=150)
+    figure, axes = panels(2, 10, 4.4)
+    for axis, metric, label in zip(axes, found, ("loss on E2E NLG", "ROUGE-L on E2E NLG"), strict=True):
+        for number, (kind, name) in enumerate(NAMES.items()):
+            if cells := found[metric][kind]:
+                means, stds = ([cell[key] or 0 for cell in cells.values()] for key in ("mean", "std"))
+                axis.errorbar(list(cells), means, stds, label=name, capsize=2, **style(number))
+        axis.set(xlabel="layers that are run", ylabel=label, xticks=[*found["loss"]["sft"]])
+    axes[0].set_yscale("log")
+    axes[0].set_yticks([1.5, 2, 3, 5, 10, 20], ["1.5", "2", "3", "5", "10", "20"], minor=False)
+    axes[0].minorticks_off()
+    legend(figure, axes, 3, "mean and standard deviation of the seeds")
+    soft, sft = ([cell["mean"] for cell in found["loss"][kind].values()] for kind in ("soft-most", "sft"))
+    finding = (
+        f"SoFT with 9/10 of the weight on the last layer has SFT's loss there, {soft[-1]:.3f} for {sft[-1]:.3f}, "
+        f"and {soft[0]:.1f} for {sft[0]:.1f} at the first exit"
+    )
+    save(figure, context.folder / "losses.png", finding)
 
 
 def report(rows: list[Row], context: Context) -> str:
