@@ -16,7 +16,7 @@ endif
 help:
 	@echo "make test    lint, type-check and test, in .venv-test"
 	@echo "make test-matrix  the tests on other kernels, threads, locales, folders and orders, and fresh examples: an hour"
-	@echo "make test-floor   the tests on the oldest versions that pyproject.toml takes; torch is that of constraints.txt, or TORCH=2.6"
+	@echo "make test-floor   the tests on the oldest versions that pyproject.toml takes; torch is that of constraints.txt, or TORCH=2.7.0"
 	@echo "make test-latest  the tests on the newest versions; torch likewise"
 	@echo "make demo    train and look at a small adapter, in .venv-demo"
 	@echo "make bench   list the studies of benchmarks/; STUDY=name runs one, ARGS='--data DATA --models MODELS' is passed on"

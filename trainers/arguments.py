@@ -21,7 +21,7 @@ from peft_dynamic._extras import how_to_install
 try:
     from trl import ModelConfig, ScriptArguments, TrlParser
 except ImportError as error:
-    raise ImportError(f"AdapterParser needs TRL. {how_to_install('trl', 'trl>=1.15', 'datasets')}") from error
+    raise ImportError(f"AdapterParser needs TRL. {how_to_install('trl', 'trl>=1.16', 'datasets')}") from error
 
 # What PEFT or the script fills in, and no user
 _FILLED_IN = {

@@ -138,7 +138,7 @@ def test_the_packages_that_messages_name_are_those_of_the_extra(root: Path) -> N
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "how_to_install":
                 literal = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
                 named |= {(literal[0], package): path.name for package in literal[1:]}
-    assert ("trl", "trl>=1.15") in named
+    assert ("trl", "trl>=1.16") in named
     for (extra, package), name in named.items():
         wanted = re.compile(rf"{re.escape(package)}(?![\w.])")
         assert any(wanted.match(requirement) for requirement in extras[extra]), f"{name}: {package} is not in {extra}"

@@ -16,7 +16,7 @@ from peft_dynamic.rules import is_int
 try:
     from trl import SFTConfig
 except ImportError as error:
-    raise ImportError(f"SoFTConfig needs TRL. {how_to_install('trl', 'trl>=1.15', 'datasets')}") from error
+    raise ImportError(f"SoFTConfig needs TRL. {how_to_install('trl', 'trl>=1.16', 'datasets')}") from error
 
 
 # The annotations of fields are read by transformers' and TRL's parsers, which need them as objects: the parser of a

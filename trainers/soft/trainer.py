@@ -30,7 +30,7 @@ from peft_dynamic.trainers.soft.config import SoFTConfig, draw_exits
 try:
     from trl import SFTTrainer
 except ImportError as error:
-    raise ImportError(f"SoFTTrainer needs TRL. {how_to_install('trl', 'trl>=1.15', 'datasets')}") from error
+    raise ImportError(f"SoFTTrainer needs TRL. {how_to_install('trl', 'trl>=1.16', 'datasets')}") from error
 
 _CITATION = """\
 @inproceedings{kavehzadeh2024sorted,
