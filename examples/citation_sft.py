@@ -13,6 +13,7 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
@@ -71,4 +72,7 @@ def main(citation: CitationArguments, training: SFTConfig, model_config: ModelCo
 
 
 if __name__ == "__main__":
-    main(*TrlParser((CitationArguments, SFTConfig, ModelConfig)).parse_args_and_config())
+    parser = TrlParser((CitationArguments, SFTConfig, ModelConfig))
+    if not torch.accelerator.is_available():
+        parser.set_defaults(bf16=False)  # TRL's own default, which transformers refuses here
+    main(*parser.parse_args_and_config())

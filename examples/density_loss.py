@@ -87,6 +87,10 @@ if __name__ == "__main__":
     parser.add_argument("--eps", type=float, default=1e-2)
     parser.add_argument("--lr", type=float, default=1e-2)
     given = parser.parse_args()
+    if given.data is None and not given.toy:
+        parser.error("--data: name JSON lines with `source` and `target`, or pass --toy")
+    if given.data is not None and not given.data.is_file():
+        parser.error(f"--data {given.data}: there is no such file")
     if given.keep is not None and not 0 < given.keep < 1:
         parser.error(f"--keep {given.keep}: it is a share above 0 and below 1; 0.3 sets 70 % of the activations to 0")
     main(given)

@@ -6,13 +6,16 @@
 
 The data are JSON lines with `prompt` and `completion` (or `messages`, or `text`), as SFTTrainer takes them. All fields
 of SoFTConfig are options, such as `--exits 12,18,24,30 --max_steps 500 --learning_rate 1e-4`. Writes the model, and the
-shallowest model within 10 % of the full depth's loss as a smaller checkpoint that stock transformers loads.
+shallowest model within 10 % of the full depth's loss as a smaller checkpoint that stock transformers loads. `--toy` has
+defaults of its own, and takes seconds on a CPU.
 """
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, load_dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -64,4 +67,10 @@ def main(arguments: Arguments, config: SoFTConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((Arguments, SoFTConfig)).parse_args_and_config())
+    parser = TrlParser((Arguments, SoFTConfig))
+    if not torch.accelerator.is_available():
+        parser.set_defaults(bf16=False)  # TRL's own default, which transformers refuses here
+    if "--toy" in sys.argv:
+        # TRL's rate is for a pretrained model; this one starts from nothing.
+        parser.set_defaults(learning_rate=1e-2, num_train_epochs=8, exits=[1, 2, 4], report_to="none")
+    main(*parser.parse_args_and_config())

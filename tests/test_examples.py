@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,21 @@ def test_plain_loop(tmp_path: Path) -> None:
 
 
 def test_density_loss(tmp_path: Path) -> None:
-    assert "fewer" in run("density_loss.py", "--toy", "--output", tmp_path, "--steps", 60)
+    printed = run("density_loss.py", "--toy", "--output", tmp_path, "--steps", 60)
+    assert "fewer" in printed
+    losses = [float(each) for each in re.findall(r"step \d+: loss ([\d.]+)", printed)]
+    assert losses[1] < 0.9 * losses[0]  # before the density loss comes in
     assert json.loads((tmp_path / "density.json").read_text())["mean"]["all"]["exact"] < 0.3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [((), "--data: name JSON lines"), (("--data", "none.jsonl"), "--data none.jsonl: there is no such file")],
+)
+def test_density_loss_says_what_is_missing(arguments: tuple[str, ...], said: str) -> None:
+    with pytest.raises(AssertionError, match=said) as error:
+        run("density_loss.py", *arguments)
+    assert "Traceback (most recent call last)" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["sft", "fid"])
@@ -287,12 +301,12 @@ def test_ppo_rollout_func(tmp_path: Path) -> None:
 
 def test_soft(tmp_path: Path) -> None:
     config = tmp_path / "soft.yaml"
-    lines = ["toy: true", f"output_dir: {tmp_path / 'out'}", "exits: [1, 2, 4]", "max_steps: 60", "learning_rate: 0.01"]
-    lines += ["per_device_train_batch_size: 16", "use_cpu: true", "bf16: false", "report_to: none"]
-    config.write_text("\n".join(lines))
-    printed = run("soft.py", "--config", config)
-    depths = [int(line.split()[1]) for line in printed.splitlines() if line.startswith("after ")]
-    assert depths == [1, 2, 4]
+    config.write_text(f"output_dir: {tmp_path / 'out'}\nuse_cpu: true\nmax_steps: 150\n")
+    printed = run("soft.py", "--toy", "--config", config)
+    lines = [line.split() for line in printed.splitlines() if line.startswith("after ")]
+    losses = {int(line[1]): float(line[4]) for line in lines}
+    assert [*losses] == [1, 2, 4]
+    assert max(losses.values()) < 1.0  # it has learned to count: a guess among 30 numbers is 3.4
     kept = int(printed.rpartition("the model of ")[2].split()[0])
     assert json.loads((tmp_path / f"out/{kept}-layers/config.json").read_text())["num_hidden_layers"] == kept
     assert json.loads((tmp_path / "out/model/config.json").read_text())["num_hidden_layers"] == 4
