@@ -13,7 +13,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/**/*.md", "benchmarks/**/*.md")
+PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "RELEASING.md", "docs/**/*.md", "benchmarks/**/*.md")
 STUDIES = "benchmarks/*/README.md"  # in the nav of mkdocs.yml
 LINK = re.compile(r"(?<=\]\()([^()\s#]+)(?=[)#])")
 STUBBED = re.compile(r"^::: (peft_dynamic|peft_dynamic\.trainers)$", re.M)

@@ -252,7 +252,7 @@ def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"peft-dynamic\[plot\]"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[plot\]'"):
         curve(loss={1: 1.0}).plot(tmp_path / "curve.png")
 
 
