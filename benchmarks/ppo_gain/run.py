@@ -1,7 +1,7 @@
 """PPO, GRPO, RLOO and more supervision, each from the same start: numbers to be sorted, by a small model made here.
 
-The task has three levels, three to five numbers. A start is trained on few rows with answers, to its plateau. From it,
-each with a LoRA of its own and for as much processor time as ppo took:
+The task has three levels, three to five numbers. A start is trained for so many steps on few rows with answers. From
+it, each with a LoRA of its own and for as much processor time as ppo took:
 
 - ppo, grpo, rloo: on further rows. No answers are used: a program says whether a completion is right.
 - again: supervised, on the rows with answers that the start had.

@@ -49,6 +49,8 @@ def test_no_block_is_passed_over() -> None:
     fences = sum(len(re.findall(r"^ *```(?:python|py)\b", page.read_text(encoding="utf-8"), re.M)) for page in PAGES)
     assert fences == sum(len(examples(page)) for page in WITH_PYTHON)
     assert fences > 50
+    # the words by which the test knows where a page trains
+    assert sum(page.read_text(encoding="utf-8").count("\n# ... train as usual") for page in PAGES) == 5
 
 
 def test_blocks_that_do_not_run_say_why() -> None:
