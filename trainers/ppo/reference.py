@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from peft_dynamic.hosts.deepspeed import gathering, is_parted
-from peft_dynamic.hosts.modes import evaluating
+from peft_dynamic.hosts.deepspeed import is_parted
+from peft_dynamic.hosts.switch import depends_on_trained
+from peft_dynamic.hosts.switch import switched as reference_policy  # noqa: F401  # its name before
 
 
 def is_peft(model: Any) -> bool:
@@ -56,41 +55,10 @@ def check_reference(model: Any, adapter: str | None) -> None:
                 "changed when the adapter is switched off: there is no reference policy left. Set bias='none', or "
                 "pass ref_model."
             )
-    trained = [p for p in model.parameters() if p.requires_grad]
     ids = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
-    saved = [p.detach().clone() for p in trained]
-    with evaluating(model), gathering(model):
-        try:
-            with reference_policy(model, adapter):
-                before = model(input_ids=ids).logits
-            for p in trained:
-                p += 0.5
-            with reference_policy(model, adapter):
-                after = model(input_ids=ids).logits
-        finally:
-            for p, old in zip(trained, saved, strict=True):
-                p.copy_(old)
-    if not torch.equal(before, after):
+    if depends_on_trained(model, adapter, lambda: model(input_ids=ids).logits):
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         raise ValueError(
             f"With the adapter switched off the model still depends on what is trained ({', '.join(names[:3])}, ...), "
             "so there is no reference policy in it. Train only the adapter's own weights, or pass ref_model."
         )
-
-
-@contextmanager
-def reference_policy(model: Any, adapter: str | None) -> Iterator[None]:
-    """Make a PeftModel the reference policy for as long as this lasts: adapter off, or `adapter` on instead."""
-    if adapter is None:
-        with model.disable_adapter():
-            yield
-        return
-    trained = [(p, p.requires_grad) for p in model.parameters()]  # set_adapter changes what is trained
-    active = model.active_adapter
-    model.set_adapter(adapter)
-    try:
-        yield
-    finally:
-        model.set_adapter(active)
-        for p, trains in trained:
-            p.requires_grad_(trains)

@@ -11,12 +11,12 @@ from accelerate.utils import gather_object
 
 from peft_dynamic.functional import ppo
 from peft_dynamic.hosts.modes import evaluating
+from peft_dynamic.hosts.switch import switched
 from peft_dynamic.trainers.ppo.completions import Completions
 from peft_dynamic.trainers.ppo.completions import Draw as Draw  # was here before
 from peft_dynamic.trainers.ppo.completions import Ends as Ends  # was here before
 from peft_dynamic.trainers.ppo.completions import Generator as Generator  # was here before
 from peft_dynamic.trainers.ppo.metrics import rollout_metrics, sampling_metrics
-from peft_dynamic.trainers.ppo.reference import reference_policy
 from peft_dynamic.trainers.ppo.rollout_func import call
 from peft_dynamic.trainers.ppo.scoring import Sequences
 from peft_dynamic.trainers.ppo.setup import seed_of
@@ -119,7 +119,7 @@ class Rollouts:
         trainer = self.trainer
         if trainer.ref_scorer is not None:
             return trainer.ref_scorer(trainer.ref_model, batch, width, values=False)[0]
-        reference = reference_policy(trainer.model, trainer.ref_adapter)
+        reference = switched(trainer.model, trainer.ref_adapter)
         return trainer.scorer(trainer.model, batch, width, values=False, within=reference)[0]
 
     def total(self, sums: torch.Tensor) -> torch.Tensor:

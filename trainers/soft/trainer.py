@@ -25,6 +25,7 @@ from peft_dynamic.hosts.decoder import Decoder, check_decoder, find_decoder, lay
 from peft_dynamic.hosts.deepspeed import gather_with, gathering
 from peft_dynamic.hosts.offload import whole
 from peft_dynamic.hosts.quantization import unpack_bnb_4bit
+from peft_dynamic.hosts.repeated import real_rows
 from peft_dynamic.trainers.soft.config import SoFTConfig, draw_exits
 
 try:
@@ -186,13 +187,10 @@ class SoFTTrainer(SFTTrainer):
 
     def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch without labels in those rows with which accelerate fills up the last batch of several processes."""
-        labels, loader = inputs["labels"], self.accelerator.gradient_state
-        rows = self.args.per_device_eval_batch_size
-        filled = self.accelerator.num_processes > 1 and loader.end_of_dataloader and loader.remainder > 0
-        if not filled or len(labels) != rows:  # one row, without padding, holds several examples
+        labels = inputs["labels"]
+        kept = real_rows(self.accelerator, self.args.per_device_eval_batch_size, labels)
+        if kept is None:
             return inputs
-        real = min(max(loader.remainder - self.accelerator.process_index * rows, 0), rows)
-        kept = torch.arange(rows, device=labels.device) < real
         return {**inputs, "labels": labels.masked_fill(~kept[:, None], -100)}
 
     def _exits_of(self, mode: str) -> tuple[list[int], list[float]]:

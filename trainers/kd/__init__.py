@@ -1,0 +1,1 @@
+"""Knowledge distillation: one loss, teachers and schedules as values."""

@@ -1,0 +1,371 @@
+"""One loss for every task, teacher and schedule: what the trainers carry and a bare loop calls."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.functional import mse_loss
+from transformers.models.auto import modeling_auto as auto
+
+from peft_dynamic.functional.distill import IGNORED, divergence, label_loss, manual_logits
+from peft_dynamic.functional.schedule import Schedule
+from peft_dynamic.hosts.blocks import base_model
+from peft_dynamic.hosts.modes import evaluating
+from peft_dynamic.trainers.kd.config import DistillFields, KDConfig
+from peft_dynamic.trainers.kd.teachers import Teacher, find_teacher
+
+# The order counts: an encoder-decoder is in several of them
+_TASKS = (
+    ("sequence", auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+    ("tokens", auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+    ("masked", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    ("seq2seq", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    ("causal", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+)
+
+
+@dataclass
+class Distilled:
+    """What a batch loses, in sums over its rows: sentences of a classifier, labelled tokens of other models.
+
+    Attributes:
+        loss: () the rows' losses over how many they are, or over `items`; with gradients.
+        outputs: what the student's forward gave.
+        sums: name -> sum: "ce" the labels' loss, "kd" the divergence, "agreement" rows whose likeliest class is the
+            teacher's, "accuracy" and "teacher_accuracy" rows whose likeliest class is the label, "teacher_ce".
+        counts: name -> over how many rows that sum goes.
+    """
+
+    loss: torch.Tensor
+    outputs: Any
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, values: torch.Tensor, count: int) -> None:
+        """Note one value per row, of which `count` are not 0 for want of a label."""
+        self.sums[name] = values.detach().float().sum()
+        self.counts[name] = count
+
+
+class Distiller:
+    """The loss of a student that learns from labels and a teacher.
+
+        distiller = Distiller(student, "teacher-dir", KDConfig(kd_weight=0.5, temperature=2.0))
+        loss = distiller(batch, progress=step / steps)
+        loss.backward(); optimizer.step(); distiller.updated()
+
+    Each batch is a mapping for the student's forward, with "labels". Works with classifiers of sequences (regression
+    too) and of tokens, masked, causal and encoder-decoder language models, of transformers, with any adapter or none.
+
+    Args:
+        student: the model.
+        teacher: None for the labels alone; "smoothing" for label smoothing; "manual" for TF-reg, which is nearly sure
+            of each label; a model; a path or a name of the Hub, of a model or an adapter; a list of these, which teach
+            one after the other; "base" for the student without its adapters; "adapter:NAME" for another adapter of the
+            same model; "full_rank" for the adapter at its full rank in steps at a lower one; "ema" for the running mean
+            of what is trained.
+        config: a `KDConfig`, `KDSFTConfig` or `DistillFields`; None for the defaults.
+        processing_class: the student's tokenizer, to compare the teacher's with; None to compare their sizes only.
+        teacher_quantization: "nf4" to load a path in 4 bits; None for the type that the file has.
+
+    Raises:
+        ValueError, TypeError: before any training: what a teacher or a task cannot do, with the way out.
+    """
+
+    def __init__(
+        self,
+        student: Any,
+        teacher: Any = None,
+        config: DistillFields | None = None,
+        processing_class: Any = None,
+        teacher_quantization: str | None = None,
+    ) -> None:
+        self.student = student
+        self.config = KDConfig() if config is None else config
+        self.processing_class = processing_class
+        self.task = task_of(student)
+        if teacher_quantization not in (None, "nf4"):
+            raise ValueError(f"teacher_quantization={teacher_quantization!r}: must be 'nf4' or None.")
+        self._check_student(teacher)
+        moving = {name: Schedule.parse(getattr(self.config, name)) for name in _MOVING}
+        self._weight, self._temperature, self._scale = (moving[name] for name in _MOVING)
+        self._width: int | None = None
+        self._checked = False
+        config_ = self.config
+        self.teacher = find_teacher(
+            teacher, student, config_.teacher_switches, config_.ema_decay, teacher_quantization, self._check_teacher
+        )
+        if isinstance(self.teacher, Teacher) and self._weight.constant and self._weight.values[0] == 0:
+            raise ValueError(
+                "kd_weight=0 with a teacher: it would run and teach nothing. Leave teacher out to train on the labels."
+            )
+
+    def __call__(self, batch: Mapping[str, torch.Tensor], progress: float = 0.0) -> torch.Tensor:
+        """The loss of a batch, with gradients; `compute` has more."""
+        return self.compute(batch, progress).loss
+
+    def updated(self) -> None:
+        """To be called after each optimizer step; teacher="ema" needs it."""
+        if isinstance(self.teacher, Teacher):
+            self.teacher.updated()
+
+    def values(self, progress: float) -> dict[str, float]:
+        """The weight, temperature and scale at a progress."""
+        found = (self._weight(progress), self._temperature(progress), self._scale(progress))
+        return dict(zip(_MOVING, found, strict=True)) if self.taught else {}
+
+    @property
+    def taught(self) -> bool:
+        """Whether there is a divergence to weigh: a teacher, or the formula of TF-reg."""
+        return self.teacher is not None and self.teacher != "smoothing"
+
+    def compute(
+        self,
+        batch: Mapping[str, torch.Tensor],
+        progress: float = 0.0,
+        model: Any = None,
+        items: torch.Tensor | int | None = None,
+        whole: bool = False,
+    ) -> Distilled:
+        """The loss and what it is made of.
+
+        Args:
+            batch: for the student's forward, with "labels".
+            progress: steps done over all steps, 0 to 1.
+            model: what is called, such as DDP's wrapper of the student; None for the student.
+            items: by how many rows the sum is divided; None for those of the batch.
+            whole: ask the teacher also where the weight is 0, to report on it.
+        """
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        labels = self._labels(batch)
+        self._check_loss(batch)
+        weight, temperature, scale = self._weight(progress), self._temperature(progress), self._scale(progress)
+        taught: torch.Tensor | None = None
+        if isinstance(self.teacher, Teacher) and (weight > 0 or whole):  # first: see teachers.py
+            taught = self.teacher.logits(self._with_decoder(inputs, labels), progress)
+        outputs = (self.student if model is None else model)(**self._with_decoder(inputs, labels))
+        rows, targets = self._rows(outputs.logits, labels)
+        target_rows = None if taught is None else self._rows(taught, labels)[0].to(rows.device)
+        if self.regression:
+            return self._regression(rows, targets, target_rows, weight, scale, outputs, items)
+        ce = label_loss(rows, targets)
+        result = Distilled(ce.sum(), outputs)
+        known = targets != IGNORED
+        result.add("ce", ce.detach(), int(known.sum()))
+        result.add("accuracy", rows.argmax(1) == targets, int(known.sum()))
+        each = ce
+        if self.teacher == "smoothing":
+            each = label_loss(rows, targets, self.config.smoothing)
+        elif self.teacher == "manual":
+            target_rows = manual_logits(targets, rows.shape[1], self.config.smoothing)
+        if target_rows is not None:
+            width = min(rows.shape[1], target_rows.shape[1], self._width or rows.shape[1])
+            both = rows[:, :width], target_rows[:, :width]
+            kd = divergence(*both, self.config.divergence, temperature, scale, self.config.margin)
+            each = kd if weight == 1 else (1 - weight) * ce + weight * kd if weight else ce
+            result.add("kd", kd.detach(), len(rows))
+            result.add("agreement", both[0].argmax(1) == both[1].argmax(1), len(rows))
+            if self.teacher != "manual":
+                result.add("teacher_ce", label_loss(target_rows, targets), int(known.sum()))
+                result.add("teacher_accuracy", target_rows.argmax(1) == targets, int(known.sum()))
+        result.loss = _over(each.sum(), len(rows), items)
+        return result
+
+    @property
+    def regression(self) -> bool:
+        """Whether the student gives one number per row, and the labels are numbers."""
+        config = base_model(self.student).config
+        kind = getattr(config, "problem_type", None)
+        return self.task == "sequence" and (kind == "regression" or (kind is None and config.num_labels == 1))
+
+    def rows_of(self, batch: Mapping[str, torch.Tensor]) -> int:
+        """How many rows of a batch count: sentences of a classifier, also those without a label; or labelled tokens."""
+        labels = self._labels(batch)
+        if self.task == "sequence":
+            return len(labels)
+        return int((labels[:, 1:] if self.task == "causal" else labels).ne(IGNORED).sum())
+
+    def _regression(
+        self,
+        rows: torch.Tensor,
+        targets: torch.Tensor,
+        taught: torch.Tensor | None,
+        weight: float,
+        scale: float,
+        outputs: Any,
+        items: torch.Tensor | int | None,
+    ) -> Distilled:
+        values, wanted = rows.float(), targets.float().reshape(rows.shape)  # never (B, 1) against (B,)
+        ce = each = mse_loss(values, wanted, reduction="none").mean(1)
+        result = Distilled(ce, outputs)
+        result.add("ce", ce.detach(), len(rows))
+        if taught is not None:
+            kd = mse_loss(values, taught.float().reshape(rows.shape) * scale, reduction="none").mean(1)
+            each = (1 - weight) * ce + weight * kd
+            result.add("kd", kd.detach(), len(rows))
+            result.add(
+                "teacher_ce", mse_loss(taught.float().reshape(rows.shape), wanted, reduction="none").mean(1), len(rows)
+            )
+        result.loss = _over(each.sum(), len(rows), items)
+        return result
+
+    def _labels(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        labels = batch.get("labels")
+        if labels is not None:
+            return labels
+        first = next(iter(batch.values()))
+        if self.task != "sequence" or self.regression or not isinstance(self.teacher, Teacher):
+            raise ValueError("the batch has no labels. Only a classifier of sequences with a teacher learns without.")
+        return torch.full((len(first),), IGNORED, device=first.device)
+
+    def _with_decoder(self, inputs: dict[str, Any], labels: torch.Tensor) -> dict[str, Any]:
+        """The inputs with those of an encoder-decoder's decoder, which its forward makes of labels."""
+        if self.task != "seq2seq" or "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs:
+            return inputs
+        made = base_model(self.student).prepare_decoder_input_ids_from_labels(labels=labels)
+        return {**inputs, "decoder_input_ids": made}
+
+    def _rows(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, K) logits and (N,) labels of what counts."""
+        if self.task == "sequence":
+            if logits.dim() != 2 or (labels.shape != logits.shape[:1] and not self.regression):
+                raise ValueError(
+                    f"labels {tuple(labels.shape)} and logits {tuple(logits.shape)}: one label per row is needed."
+                )
+            return logits, labels
+        if self.task == "causal":
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        if logits.shape[:2] != labels.shape:
+            raise ValueError(f"labels {tuple(labels.shape)} and logits {tuple(logits.shape)}: the lengths differ.")
+        keep = labels.to(logits.device) != IGNORED
+        return logits[keep], labels.to(logits.device)[keep]
+
+    def _check_loss(self, batch: Mapping[str, torch.Tensor]) -> None:
+        """Once: compare the labels' loss with the student's own, so that no model is trained on another one's loss.
+
+        Raises:
+            ValueError: they differ.
+        """
+        if self._checked or "labels" not in batch or self.rows_of(batch) == 0:
+            return
+        self._checked = True
+        labels = batch["labels"]
+        if self.task == "sequence" and not self.regression and bool((labels == IGNORED).any()):
+            self._checked = False
+            return
+        with evaluating(self.student):
+            outputs = self.student(**batch)
+            rows, targets = self._rows(outputs.logits, labels)
+            own = (rows.float() - targets.float().reshape(rows.shape)).square() if self.regression else None
+            ours = label_loss(rows, targets).mean() if own is None else own.mean()
+        theirs = outputs.loss.mean()
+        if not torch.isclose(ours.to(theirs), theirs, rtol=1e-2, atol=1e-3, equal_nan=True):
+            raise ValueError(
+                f"{type(base_model(self.student)).__name__} gives the loss {float(theirs):.6g} for the first batch, "
+                f"and the cross entropy of its logits is {float(ours):.6g}: it trains with another loss, against which "
+                "a teacher's cannot be weighed. Use a Distiller's parts (peft_dynamic.functional.distill) in a loop of "
+                "your own."
+            )
+
+    def _check_student(self, teacher: Any) -> None:
+        base = base_model(self.student)
+        if self.task != "sequence" and any(
+            getattr(each, "is_prompt_learning", False) for each in getattr(self.student, "peft_config", {}).values()
+        ):
+            raise ValueError(
+                "prompt learning puts tokens in front of the student's that the teacher does not have: use an adapter "
+                "in the layers, such as LoRA."
+            )
+        config = base.config
+        if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0):
+            raise ValueError(
+                f"router_aux_loss_coef={config.router_aux_loss_coef}: the loss of the routers is no part of this one; "
+                "set output_router_logits=False in the model's config."
+            )
+        if getattr(config, "problem_type", None) == "multi_label_classification":
+            raise ValueError("problem_type='multi_label_classification': a row must have one label, or a number.")
+        if not self.regression:
+            return
+        if config.num_labels != 1:
+            raise ValueError(f"problem_type='regression' with num_labels={config.num_labels}: must be 1.")
+        if isinstance(teacher, str) and teacher in ("smoothing", "manual"):
+            raise ValueError(f"teacher={teacher!r} is for classes, and the student gives a number.")
+        if self.config.divergence not in ("forward_kl", "mse"):
+            raise ValueError(
+                f"divergence={self.config.divergence!r}: regression has the squared difference; leave it out."
+            )
+        if self.config.temperature != 1.0:
+            raise ValueError(f"temperature={self.config.temperature!r}: a number has none; leave it at 1.")
+
+    def _check_teacher(self, teacher: Any, tokenizer: Any) -> None:
+        """Raise unless the teacher reads the student's tokens and answers in its classes."""
+        if task_of(teacher) != self.task:
+            raise ValueError(
+                f"teacher is a {type(base_model(teacher)).__name__} and the student a "
+                f"{type(base_model(self.student)).__name__}: both must have the same task."
+            )
+        one, other = base_model(self.student).config, base_model(teacher).config
+        own, theirs = (config.get_text_config().vocab_size for config in (one, other))
+        tokens = self.processing_class
+        if hasattr(tokens, "get_vocab") and hasattr(tokenizer, "get_vocab"):
+            if tokens.get_vocab() != tokenizer.get_vocab():
+                raise ValueError(
+                    "the teacher's tokenizer has other tokens than the student's, so that their ids mean other words. "
+                    "Across tokenizers use TRL's GOLDTrainer (trl.experimental.gold)."
+                )
+        elif own != theirs:
+            raise ValueError(
+                f"the student has vocab_size {own} and the teacher {theirs}, and there are no two tokenizers to tell "
+                "whether they differ in padding only: pass processing_class, and the teacher as a path with its "
+                "tokenizer."
+            )
+        if self.task in ("sequence", "tokens"):
+            self._check_classes(one, other)
+        elif own != theirs:
+            self._width = min(own, theirs)
+            warnings.warn(
+                f"the student's vocabulary has {own} rows and the teacher's {theirs}, of one tokenizer: the teacher is "
+                f"compared over the first {self._width}.",
+                stacklevel=4,
+            )
+
+    def _check_classes(self, one: Any, other: Any) -> None:
+        if one.num_labels != other.num_labels:
+            raise ValueError(
+                f"num_labels: the student has {one.num_labels} classes and the teacher {other.num_labels}."
+            )
+        names = [[config.id2label[i] for i in range(config.num_labels)] for config in (one, other)]
+        named = all(not all(str(name).startswith("LABEL_") for name in each) for each in names)
+        if named and names[0] != names[1]:
+            raise ValueError(
+                f"id2label: the student's classes are {names[0]} and the teacher's {names[1]}: give both the same "
+                "names in the same order."
+            )
+
+
+_MOVING = ("kd_weight", "temperature", "teacher_scale")
+
+
+def task_of(model: Any) -> str:
+    """What the model's logits and labels mean: "sequence", "tokens", "masked", "seq2seq" or "causal".
+
+    Raises:
+        ValueError: a model of another kind.
+    """
+    classes = [cls.__name__ for cls in type(base_model(model)).__mro__]
+    for task, names in _TASKS:
+        if set(classes) & {name for each in names.values() for name in ([each] if isinstance(each, str) else each)}:
+            return task
+    raise ValueError(
+        f"{classes[0]}: what its labels mean is not known here. Distillation is for transformers' classifiers of "
+        "sequences and tokens, and its masked, causal and encoder-decoder language models."
+    )
+
+
+def _over(total: torch.Tensor, rows: int, items: torch.Tensor | int | None) -> torch.Tensor:
+    count = torch.as_tensor(rows if items is None else items, device=total.device)
+    return total / count.clamp(min=1)

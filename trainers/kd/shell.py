@@ -1,0 +1,117 @@
+"""What the two trainers of distillation share, beside the loss: what they refuse, log, save and resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from peft_dynamic.hosts.deepspeed import is_parted
+from peft_dynamic.trainers.kd.report import Sums
+from peft_dynamic.trainers.kd.teachers import Teacher
+
+STATE = "kd_teacher.safetensors"
+
+
+class DistillingTrainer:
+    """Beside `transformers.Trainer` or a trainer made of it, which come after it in the bases."""
+
+    distiller: Any
+    # Trainer's
+    args: Any
+    accelerator: Any
+    model: Any
+    state: Any
+    is_world_process_zero: Any
+
+    def check_setting(self) -> None:
+        """Raise for what no teacher can be combined with, as far as the distiller has not."""
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process: nn.DataParallel splits the batch without the teacher. Start a "
+                "process per GPU (accelerate launch), or set CUDA_VISIBLE_DEVICES=0."
+            )
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.args.label_smoothing_factor}: here it is teacher='smoothing', with the "
+                "factor as `smoothing`."
+            )
+        if any(map(is_parted, self.model.parameters())):
+            raise ValueError(
+                "ZeRO-3 parts the weights between a teacher's pass and the student's; use ZeRO-2 or FSDP2."
+            )
+        parallel = self.accelerator.parallelism_config
+        if parallel is not None and (parallel.sp_enabled or parallel.cp_enabled or parallel.tp_enabled):
+            raise ValueError(
+                f"parallelism_config={parallel}: sequence, context and tensor parallelism split the rows that are "
+                "compared; use DDP or FSDP2."
+            )
+
+    def begin(self) -> None:
+        """After Trainer's __init__ and the distiller's."""
+        self.check_setting()
+        self.sums = {True: Sums(), False: Sums()}  # by whether the model is in training
+        self.used: dict[str, float] = {}  # the schedules' values in the last step
+        # Of a forward without **kwargs Trainer thinks that it cannot divide by the rows of a whole step; ours does.
+        self.model_accepts_loss_kwargs = True
+        self.add_callback(_TellTeacher(self.distiller))  # type: ignore[attr-defined]
+
+    @property
+    def progress(self) -> float:
+        """Steps done over all steps; 1 outside a training, where the schedules are at their end."""
+        steps = self.state.max_steps
+        return min(1.0, self.state.global_step / steps) if steps and steps > 0 else 1.0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's, with what the distillation has to tell."""
+        if "loss" in logs:
+            logs = {**logs, **self.sums[True].take(), **self.used}
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Trainer's, with the teacher's score beside the student's."""
+        self.sums[False].take()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+        means = self.sums[False].take()
+        if output.metrics is not None:
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        teacher = self.distiller.teacher
+        state = teacher.state() if isinstance(teacher, Teacher) else {}
+        if state and self.is_world_process_zero():
+            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")  # type: ignore[attr-defined]
+            save_file({name: value.contiguous().cpu() for name, value in state.items()}, folder / STATE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        path = Path(resume_from_checkpoint, STATE)
+        teacher = self.distiller.teacher
+        if isinstance(teacher, Teacher) and teacher.state():
+            if not path.exists():
+                raise ValueError(
+                    f"resume_from_checkpoint={resume_from_checkpoint!r} has no {STATE}: it was trained without this "
+                    "teacher, which has a state of its own. Start anew, or with the teacher of before."
+                )
+            teacher.load_state(load_file(path))
+
+
+class _TellTeacher(TrainerCallback):
+    def __init__(self, distiller: Any) -> None:
+        self.distiller = distiller
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.distiller.updated()
+
+
+def scaled(trainer: Any, loss: torch.Tensor, items: Any) -> torch.Tensor:
+    """A sum over the rows of all processes, as Trainer scales it: DDP takes the mean of the processes' gradients."""
+    if trainer.args.average_tokens_across_devices and items is not None:
+        return loss * trainer.accelerator.num_processes
+    return loss

@@ -1,0 +1,106 @@
+"""KDTrainer: `transformers.Trainer` with a teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from peft_dynamic.hosts.repeated import real_rows
+from peft_dynamic.trainers.kd.config import KDConfig, taken_from
+from peft_dynamic.trainers.kd.distiller import Distiller
+from peft_dynamic.trainers.kd.shell import DistillingTrainer, scaled
+
+
+class KDTrainer(DistillingTrainer, Trainer):
+    """Trains a classifier, an encoder-decoder or a causal model on labels and a teacher.
+
+    Takes what `transformers.Trainer` takes. Fine-tuning, label smoothing and distillation differ in `teacher` alone:
+
+        KDTrainer(model, "teacher-dir", KDConfig("out", kd_weight=0.5, temperature=2.0), train_dataset=rows).train()
+
+    The loss is the mean over the rows of all processes and parts of a step: sentences of a classifier, labelled tokens
+    of other models. A classifier's rows without a label (-100, or no column "labels") have the teacher's term alone.
+    `eval_loss` is the loss of the labels, as without a teacher. Logged are also "ce", "kd", "agreement" (how often the
+    likeliest class is the teacher's), "accuracy", the schedules' values, and in evaluation the teacher's own "ce" and
+    "accuracy".
+
+    Args:
+        model: the student.
+        teacher: see `Distiller`.
+        args: a `KDConfig`; other training arguments become one; None for its defaults.
+        *positional: as of `Trainer` from its third on: data_collator, train_dataset, ...
+        peft_config: an adapter's configuration, to put one into the model first.
+        teacher_quantization: "nf4" to load a path in 4 bits.
+        **kwargs: as of `Trainer`.
+
+    Raises:
+        ValueError, TypeError: before any training: a teacher that cannot teach this student, other tokens or classes,
+            `compute_loss_func`, `label_smoothing_factor`, ZeRO-3, nn.DataParallel, tensor and context parallelism.
+    """
+
+    args: KDConfig
+
+    def __init__(
+        self,
+        model: Any,
+        teacher: Any = None,
+        args: TrainingArguments | None = None,
+        *positional: Any,
+        peft_config: Any = None,
+        teacher_quantization: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func: the loss is that of the labels and the teacher; leave it out.")
+        if peft_config is not None:
+            from peft import PeftModel, get_peft_model
+
+            if isinstance(model, PeftModel):
+                raise ValueError("peft_config: the model has an adapter already; leave one of them out.")
+            model = get_peft_model(model, peft_config)
+        config = KDConfig() if args is None else args if isinstance(args, KDConfig) else taken_from(KDConfig, args)
+        # before Trainer looks at what is trained, as a teacher among the adapters is not
+        self.distiller = Distiller(model, teacher, config, kwargs.get("processing_class"), teacher_quantization)
+        super().__init__(model, config, *positional, **kwargs)
+        self.begin()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        training = self.model.training
+        found = self.distiller.compute(inputs, self.progress, model, num_items_in_batch, whole=not training)
+        if training:
+            self.used = self.distiller.values(self.progress)
+            self.sums[True].add(self.accelerator, found.sums, found.counts)
+            loss = scaled(self, found.loss, num_items_in_batch)
+        else:
+            self._add_evaluated(inputs, found)
+            loss = found.sums["ce"] / max(found.counts["ce"], 1)
+        return (loss, found.outputs) if return_outputs else loss
+
+    def _add_evaluated(self, inputs: dict[str, Any], found: Any) -> None:
+        """Add an evaluated batch; of one that accelerate has filled up, the rows that are there once."""
+        first = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
+        kept = real_rows(self.accelerator, self.args.per_device_eval_batch_size, first)
+        if kept is None:
+            self.sums[False].add(self.accelerator, found.sums, found.counts)
+            return
+        part = {name: value[kept] if len(value) == len(kept) else value for name, value in inputs.items()}
+        empty = not bool(kept.any())
+        again = found if empty else self.distiller.compute(part, self.progress, whole=True)
+        sums = {name: value * (not empty) for name, value in again.sums.items()}
+        self.sums[False].add(self.accelerator, sums, dict.fromkeys(sums, 0) if empty else again.counts)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
+        """Trainer's count of labels; of a classifier the count of rows, as those without a label are trained too."""
+        if self.distiller.task != "sequence":
+            return super()._get_num_items_in_batch(batch_samples, device)
+        rows = [{"labels": torch.zeros(self.distiller.rows_of(batch), dtype=torch.long)} for batch in batch_samples]
+        return super()._get_num_items_in_batch(rows, device)
