@@ -91,6 +91,12 @@ def plain(value: Any) -> Any:
     return value
 
 
+def taken_from(cls: type, args: Any) -> Any:
+    """A configuration of `cls` out of other training arguments, as TRL's trainers make their own of them."""
+    # to_dict() hides all that is called a token, such as SFTConfig's eos_token
+    return cls(**{each.name: getattr(args, each.name) for each in fields(args) if each.init})
+
+
 def check_target(save_directory: str | Path) -> Path:
     """The folder to write, with "..", "." and links followed, if an export may go there.
 

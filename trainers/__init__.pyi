@@ -28,6 +28,8 @@ from peft_dynamic.trainers.citation.generate import answer_questions as answer_q
 from peft_dynamic.trainers.kd.config import DistillFields as DistillFields
 from peft_dynamic.trainers.kd.config import KDConfig as KDConfig
 from peft_dynamic.trainers.kd.distiller import Distiller as Distiller
+from peft_dynamic.trainers.kd.sft import KDSFTConfig as KDSFTConfig
+from peft_dynamic.trainers.kd.sft import KDSFTTrainer as KDSFTTrainer
 from peft_dynamic.trainers.kd.trainer import KDTrainer as KDTrainer
 from peft_dynamic.trainers.ppo import PPOConfig as PPOConfig
 from peft_dynamic.trainers.ppo import PPOTrainer as PPOTrainer

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -110,3 +111,23 @@ def stairs(*knots: tuple[float, float]) -> str:
     """The text of stairs, for the presets; a knot at a progress that is there already replaces it."""
     kept = {at: value for at, value in knots if math.isfinite(at)}
     return str(Schedule(tuple(sorted(kept.items())), stairs=True)) if len(kept) > 1 else repr(float(knots[0][1]))
+
+
+def moving(name: str, value: Schedule | float | str, rule: str, holds: Callable[[float], bool]) -> float | str:
+    """A setting that moves, checked at each progress: its text, or a number where it does not move.
+
+    Raises:
+        ValueError: it is no schedule, or breaks the rule somewhere; the message has its name.
+    """
+    try:
+        schedule = Schedule.parse(value)
+    except ValueError as error:
+        raise ValueError(f"{name}={value!r}: {error}") from error
+    if not all(map(holds, schedule.values)):
+        raise ValueError(f"{name}={value!r}: must be {rule}, at each progress.")
+    return schedule.values[0] if schedule.constant else str(schedule)
+
+
+def progress_of(done: int, steps: int) -> float:
+    """Steps done over all steps; 1 outside a training, which has no steps: schedules are at their end there."""
+    return min(1.0, done / steps) if steps > 0 else 1.0

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Self
 
 from transformers import TrainingArguments
 
 from peft_dynamic.functional.distill import DIVERGENCES
-from peft_dynamic.functional.schedule import Schedule, stairs
+from peft_dynamic.functional.schedule import moving, stairs
 from peft_dynamic.rules import is_finite, is_int
 
 _MOVES = "A number, knots such as '0:0.1 1:1', or stairs such as 'steps 0:0 0.78:1' over the progress of the training."
@@ -72,14 +72,7 @@ class DistillFields:
             ValueError, TypeError: as the class says.
         """
         for name, (rule, holds) in _MOVING.items():
-            value = getattr(self, name)
-            try:
-                schedule = Schedule.parse(value)
-            except ValueError as error:
-                raise ValueError(f"{name}={value!r}: {error}") from error
-            if not all(map(holds, schedule.values)):
-                raise ValueError(f"{name}={value!r}: must be {rule}, at each progress.")
-            setattr(self, name, schedule.values[0] if schedule.constant else str(schedule))
+            setattr(self, name, moving(name, getattr(self, name), rule, holds))
         if self.divergence not in DIVERGENCES:
             raise ValueError(f"divergence={self.divergence!r}: must be one of {', '.join(DIVERGENCES)}.")
         for name, (rule, holds) in _FIXED.items():
@@ -88,6 +81,11 @@ class DistillFields:
         self._check_together()
 
     def _check_together(self) -> None:
+        smoothing = getattr(self, "label_smoothing_factor", 0)
+        if smoothing:
+            raise ValueError(
+                f"label_smoothing_factor={smoothing}: here it is teacher='smoothing', with the factor as `smoothing`."
+            )
         if self.margin and self.divergence != "hinge":
             raise ValueError(
                 f"margin={self.margin} is the hinge's, and divergence={self.divergence!r} has none: set margin=0, or "
@@ -228,9 +226,3 @@ def _check_counts(**counts: Any) -> None:
     for name, value in counts.items():
         if not is_int(value) or value < 1:
             raise ValueError(f"{name}={value!r}: must be a whole number of at least 1.")
-
-
-def taken_from(cls: type, args: Any) -> Any:
-    """A configuration of `cls` out of other training arguments, as TRL's trainers make their own of them."""
-    # to_dict() hides all that is called a token, such as SFTConfig's eos_token
-    return cls(**{each.name: getattr(args, each.name) for each in fields(args) if each.init})

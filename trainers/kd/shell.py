@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from peft_dynamic.functional.schedule import progress_of
 from peft_dynamic.hosts.deepspeed import is_parted
 from peft_dynamic.trainers.kd.report import Sums
 from peft_dynamic.trainers.kd.teachers import Teacher
@@ -35,11 +36,6 @@ class DistillingTrainer:
                 f"{self.args.n_gpu} GPUs in one process: nn.DataParallel splits the batch without the teacher. Start a "
                 "process per GPU (accelerate launch), or set CUDA_VISIBLE_DEVICES=0."
             )
-        if self.args.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor={self.args.label_smoothing_factor}: here it is teacher='smoothing', with the "
-                "factor as `smoothing`."
-            )
         if any(map(is_parted, self.model.parameters())):
             raise ValueError(
                 "ZeRO-3 parts the weights between a teacher's pass and the student's; use ZeRO-2 or FSDP2."
@@ -51,7 +47,7 @@ class DistillingTrainer:
                 "compared; use DDP or FSDP2."
             )
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """After Trainer's __init__ and the distiller's."""
         self.check_setting()
         self.sums = {True: Sums(), False: Sums()}  # by whether the model is in training
@@ -62,9 +58,8 @@ class DistillingTrainer:
 
     @property
     def progress(self) -> float:
-        """Steps done over all steps; 1 outside a training, where the schedules are at their end."""
-        steps = self.state.max_steps
-        return min(1.0, self.state.global_step / steps) if steps and steps > 0 else 1.0
+        """Steps done over all steps; 1 outside a training, where schedules are at their end."""
+        return progress_of(self.state.global_step, self.state.max_steps)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with what the distillation has to tell."""

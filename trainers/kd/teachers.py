@@ -16,9 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_dynamic.functional.kd_loss import Head, States, TopK
 from peft_dynamic.hosts.blocks import base_model
+from peft_dynamic.hosts.decoder import Decoder, check_decoder, find_decoder
 from peft_dynamic.hosts.deepspeed import is_parted
 from peft_dynamic.hosts.modes import evaluating
+from peft_dynamic.hosts.offload import whole
 from peft_dynamic.hosts.quantization import unpack_bnb_4bit
 from peft_dynamic.hosts.switch import depends_on_trained, switched
 from peft_dynamic.trainers.kd.load import load_teacher
@@ -39,6 +42,16 @@ class Teacher:
 
         Args:
             inputs: what the student gets.
+            progress: steps done over all steps.
+        """
+        raise NotImplementedError
+
+    def states(self, inputs: Mapping[str, torch.Tensor], keep: torch.Tensor, progress: float) -> States | TopK | None:
+        """Of a causal model what `kd_losses` takes, at the positions of `keep`; None where this step has no teacher.
+
+        Args:
+            inputs: what the student gets.
+            keep: (B, T - 1) bool, the positions whose next token has a label.
             progress: steps done over all steps.
         """
         raise NotImplementedError
@@ -72,6 +85,7 @@ class ModelTeacher(Teacher):
         self.student, self.quantization, self.check = student, quantization, check
         self.place: int | None = None
         self.model: Any = None
+        self._decoder: Decoder | None = None
         for each in teachers:
             if isinstance(each, nn.Module):
                 check(each, None)
@@ -89,14 +103,27 @@ class ModelTeacher(Teacher):
             self.model, self.place = found.requires_grad_(False).eval(), place
         return self.model
 
-    def logits(self, inputs: Mapping[str, torch.Tensor], progress: float) -> torch.Tensor | None:
+    def _here(self, progress: float) -> Any:
         model = self.at(progress)
         device = next(self.student.parameters()).device
         if next(model.parameters()).device != device and not getattr(model, "is_quantized", False):
             model.to(device)
+        return model
+
+    def logits(self, inputs: Mapping[str, torch.Tensor], progress: float) -> torch.Tensor | None:
+        model = self._here(progress)
         known = inspect.signature(base_model(model).forward).parameters
         with evaluating(model):  # whoever shares the module has put it into its training mode
             return model(**{name: value for name, value in inputs.items() if name in known}).logits
+
+    def states(self, inputs: Mapping[str, torch.Tensor], keep: torch.Tensor, progress: float) -> States | TopK | None:
+        model = self._here(progress)
+        if self._decoder is None or self._decoder.model is not base_model(model):
+            self._decoder = find_decoder(model)
+            with evaluating(model):
+                check_decoder(self._decoder)
+        with evaluating(model):
+            return decoder_states(self._decoder, inputs, keep)
 
 
 class OwnTeacher(Teacher):
@@ -109,6 +136,7 @@ class OwnTeacher(Teacher):
 
     def __init__(self, student: Any, adapter: str | None = None) -> None:
         self.student, self.adapter = student, adapter
+        self._decoder: Decoder | None = None
         unpack_bnb_4bit(student)
 
     @contextmanager
@@ -120,6 +148,17 @@ class OwnTeacher(Teacher):
     def logits(self, inputs: Mapping[str, torch.Tensor], progress: float) -> torch.Tensor | None:
         with evaluating(self.student), self.inside():
             return self.student(**inputs).logits
+
+    def states(self, inputs: Mapping[str, torch.Tensor], keep: torch.Tensor, progress: float) -> States | TopK | None:
+        if self._decoder is None:
+            self._decoder = find_decoder(self.student)
+        with evaluating(self.student), self.inside():
+            found = decoder_states(self._decoder, inputs, keep)
+            if found.head.weight.requires_grad:  # "ema" has put its own weights into the student's head
+                bias = None if found.head.bias is None else found.head.bias.detach().clone()
+                head = found.head._replace(weight=found.head.weight.detach().clone(), bias=bias)
+                found = found._replace(head=head)
+            return found
 
 
 class FullRankTeacher(OwnTeacher):
@@ -135,9 +174,13 @@ class FullRankTeacher(OwnTeacher):
             yield
 
     def logits(self, inputs: Mapping[str, torch.Tensor], progress: float) -> torch.Tensor | None:
-        if self.student.training and self.student.base_model.drawn_rank() >= self.rank:
-            return None
-        return super().logits(inputs, progress)
+        return None if self._full() else super().logits(inputs, progress)
+
+    def states(self, inputs: Mapping[str, torch.Tensor], keep: torch.Tensor, progress: float) -> States | TopK | None:
+        return None if self._full() else super().states(inputs, keep, progress)
+
+    def _full(self) -> bool:
+        return self.student.training and self.student.base_model.drawn_rank() >= self.rank
 
 
 class MeanTeacher(OwnTeacher):
@@ -188,6 +231,16 @@ class MeanTeacher(OwnTeacher):
         if set(state) != set(places):
             raise ValueError("teacher='ema': the checkpoint's running mean is of other weights than are trained now.")
         self.means = {name: state[name].to(device) for name, device in places.items()}
+
+
+def decoder_states(decoder: Decoder, inputs: Mapping[str, torch.Tensor], keep: torch.Tensor) -> States:
+    """The states of the kept positions, (N, D), and the head that goes with them."""
+    known = {name: value for name, value in inputs.items() if name != "use_cache"}
+    hidden = decoder.backbone(**known, use_cache=False).last_hidden_state
+    weight = whole(decoder.head.weight)
+    assert weight is not None
+    head = Head(weight, whole(decoder.head.bias), decoder.logit_scale, decoder.softcap)
+    return States(hidden[:, :-1][keep.to(hidden.device)], head)
 
 
 def find_teacher(

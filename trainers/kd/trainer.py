@@ -9,7 +9,8 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from peft_dynamic.hosts.repeated import real_rows
-from peft_dynamic.trainers.kd.config import KDConfig, taken_from
+from peft_dynamic.rules import taken_from
+from peft_dynamic.trainers.kd.config import KDConfig
 from peft_dynamic.trainers.kd.distiller import Distiller
 from peft_dynamic.trainers.kd.shell import DistillingTrainer, scaled
 
@@ -65,7 +66,7 @@ class KDTrainer(DistillingTrainer, Trainer):
         # before Trainer looks at what is trained, as a teacher among the adapters is not
         self.distiller = Distiller(model, teacher, config, kwargs.get("processing_class"), teacher_quantization)
         super().__init__(model, config, *positional, **kwargs)
-        self.begin()
+        self.start()
 
     def compute_loss(
         self,

@@ -11,6 +11,7 @@ from typing import Any
 
 from peft_dynamic._extras import how_to_install
 from peft_dynamic.exits.layers import PAPER_EXITS, evenly_spaced
+from peft_dynamic.functional.schedule import moving
 from peft_dynamic.rules import is_int
 
 try:
@@ -39,6 +40,10 @@ class SoFTConfig(SFTConfig):
         exit_weights: w_k, one positive number per exit in increasing order of depth; None for the paper's equal ones.
         exits_per_step: None to train all exits in each step; k to train the full depth and k others, drawn anew for
             each optimizer step, from `seed` and the step's number: the same on all processes and after a resume.
+        exit_kd: lambda, 0 to 1: an exit's loss becomes (1 - lambda) L_k + lambda T^2 KL(full depth || exit k) per
+            token, in the same forward pass; the full depth learns from the labels alone. A number, or a schedule's text
+            as in `KDConfig`. 0 for SoFT as in the paper.
+        exit_kd_temperature: T of that divergence; moves as well.
         eval_exits: the depths to evaluate, with `eval_loss` their plain mean; None for the trained ones, with their
             weights.
 
@@ -73,8 +78,23 @@ class SoFTConfig(SFTConfig):
         metadata={"help": "Depths to evaluate, in layers. None for the trained exits."},
     )
 
+    exit_kd: float | str = field(
+        default=0.0,
+        metadata={
+            "help": "How much the shallower exits learn from the full depth in place of the labels, 0 to 1: a number, "
+            "or a schedule such as '0:0 1:0.5'. 0 for the paper's SoFT."
+        },
+    )
+    exit_kd_temperature: float | str = field(
+        default=1.0, metadata={"help": "Temperature of what exit_kd compares: a number or a schedule."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.exit_kd = moving("exit_kd", self.exit_kd, "from 0 to 1", lambda value: 0 <= value <= 1)
+        self.exit_kd_temperature = moving(
+            "exit_kd_temperature", self.exit_kd_temperature, "greater than 0", lambda value: value > 0
+        )
         if isinstance(self.exits, str):
             self.exits = _parsed(self.exits)
         if isinstance(self.exits, int) and not isinstance(self.exits, bool):
