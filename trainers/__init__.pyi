@@ -25,6 +25,7 @@ from peft_dynamic.trainers.citation.fid import FiDForConditionalGeneration as Fi
 from peft_dynamic.trainers.citation.formats import CitationFormat as CitationFormat
 from peft_dynamic.trainers.citation.formats import citation_prompt_completion as citation_prompt_completion
 from peft_dynamic.trainers.citation.generate import answer_questions as answer_questions
+from peft_dynamic.trainers.kd.cache import cache_teacher as cache_teacher
 from peft_dynamic.trainers.kd.config import DistillFields as DistillFields
 from peft_dynamic.trainers.kd.config import KDConfig as KDConfig
 from peft_dynamic.trainers.kd.distiller import Distiller as Distiller

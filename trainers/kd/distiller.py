@@ -9,23 +9,15 @@ from typing import Any
 
 import torch
 from torch.nn.functional import mse_loss
-from transformers.models.auto import modeling_auto as auto
 
 from peft_dynamic.functional.distill import IGNORED, divergence, label_loss, manual_logits
 from peft_dynamic.functional.schedule import Schedule
 from peft_dynamic.hosts.blocks import base_model
 from peft_dynamic.hosts.modes import evaluating
+from peft_dynamic.trainers.kd.cache import Cache, vocabulary_of
 from peft_dynamic.trainers.kd.config import DistillFields, KDConfig
+from peft_dynamic.trainers.kd.tasks import task_of
 from peft_dynamic.trainers.kd.teachers import Teacher, find_teacher
-
-# The order counts: an encoder-decoder is in several of them
-_TASKS = (
-    ("sequence", auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
-    ("tokens", auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
-    ("masked", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
-    ("seq2seq", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
-    ("causal", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-)
 
 
 @dataclass
@@ -303,6 +295,9 @@ class Distiller:
 
     def _check_teacher(self, teacher: Any, tokenizer: Any) -> None:
         """Raise unless the teacher reads the student's tokens and answers in its classes."""
+        if isinstance(teacher, Cache):
+            self._check_cache(teacher)
+            return
         if task_of(teacher) != self.task:
             raise ValueError(
                 f"teacher is a {type(base_model(teacher)).__name__} and the student a "
@@ -333,6 +328,35 @@ class Distiller:
                 stacklevel=4,
             )
 
+    def _check_cache(self, cache: Cache) -> None:
+        said, where = cache.meta, f"teacher='cache:{cache.folder}'"
+        if said["task"] != self.task:
+            raise ValueError(f"{where} was filled by a {said['task']} model, and the student is {self.task}.")
+        own = vocabulary_of(self.processing_class)
+        if own is not None and said["vocabulary"] is not None and own != said["vocabulary"]:
+            raise ValueError(
+                f"{where}: its tokenizer has other tokens than the student's. Fill it with that tokenizer."
+            )
+        config, settings = base_model(self.student).config, self.config
+        if self.task == "sequence":
+            if said["classes"] != config.num_labels:
+                raise ValueError(f"{where} has {said['classes']} classes and the student {config.num_labels}.")
+            return
+        if said["width"] != config.get_text_config().vocab_size and own is None:
+            raise ValueError(
+                f"{where} has a vocabulary of {said['width']} rows and the student one of "
+                f"{config.get_text_config().vocab_size}: pass processing_class to tell whether they differ in padding "
+                "only."
+            )
+        moved = settings.divergence != "forward_kl" or settings.temperature != 1.0 or settings.teacher_scale != 1.0
+        if said["kind"] == "top_k" and moved:
+            raise ValueError(
+                f"{where} has the likeliest tokens alone, which say nothing at another temperature, scale or "
+                f"divergence (temperature={settings.temperature!r}, teacher_scale={settings.teacher_scale!r}, "
+                f"divergence={settings.divergence!r}). Leave them at their defaults, or fill a cache of "
+                "kind='states'."
+            )
+
     def _check_classes(self, one: Any, other: Any) -> None:
         if one.num_labels != other.num_labels:
             raise ValueError(
@@ -348,22 +372,6 @@ class Distiller:
 
 
 _MOVING = ("kd_weight", "temperature", "teacher_scale")
-
-
-def task_of(model: Any) -> str:
-    """What the model's logits and labels mean: "sequence", "tokens", "masked", "seq2seq" or "causal".
-
-    Raises:
-        ValueError: a model of another kind.
-    """
-    classes = [cls.__name__ for cls in type(base_model(model)).__mro__]
-    for task, names in _TASKS:
-        if set(classes) & {name for each in names.values() for name in ([each] if isinstance(each, str) else each)}:
-            return task
-    raise ValueError(
-        f"{classes[0]}: what its labels mean is not known here. Distillation is for transformers' classifiers of "
-        "sequences and tokens, and its masked, causal and encoder-decoder language models."
-    )
 
 
 def _over(total: torch.Tensor, rows: int, items: torch.Tensor | int | None) -> torch.Tensor:

@@ -16,21 +16,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_dynamic.functional.kd_loss import Head, States, TopK
+from peft_dynamic.functional.kd_loss import States, TopK
 from peft_dynamic.hosts.blocks import base_model
-from peft_dynamic.hosts.decoder import Decoder, check_decoder, find_decoder
 from peft_dynamic.hosts.deepspeed import is_parted
 from peft_dynamic.hosts.modes import evaluating
-from peft_dynamic.hosts.offload import whole
 from peft_dynamic.hosts.quantization import unpack_bnb_4bit
 from peft_dynamic.hosts.switch import depends_on_trained, switched
+from peft_dynamic.trainers.kd.cache import Cache, keyed_rows
 from peft_dynamic.trainers.kd.load import load_teacher
+from peft_dynamic.trainers.kd.states import Decoder, decoder_states, found_decoder
 
 FORMULAS = ("smoothing", "manual")
 INSIDE = ("base", "full_rank", "ema")
 KINDS = (
-    "None, 'smoothing', 'manual', a model, a path or a name of the Hub, a list of them, 'base', 'adapter:NAME', "
-    "'full_rank' or 'ema'"
+    "None, 'smoothing', 'manual', a model, a path or a name of the Hub, a list of them, 'cache:FOLDER', 'base', "
+    "'adapter:NAME', 'full_rank' or 'ema'"
 )
 
 
@@ -119,11 +119,29 @@ class ModelTeacher(Teacher):
     def states(self, inputs: Mapping[str, torch.Tensor], keep: torch.Tensor, progress: float) -> States | TopK | None:
         model = self._here(progress)
         if self._decoder is None or self._decoder.model is not base_model(model):
-            self._decoder = find_decoder(model)
-            with evaluating(model):
-                check_decoder(self._decoder)
+            self._decoder = found_decoder(model)
         with evaluating(model):
             return decoder_states(self._decoder, inputs, keep)
+
+
+class CachedTeacher(Teacher):
+    """What `cache_teacher` has written: no model is in memory, of a causal one its head alone.
+
+    Args:
+        folder: the cache.
+        check: called with the cache before it teaches.
+    """
+
+    def __init__(self, folder: str, check: Any) -> None:
+        self.cache = Cache(folder)
+        check(self.cache, None)
+
+    def logits(self, inputs: Mapping[str, torch.Tensor], progress: float) -> torch.Tensor | None:
+        found = [self.cache.read(key) for key, _ in keyed_rows(inputs, None)]
+        return torch.cat([part["values"] for part in found]).to(inputs["input_ids"].device)
+
+    def states(self, inputs: Mapping[str, torch.Tensor], keep: torch.Tensor, progress: float) -> States | TopK | None:
+        return self.cache.taught([key for key, count in keyed_rows(inputs, keep) if count], inputs["input_ids"].device)
 
 
 class OwnTeacher(Teacher):
@@ -151,7 +169,7 @@ class OwnTeacher(Teacher):
 
     def states(self, inputs: Mapping[str, torch.Tensor], keep: torch.Tensor, progress: float) -> States | TopK | None:
         if self._decoder is None:
-            self._decoder = find_decoder(self.student)
+            self._decoder = found_decoder(self.student)
         with evaluating(self.student), self.inside():
             found = decoder_states(self._decoder, inputs, keep)
             if found.head.weight.requires_grad:  # "ema" has put its own weights into the student's head
@@ -233,16 +251,6 @@ class MeanTeacher(OwnTeacher):
         self.means = {name: state[name].to(device) for name, device in places.items()}
 
 
-def decoder_states(decoder: Decoder, inputs: Mapping[str, torch.Tensor], keep: torch.Tensor) -> States:
-    """The states of the kept positions, (N, D), and the head that goes with them."""
-    known = {name: value for name, value in inputs.items() if name != "use_cache"}
-    hidden = decoder.backbone(**known, use_cache=False).last_hidden_state
-    weight = whole(decoder.head.weight)
-    assert weight is not None
-    head = Head(weight, whole(decoder.head.bias), decoder.logit_scale, decoder.softcap)
-    return States(hidden[:, :-1][keep.to(hidden.device)], head)
-
-
 def find_teacher(
     teacher: Any,
     student: Any,
@@ -284,6 +292,8 @@ def find_teacher(
         return ModelTeacher(teacher, equal if switches is None else switches, student, quantization, check)
     if isinstance(teacher, str) and (teacher in INSIDE or teacher.startswith("adapter:")):
         return _inside(teacher, student, ema_decay)
+    if isinstance(teacher, str) and teacher.startswith("cache:"):
+        return CachedTeacher(teacher.removeprefix("cache:"), check)
     if isinstance(teacher, nn.Module | str | os.PathLike):
         _check_outside([teacher], student)
         return ModelTeacher([teacher], [], student, quantization, check)

@@ -133,10 +133,11 @@ def test_trls_parser_reads_the_fields(tmp_path: Path) -> None:
 
 def test_every_field_of_ours_has_a_default_and_a_help() -> None:
     own = {field.name for field in dataclasses.fields(SoFTConfig)} - {f.name for f in dataclasses.fields(trl.SFTConfig)}
-    assert own == {"exits", "exit_weights", "exits_per_step", "eval_exits"}
+    defaults = {"exits": None, "exit_weights": None, "exits_per_step": None, "eval_exits": None}
+    assert own == {*defaults, "exit_kd", "exit_kd_temperature"}
     for field in dataclasses.fields(SoFTConfig):
         if field.name in own:
-            assert field.default is None
+            assert field.default == defaults.get(field.name, field.name.endswith("temperature"))
             assert field.metadata["help"]
 
 
