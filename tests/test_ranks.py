@@ -210,6 +210,15 @@ def test_an_unknown_metric_is_named_with_those_there_are() -> None:
         curve(loss={1: 1.0}).recommend(metric="f1")
 
 
+def test_the_table_is_text_in_jupyter_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = curve(loss={1: 0.5, 2: 0.25})
+    anywhere = found.table()
+    shell = type("ZMQInteractiveShell", (), {})()  # by which rich knows Jupyter
+    monkeypatch.setattr("builtins.get_ipython", lambda: shell, raising=False)
+    assert "0.25" in found.table()
+    assert found.table() == anywhere
+
+
 def test_the_table_has_a_line_per_rank() -> None:
     lines = curve(base=3.5, loss={1: 2.25, 16: 1.23456}, perplexity={1: 1234567.0, 16: math.nan}).table().splitlines()
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]

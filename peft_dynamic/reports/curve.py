@@ -369,7 +369,8 @@ def _ticks(positions: Sequence[int]) -> list[int]:
 def as_text(table: Table, width: int) -> str:
     """A table without colours, on lines of at most `width`."""
     text = io.StringIO()
-    Console(file=text, width=width, color_system=None).print(table)
+    # in Jupyter a console displays what it is given, whatever its file
+    Console(file=text, width=width, color_system=None, force_jupyter=False).print(table)
     return text.getvalue()
 
 
