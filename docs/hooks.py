@@ -1,7 +1,7 @@
 """The site is the repository: pages keep their places, so that a link works on GitHub and on the site alike.
 
 MkDocs loads this file as a hook (mkdocs.yml). It takes the Markdown of the README, docs/ and benchmarks/ where it lies,
-and adds each file that a page links to: pictures as they are, sources as pages that show them.
+and adds each file that a page links to: pictures as they are, sources and notebooks as pages that show them.
 """
 
 import ast
@@ -11,13 +11,16 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "RELEASING.md", "docs/**/*.md", "benchmarks/**/*.md")
 STUDIES = "benchmarks/*/README.md"  # in the nav of mkdocs.yml
 LINK = re.compile(r"(?<=\]\()([^()\s#]+)(?=[)#])")
+NOT_FROM_DOCS = (".md", ".py", ".svg", ".ipynb")  # what lies in docs/ is added with the folder in its address
 STUBBED = re.compile(r"^::: (peft_dynamic|peft_dynamic\.trainers)$", re.M)
 LANGUAGES = {".py": "python", ".sh": "bash", ".yaml": "yaml"}
+SHOWN = {*LANGUAGES, ".ipynb"}  # as pages
 
 
 def linked(page: Path) -> set[Path]:
@@ -50,9 +53,20 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
         text = f"{head}````{LANGUAGES[path.suffix]}\n{path.read_text(encoding='utf-8')}````\n"
         return File.generated(config, f"{name}.md", content=text)
 
-    theme = [each for each in files if each.generated_by or not each.src_uri.endswith((".md", ".py", ".svg"))]
-    shown = [source(path) if path.suffix in LANGUAGES else file(path) for path in others]
-    return Files([*theme, *map(file, pages), *shown])
+    def notebook(path: Path) -> list[File]:
+        """As it was run: nothing is executed here."""
+        name, folder = (each.relative_to(ROOT).as_posix() for each in (path, path.parent))
+        text, found = MarkdownExporter().from_filename(str(path), resources={"unique_key": path.stem})
+        title, _, rest = text.lstrip().partition("\n")
+        download = f'<a href="{path.name}" download>Download this notebook</a>'
+        shown = {f"{name}.md": f"{title}\n\n{download}\n{rest}"}
+        shown |= {f"{folder}/{picture}": data for picture, data in found["outputs"].items()}
+        return [file(path), *(File.generated(config, uri, content=content) for uri, content in shown.items())]
+
+    theme = [each for each in files if each.generated_by or not each.src_uri.endswith(NOT_FROM_DOCS)]
+    shown = [source(path) if path.suffix in LANGUAGES else file(path) for path in others if path.suffix != ".ipynb"]
+    run = [each for path in others if path.suffix == ".ipynb" for each in notebook(path)]
+    return Files([*theme, *map(file, pages), *shown, *run])
 
 
 def names(module: str) -> list[str]:
@@ -64,4 +78,4 @@ def names(module: str) -> list[str]:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Links to sources lead to the pages that show them, and packages with a stub show the names in it."""
     with_names = STUBBED.sub(lambda line: f"{line[0]}\n    options:\n      members: {names(line[1])}", markdown)
-    return LINK.sub(lambda link: f"{link[0]}.md" if Path(link[0]).suffix in LANGUAGES else link[0], with_names)
+    return LINK.sub(lambda link: f"{link[0]}.md" if Path(link[0]).suffix in SHOWN else link[0], with_names)

@@ -20,6 +20,7 @@ from sybil.parsers.markdown import CodeBlockParser
 from sybil.region import Lexeme
 
 from peft_dynamic import measure_density
+from tests.packaging.tiny import bert, llama
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -58,21 +59,6 @@ def test_blocks_that_do_not_run_say_why() -> None:
     assert {why: found.count(why) for why in found} == REASONS
     marks = sum(page.read_text(encoding="utf-8").count("<!-- not run:") for page in PAGES)
     assert marks == len(found), "a mark stands right before a block"
-
-
-def llama(layers: int) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}  # 64: the block of 4-bit kernels
-    ends = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=330, num_hidden_layers=layers, **sizes, **ends)).eval()
-
-
-def bert() -> Any:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return BertForSequenceClassification(BertConfig(vocab_size=330, num_labels=2, **sizes)).eval()
 
 
 def adapter(folder: Path, base: str = "my/model", **settings: Any) -> None:

@@ -12,6 +12,7 @@ import pytest
 from peft_dynamic.cli.models import KNOWN
 from peft_dynamic.methods import METHODS
 
+SAYING = {".py", ".md", ".yaml", ".ipynb"}  # files that tell people what to do
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<body>.*?)^(?P=indent)```", re.M | re.S)
 
 
@@ -125,7 +126,7 @@ def test_no_page_or_message_installs_this_package_from_an_index(root: Path) -> N
     assert not promise.search("(or, in a checkout of peft_dynamic, pip install '.[trl]')")
     places = ["peft_dynamic", "trainers", "examples", "docs", "benchmarks"]
     paths = [root / "README.md", root / "CONTRIBUTING.md"]
-    paths += [path for place in places for path in (root / place).rglob("*") if path.suffix in {".py", ".md", ".yaml"}]
+    paths += [path for place in places for path in (root / place).rglob("*") if path.suffix in SAYING]
     assert len(paths) > 200
     assert not [str(path.relative_to(root)) for path in paths if promise.search(path.read_text(encoding="utf-8"))]
 

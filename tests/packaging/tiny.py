@@ -1,0 +1,18 @@
+"""Models small enough to stand for a reader's own."""
+
+from typing import Any
+
+
+def llama(layers: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}  # 64: the block of 4-bit kernels
+    ends = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=330, num_hidden_layers=layers, **sizes, **ends)).eval()
+
+
+def bert() -> Any:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return BertForSequenceClassification(BertConfig(vocab_size=330, num_labels=2, **sizes)).eval()
