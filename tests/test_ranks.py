@@ -484,3 +484,15 @@ def test_a_budget_that_leaves_nothing_is_refused() -> None:
     model, inputs = stock()
     with pytest.raises(ValueError, match=r"parameters=1: no module would be left; a component takes 21 or more\."):
         rank_curve(model, total(inputs), budgets=[1], progress=False)
+
+
+def test_a_budget_for_an_adapter_without_training_names_the_cause(tmp_path: Path) -> None:
+    zero = "all updates of the adapter are zero, as before training, where B is zero: .* Train the adapter first"
+    for config in (LoraConfig(r=4, target_modules=["a", "b"]), DyLoRAConfig(r=4, target_modules=["a", "b"])):
+        base, inputs = build("linear")
+        model = get_peft_model(base, config)
+        with pytest.raises(ValueError, match=f"parameters=100: {zero}"):
+            rank_curve(model, total(inputs), budgets=[100], progress=False)
+        model.save_pretrained(tmp_path / config.peft_type.lower())
+    with pytest.raises(ValueError, match=f"parameters=100: {zero}"):
+        resize_adapter(tmp_path / "lora", tmp_path / "out", parameters=100)

@@ -17,7 +17,7 @@ from peft_dynamic.algebra.checkpoint import LoraCheckpoint, check_apart, read_ch
 from peft_dynamic.algebra.experts import host_of
 from peft_dynamic.algebra.product import Product
 from peft_dynamic.engines import check_engine
-from peft_dynamic.functional.products import allocate, singular_values, too_small
+from peft_dynamic.functional.products import allocate, nothing_left, singular_values
 from peft_dynamic.functional.products import cut as cut_to
 from peft_dynamic.rules import is_finite, is_int, is_number
 from peft_dynamic.tuners.dylora.weigh import check_cut
@@ -224,7 +224,7 @@ def _within(
         costs[first] = sum(p.cost * (p.a.element_size() if in_bytes else 1) for p in products)
     found = allocate(values, costs, budget)
     if not any(found.values()):
-        raise ValueError(too_small(budget, min(costs.values()), "bytes" if in_bytes else "parameters"))
+        raise ValueError(nothing_left(values, costs, budget, "bytes" if in_bytes else "parameters"))
     return {module: found[group[0]] * read.products[module].groups for group in read.shared for module in group}
 
 

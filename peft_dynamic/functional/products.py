@@ -181,13 +181,20 @@ def allocate(values: Mapping[str, Sequence[float]], costs: Mapping[str, int], bu
     return ranks
 
 
-def too_small(budget: int, least: int, name: str) -> str:
-    """What to say where `allocate` finds no room for the first component.
+def nothing_left(values: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int, name: str) -> str:
+    """What to say where `allocate` gives no layer a component.
 
     Args:
-        budget: what was given.
-        least: the smallest cost of a component.
+        values: as there.
+        costs: as there.
+        budget: as there.
         name: of the argument.
     """
+    if not any(value > 0 for row in values.values() for value in row):
+        return (
+            f"{name}={budget}: all updates of the adapter are zero, as before training, where B is zero: there is "
+            "nothing to share the budget among. Train the adapter first, or load a trained one."
+        )
+    least = min(costs.values())
     share = ", or a share as a float up to 1.0" if name == "parameters" else ""
     return f"{name}={budget}: no module would be left; a component takes {least} or more. Pass a larger count{share}."

@@ -9,7 +9,7 @@ import torch
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import nn
 
-from peft_dynamic.functional.products import allocate, spectrum, too_small
+from peft_dynamic.functional.products import allocate, nothing_left, spectrum
 from peft_dynamic.rules import is_finite, is_int, is_number
 from peft_dynamic.tuners.checkpoint import PREFIX
 from peft_dynamic.tuners.dylora.layer import ranked_layers
@@ -53,7 +53,7 @@ def budget_ranks(model: nn.Module, parameters: int | float, adapter_name: str | 
         numbers = numbers_of_budget(parameters, whole)
         taken = allocate(values, costs, numbers)
         if not any(taken.values()):
-            raise ValueError(too_small(numbers, min(costs.values()), "parameters"))
+            raise ValueError(nothing_left(values, costs, numbers, "parameters"))
         return {
             exactly(key): taken[first] * states[key].parts[0][2].divisor
             for first, group in groups.items()
