@@ -1,6 +1,6 @@
 """A model at many depths: the exit curve, a smaller checkpoint, adaptive and speculative decoding.
 
-    python examples/exit_early.py --model DIR_OR_NAME [--text "Once upon a time"] [--output out]
+    python examples/exit_early.py --model MODEL --text "Once upon a time" --output out
 
 For texts worth reading at an early exit pass a model that was trained with SoFTTrainer, see examples/soft.py.
 """

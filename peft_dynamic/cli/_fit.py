@@ -119,11 +119,20 @@ def _parser(verb: str, recipe: Recipe) -> Any:
 
     from peft_dynamic.trainers.arguments import AdapterParser
 
-    kinds = (recipe.script, recipe.config, ModelConfig, *([recipe.mixture] if recipe.mixture else []))
-    parser = AdapterParser(kinds, recipe.task_type, prog=f"peft-dynamic {verb}", add_help=False, epilog=MORE)
-    known = {each.name for each in dataclasses.fields(recipe.config)}
     # A checkpoint every tenth, the last two kept: a run that breaks off can be gone on with
     defaults = {"save_steps": 0.1, "save_total_limit": 2, **recipe.defaults}
+
+    class Parser(AdapterParser):
+        def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+            found, rest = super().parse_known_args(args, namespace)
+            if found.load_best_model_at_end and found.save_steps == defaults["save_steps"]:
+                # the best checkpoint is one that was evaluated; transformers refuses other settings
+                found.save_strategy, found.save_steps = found.eval_strategy, found.eval_steps or found.logging_steps
+            return found, rest
+
+    kinds = (recipe.script, recipe.config, ModelConfig, *([recipe.mixture] if recipe.mixture else []))
+    parser = Parser(kinds, recipe.task_type, prog=f"peft-dynamic {verb}", add_help=False, epilog=MORE)
+    known = {each.name for each in dataclasses.fields(recipe.config)}
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
         defaults["bf16"] = False  # TRL's own default, which transformers refuses without an accelerator
     parser.set_defaults(**{name: value for name, value in defaults.items() if name in known})
@@ -143,8 +152,6 @@ def _given(parser: Any, recipe: Recipe, words: list[str]) -> Given:
     model.model_name_or_path = check_model(model.model_name_or_path, "--model_name_or_path")
     if training.hub_token:  # Trainer pickles its settings into training_args.bin, which it pushes too
         os.environ["HF_TOKEN"], training.hub_token = training.hub_token, None
-    if training.load_best_model_at_end and "save_steps" not in parser.given:
-        training.save_strategy, training.save_steps = training.eval_strategy, training.eval_steps
     if not sys.stderr.isatty() and "disable_tqdm" not in parser.given:
         training.disable_tqdm = True
     check_curves(script, training)

@@ -21,7 +21,7 @@ from sybil.parsers.markdown import CodeBlockParser
 from sybil.region import Lexeme
 
 from peft_dynamic import measure_density
-from tests.packaging.tiny import bert, llama
+from tests.packaging.tiny import adapter, bert, llama
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -60,16 +60,6 @@ def test_blocks_that_do_not_run_say_why() -> None:
     assert {why: found.count(why) for why in found} == REASONS
     marks = sum(page.read_text(encoding="utf-8").count("<!-- not run:") for page in PAGES)
     assert marks == len(found), "a mark stands right before a block"
-
-
-def adapter(folder: Path, base: str = "my/model", **settings: Any) -> None:
-    """A LoRA of rank 32 that has learned something, or what `settings` say, in a folder."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    config = settings.pop("config", LoraConfig)
-    given = {"r": 32, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config(**given | settings)).save_pretrained(folder)
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
-"""Rules that a linter has no name for: tolerances below 1, and a README whose examples can be run."""
+"""Rules that a linter has no name for, such as tolerances below 1."""
 
 import ast
 import re
-import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,31 +48,6 @@ def test_no_tolerance_reaches_one(root: Path) -> None:
         if value >= 1
     ]
     assert not found, f"a tolerance of 1 or more accepts anything: {found}"
-
-
-def readme_blocks(root: Path, *languages: str) -> list[str]:
-    """The README's fenced blocks in one of the languages, freed of their indentation."""
-    return [
-        re.sub(rf"^{block['indent']}", "", block["body"], flags=re.M)
-        for block in FENCE.finditer((root / "README.md").read_text(encoding="utf-8"))
-        if block["language"] in languages
-    ]
-
-
-def test_the_python_in_the_readme_compiles(root: Path) -> None:
-    for number, block in enumerate(readme_blocks(root, "python", "py"), start=1):
-        compile(block, f"README.md, python block {number}", "exec")
-
-
-def test_the_commands_in_the_readme_are_commands(root: Path) -> None:
-    targets = set(re.findall(r"^([a-z]+):", (root / "Makefile").read_text(), flags=re.M))
-    for block in readme_blocks(root, "bash", "sh", "shell", "console"):
-        # With a prompt in it, a block shows a session: only the lines after `$` are commands.
-        prompted = re.findall(r"^\$ (.*(?:(?<=\\)\n.*)*)", block, flags=re.M)
-        script = "\n".join(prompted) or block
-        done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
-        assert done.returncode == 0, f"{script}\n{done.stderr}"
-        assert set(re.findall(r"^make ([a-z]+)", script, flags=re.M)) <= targets, script
 
 
 CONFIGS = {method.classes[0] for method in METHODS.values()}
