@@ -199,6 +199,48 @@ def loretta() -> Figure:
     return figure
 
 
+def adapter() -> Figure:
+    """One adapter of LoRETTA_adp behind a block, with the cores of its two trains and their sizes."""
+    shape, rank = (8, 8, 12, 8, 8), 5
+    sizes = [(1 if i == 0 else rank, k, 1 if i == 4 else rank) for i, k in enumerate(shape)]
+    cores, biases = sum(math.prod(size) for size in sizes), 768 + 64
+    figure = Figure(384, "An adapter of LoRETTA_adp: down from 768 to 64 and up again, each a train of five cores")
+    figure.text(105, 30, "behind a block", 15, font_weight="bold")
+    figure.text(350, 30, "its two trains", 15, font_weight="bold")
+    figure.line([(222, 20), (222, 318)], "#d0d7de")
+    figure.line([(75, 320), (75, 302)], arrow=True)
+    figure.box(20, 270, 110, 32, PALE, "attention", 13)
+    figure.line([(75, 270), (75, 226)], arrow=True)
+    figure.text(84, 262, "h, 768 wide", 13, "start", fill=MUTED)
+    figure.line([(75, 244), (195, 244), (195, 82), (89, 82)], arrow=True)
+    # Narrow in the middle, as the states are
+    for top, below, above, words in ((192, 55, 27, "down"), (110, 27, 55, "up")):
+        corners = [(75 - below, top + 34), (75 + below, top + 34), (75 + above, top), (75 - above, top)]
+        points = " ".join(f"{x},{y}" for x, y in corners)
+        figure.add("polygon", points=points, fill=LIGHT[BLUE], stroke=BLUE)
+        figure.text(75, top + 22, words, 13)
+    figure.line([(75, 192), (75, 144)])
+    figure.box(50, 157, 50, 22, WHITE, "ReLU", 13)
+    figure.text(110, 173, "64 wide", 13, "start", fill=MUTED)
+    figure.line([(75, 110), (75, 94)], arrow=True)
+    figure.add("circle", cx=75, cy=82, r=12, fill="#ffffff", stroke=INK)
+    figure.text(75, 87, "+", 15)
+    figure.line([(75, 70), (75, 46)], arrow=True)
+    for top, words in ((72, "up: 64 to 768"), (192, "down: 768 to 64")):
+        figure.text(240, top, words, 14, "start")
+        for number, k in enumerate(shape):
+            x = 240 + 46 * number
+            if number:
+                figure.line([(x - 12, top + 27), (x, top + 27)], BLUE, stroke_width=2.5)
+            figure.box(x, top + 12, 34, 30, BLUE, str(k))
+        figure.text(240, top + 62, f"{cores} numbers, not {768 * 64:,}", 13, "start", fill=MUTED)
+    figure.text(240, 290, "A line between two cores: rank 5.", 13, "start", fill=MUTED)
+    total = f"The adapter has {2 * cores + biases:,} numbers: 2 × {cores}, and {biases} of two biases."
+    figure.text(240, 346, total, 13, fill=MUTED)
+    figure.text(240, 366, "The feed-forward block gets one of its own. The block stays as it was.", 13, fill=MUTED)
+    return figure
+
+
 def cut() -> Figure:
     """One rank for all modules, and one budget."""
     figure = Figure(420, "Components of three modules, kept by one rank for all, and by one budget for all")
@@ -377,6 +419,7 @@ FIGURES = {
     "exits": exits,
     "fid": fid,
     "loretta": loretta,
+    "loretta-adp": adapter,
     "mixer": mixer,
     "ppo-rollout": rollout,
     "ranks": ranks,
