@@ -14,11 +14,14 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from checking import check, check_model, read_rows, read_settings
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, Seq2SeqTrainer, Seq2SeqTrainingArguments
 from trl import TrlParser
 
 from peft_dynamic.trainers import (
+    CitationReport,
     FiDDataCollator,
     FiDForConditionalGeneration,
     answer_questions,
@@ -44,12 +47,9 @@ class CitationArguments:
     judge: str | None = field(default=None, metadata={"help": "an entailment model for citation precision and recall"})
 
 
-def main(citation: CitationArguments, training: Seq2SeqTrainingArguments) -> None:
-    with Path(citation.rows).open(encoding="utf-8-sig") as lines:
-        rows = [json.loads(line) for line in lines if line.strip()]
-    dataset, report = build_citation_dataset(
-        rows, passages=citation.passages, out_of_range=citation.out_of_range, seed=training.seed
-    )
+def main(
+    citation: CitationArguments, training: Seq2SeqTrainingArguments, dataset: Dataset, report: CitationReport
+) -> None:
     print(report)
     questions = sorted({*dataset["question"]})
     held = {*random.Random(training.seed).sample(questions, max(1, round(citation.held * len(questions))))}
@@ -80,4 +80,23 @@ def main(citation: CitationArguments, training: Seq2SeqTrainingArguments) -> Non
 
 
 if __name__ == "__main__":
-    main(*TrlParser((CitationArguments, Seq2SeqTrainingArguments)).parse_args_and_config())
+    parser = TrlParser((CitationArguments, Seq2SeqTrainingArguments))
+    citation, training = read_settings(parser)
+    check(parser, citation.passages >= 1, "--passages", citation.passages, "at least 1")
+    check(parser, 0 < citation.held < 1, "--held", citation.held, "a share above 0 and below 1, such as 0.1")
+    check(parser, citation.max_new_tokens >= 1, "--max_new_tokens", citation.max_new_tokens, "at least 1")
+    ways = ("drop", "repair")
+    check(parser, citation.out_of_range in ways, "--out_of_range", citation.out_of_range, "drop or repair")
+    for name in ("passages_per_pass", "lora_r", "max_length", "num_beams"):
+        value = getattr(citation, name)
+        check(parser, value is None or value >= 1, f"--{name}", value, "at least 1")
+    check_model(parser, "--model", citation.model)
+    rows = read_rows(parser, "--rows", citation.rows, ("question", "passages", "answer"))
+    how = {"passages": citation.passages, "out_of_range": citation.out_of_range, "seed": training.seed}
+    try:
+        dataset, report = build_citation_dataset(rows, **how)
+    except ValueError as error:
+        parser.error(f"--rows {citation.rows}: {' '.join(str(error).split())}")
+    several = len({*dataset["question"]}) > 1
+    check(parser, several, "--rows", citation.rows, "a file of two questions or more: one is kept for evaluation")
+    main(citation, training, dataset, report)

@@ -13,12 +13,14 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+from checking import check, check_model, read_rows, read_settings
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from peft_dynamic.trainers import (
     CitationDataCollator,
+    CitationReport,
     answer_questions,
     build_citation_dataset,
     citation_prompt_completion,
@@ -37,12 +39,13 @@ class CitationArguments:
     judge: str | None = field(default=None, metadata={"help": "an entailment model for citation precision and recall"})
 
 
-def main(citation: CitationArguments, training: SFTConfig, model_config: ModelConfig) -> None:
-    with Path(citation.rows).open(encoding="utf-8-sig") as lines:
-        rows = [json.loads(line) for line in lines if line.strip()]
-    dataset, report = build_citation_dataset(
-        rows, passages=citation.passages, out_of_range=citation.out_of_range, seed=training.seed
-    )
+def main(
+    citation: CitationArguments,
+    training: SFTConfig,
+    model_config: ModelConfig,
+    dataset: Dataset,
+    report: CitationReport,
+) -> None:
     print(report)
     questions = sorted({*dataset["question"]})
     held = {*random.Random(training.seed).sample(questions, max(1, round(citation.held * len(questions))))}
@@ -73,6 +76,20 @@ def main(citation: CitationArguments, training: SFTConfig, model_config: ModelCo
 
 if __name__ == "__main__":
     parser = TrlParser((CitationArguments, SFTConfig, ModelConfig))
-    if not torch.accelerator.is_available():
-        parser.set_defaults(bf16=False)  # TRL's own default, which transformers refuses here
-    main(*parser.parse_args_and_config())
+    citation, training, model_config = read_settings(parser)
+    check(parser, citation.passages >= 1, "--passages", citation.passages, "at least 1")
+    check(parser, 0 < citation.held < 1, "--held", citation.held, "a share above 0 and below 1, such as 0.1")
+    check(parser, citation.max_new_tokens >= 1, "--max_new_tokens", citation.max_new_tokens, "at least 1")
+    ways = ("drop", "repair")
+    check(parser, citation.out_of_range in ways, "--out_of_range", citation.out_of_range, "drop or repair")
+    check(parser, citation.format in ("alce", "citer"), "--format", citation.format, "alce or citer")
+    check_model(parser, "--model_name_or_path", model_config.model_name_or_path)
+    rows = read_rows(parser, "--rows", citation.rows, ("question", "passages", "answer"))
+    how = {"passages": citation.passages, "out_of_range": citation.out_of_range, "seed": training.seed}
+    try:
+        dataset, report = build_citation_dataset(rows, **how)
+    except ValueError as error:
+        parser.error(f"--rows {citation.rows}: {' '.join(str(error).split())}")
+    several = len({*dataset["question"]}) > 1
+    check(parser, several, "--rows", citation.rows, "a file of two questions or more: one is kept for evaluation")
+    main(citation, training, model_config, dataset, report)

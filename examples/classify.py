@@ -8,10 +8,10 @@ end, OUTPUT/lora loads in PEFT without this package.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from checking import above_zero, check, check_model, read_rows, whole
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
@@ -33,9 +33,7 @@ CONFIGS = {
 }
 
 
-def rows(path: Path, tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig") as lines:
-        read = [json.loads(line) for line in lines if line.strip()]
+def tokens(read: list[dict[str, Any]], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
     texts = [[row["sentence"]] if "sentence" in row else [row["sentence1"], row["sentence2"]] for row in read]
     return [
         {**tokenizer(*text, truncation=True, max_length=max_length), "labels": row["label"]}
@@ -47,10 +45,10 @@ def accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def main(arguments: argparse.Namespace) -> None:
+def main(arguments: argparse.Namespace, files: list[list[dict[str, Any]]]) -> None:
     set_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    train, evaluation = (rows(path, tokenizer, arguments.max_length) for path in (arguments.train, arguments.eval))
+    train, evaluation = (tokens(rows, tokenizer, arguments.max_length) for rows in files)
     labels = 1 + max(row["labels"] for row in train)
     base = AutoModelForSequenceClassification.from_pretrained(arguments.model, num_labels=labels)
     if base.config.pad_token_id is None:  # a decoder's classifier looks for the last token that is no padding
@@ -89,9 +87,19 @@ if __name__ == "__main__":
     parser.add_argument("--eval", type=Path, required=True)
     parser.add_argument("--method", choices=CONFIGS, default="moslora")
     parser.add_argument("--output", type=Path, default=Path("out/classify"))
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--max-length", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=0)
-    main(parser.parse_args())
+    parser.add_argument("--steps", type=whole(1), default=300)
+    parser.add_argument("--batch-size", type=whole(1), default=32)
+    parser.add_argument("--lr", type=above_zero, default=2e-3)
+    parser.add_argument("--max-length", type=whole(1), default=128)
+    parser.add_argument("--seed", type=whole(0), default=0)
+    given = parser.parse_args()
+    check_model(parser, "--model", given.model)
+    forms = (("sentence", "label"), ("sentence1", "sentence2", "label"))
+    files = [read_rows(parser, option, getattr(given, option[2:]), *forms) for option in ("--train", "--eval")]
+    most = max((row["label"] for row in files[0] if type(row["label"]) is int), default=-1)
+    for option, rows in zip(("--train", "--eval"), files, strict=True):
+        for row in rows:
+            fine = type(row["label"]) is int and 0 <= row["label"] <= most
+            rule = "a whole number from 0, and one that is in --train too"
+            check(parser, fine, f"{option} {getattr(given, option[2:])}: the label", repr(row["label"]), rule)
+    main(given, files)

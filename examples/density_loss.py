@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checking import above_zero, check_model, read_rows, whole
 from peft import LoraConfig, get_peft_model
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -29,12 +30,10 @@ def toy() -> tuple[Any, list[dict[str, torch.Tensor]]]:
     return T5ForConditionalGeneration(config), [{"input_ids": each, "labels": each} for each in ids]
 
 
-def from_files(name: str, data: Path) -> tuple[Any, list[Any]]:
+def from_rows(name: str, rows: list[dict[str, str]]) -> tuple[Any, list[Any]]:
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(name)
-    with data.open(encoding="utf-8-sig") as lines:
-        rows = [json.loads(line) for line in lines if line.strip()]
     batches = []
     for first in range(0, len(rows), 8):
         some = rows[first : first + 8]
@@ -45,8 +44,8 @@ def from_files(name: str, data: Path) -> tuple[Any, list[Any]]:
     return AutoModelForSeq2SeqLM.from_pretrained(name), batches
 
 
-def main(arguments: argparse.Namespace) -> None:
-    base, batches = toy() if arguments.toy else from_files(arguments.model, arguments.data)
+def main(arguments: argparse.Namespace, rows: list[dict[str, str]]) -> None:
+    base, batches = toy() if arguments.toy else from_rows(arguments.model, rows)
     before = measure_density(base, batches[:4])
     model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="SEQ_2_SEQ_LM"))
     density = ActivationDensityLoss(weight=0.0, eps=arguments.eps).attach(model)
@@ -81,16 +80,18 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path)
     parser.add_argument("--output", type=Path, default=Path("out/density"))
     parser.add_argument("--toy", action="store_true")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=whole(1), default=200)
     parser.add_argument("--weight", type=float, default=1.0)
     parser.add_argument("--keep", type=float, help="share of each layer's activations that a cut leaves, such as 0.3")
-    parser.add_argument("--eps", type=float, default=1e-2)
-    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--eps", type=above_zero, default=1e-2)
+    parser.add_argument("--lr", type=above_zero, default=1e-2)
     given = parser.parse_args()
     if given.data is None and not given.toy:
         parser.error("--data: name JSON lines with `source` and `target`, or pass --toy")
-    if given.data is not None and not given.data.is_file():
-        parser.error(f"--data {given.data}: there is no such file")
     if given.keep is not None and not 0 < given.keep < 1:
         parser.error(f"--keep {given.keep}: it is a share above 0 and below 1; 0.3 sets 70 % of the activations to 0")
-    main(given)
+    rows = []
+    if not given.toy:
+        check_model(parser, "--model", given.model)
+        rows = read_rows(parser, "--data", given.data, ("source", "target"))
+    main(given, rows)

@@ -8,6 +8,7 @@ For texts worth reading at an early exit pass a model that was trained with SoFT
 import argparse
 from pathlib import Path
 
+from checking import check_model, whole
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_dynamic.trainers import (
@@ -24,9 +25,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", default="The restaurant by the river serves")
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--tokens", type=whole(1), default=32)
     parser.add_argument("--output", type=Path, default=Path("exit-early-out"))
     args = parser.parse_args()
+    check_model(parser, "--model", args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
     inputs = tokenizer(args.text, return_tensors="pt")

@@ -10,6 +10,7 @@ import copy
 from pathlib import Path
 
 import torch
+from checking import whole
 from peft import get_peft_model
 from torch import nn
 
@@ -46,6 +47,6 @@ def main(output: Path, steps: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("out/plain"))
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=whole(1), default=500)
     arguments = parser.parse_args()
     main(arguments.output, arguments.steps)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from checking import check, check_model, read_rows, read_settings
 from datasets import Dataset, load_dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -48,26 +49,38 @@ class NLUArguments:
     chat: bool = field(default=False, metadata={"help": "Use the model's chat template."})
 
 
-def read(arguments: NLUArguments) -> tuple[list[Any], list[Any]]:
-    """The rows to train and to evaluate on."""
+def read(parser: TrlParser, arguments: NLUArguments) -> tuple[list[Any], list[Any]]:
+    """The rows to train and to evaluate on, each of which the task can read."""
     if (arguments.train_file is None) != (arguments.eval_file is None):
-        raise ValueError("train_file and eval_file: pass both, or neither and a dataset_name.")
+        parser.error("--train_file and --eval_file: pass both, or neither and a --dataset_name.")
     if arguments.train_file is not None:
-        files = {"train": arguments.train_file, "eval": arguments.eval_file}
-        data, split = load_dataset("json", data_files=files), "eval"
+        train = read_rows(parser, "--train_file", arguments.train_file, ("label",))
+        evaluation = read_rows(parser, "--eval_file", arguments.eval_file, ("label",))[: arguments.eval_rows]
+        files = {"--train_file": arguments.train_file, "--eval_file": arguments.eval_file}
     else:
         data = load_dataset(arguments.dataset_name, arguments.dataset_config or arguments.task)
-        split = arguments.eval_split
-    train, evaluation = list(data["train"]), list(data[split].select(range(min(arguments.eval_rows, len(data[split])))))
+        if arguments.eval_split not in data:
+            parser.error(f"--eval_split {arguments.eval_split}: it must be one of {', '.join(data)}.")
+        files = dict.fromkeys(("--dataset_name", "--eval_split"), arguments.dataset_name)
+        split = data[arguments.eval_split]
+        train, evaluation = list(data["train"]), list(split.select(range(min(arguments.eval_rows, len(split)))))
     if arguments.task == "record":
         train = [row for query in train for row in record_rows(query, seed=0)]
         evaluation = [row for query in evaluation for row in record_rows(query)]
+    for (option, name), rows in zip(files.items(), (train, evaluation), strict=True):
+        for row in rows:
+            try:
+                nlu_prompt(arguments.task, row)
+                nlu_target(arguments.task, row)
+            except ValueError as error:
+                parser.error(f"{option} {name}: {error}")
     return train, evaluation
 
 
-def main(arguments: NLUArguments, settings: PPOConfig, model_settings: ModelConfig) -> None:
+def main(
+    arguments: NLUArguments, settings: PPOConfig, model_settings: ModelConfig, train: list[Any], evaluation: list[Any]
+) -> None:
     state, form = PartialState(), {"chain_of_thought": arguments.chain_of_thought, "chat": arguments.chat}
-    train, evaluation = read(arguments)
     tokenizer = AutoTokenizer.from_pretrained(model_settings.model_name_or_path)
     scores: dict[str, dict[str, float]] = {}
 
@@ -139,4 +152,13 @@ def main(arguments: NLUArguments, settings: PPOConfig, model_settings: ModelConf
 
 if __name__ == "__main__":
     parser = TrlParser((NLUArguments, PPOConfig, ModelConfig))
-    main(*parser.parse_args_and_config())
+    arguments, settings, model_settings = read_settings(parser)
+    try:
+        nlu_reward(arguments.task)
+    except ValueError as error:
+        parser.error(f"--task {arguments.task}: {error}")
+    check(parser, arguments.sft_steps >= 0, "--sft_steps", arguments.sft_steps, "at least 0; 0 is no supervised part")
+    check(parser, arguments.sft_learning_rate > 0, "--sft_learning_rate", arguments.sft_learning_rate, "above 0")
+    check(parser, arguments.eval_rows >= 1, "--eval_rows", arguments.eval_rows, "at least 1")
+    check_model(parser, "--model_name_or_path", model_settings.model_name_or_path)
+    main(arguments, settings, model_settings, *read(parser, arguments))

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import load_dataset
+from checking import check, check_model, read_rows, read_settings
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, TrlParser, get_peft_config
 
@@ -108,19 +109,14 @@ def contains_the_answer(completions: list[str], answer: list[str], **others: Any
     return [float(wanted in said) for wanted, said in zip(answer, completions, strict=True)]
 
 
-def main(arguments: Arguments, settings: PPOConfig, model_settings: ModelConfig) -> None:
+def main(engine: str, settings: PPOConfig, model_settings: ModelConfig, rows: list[Any]) -> None:
     name, adapter = model_settings.model_name_or_path, get_peft_config(model_settings)
-    engine = arguments.engine
-    if engine == "auto":
-        engine = "vllm" if importlib.util.find_spec("vllm") else "transformers"
-    if engine == "vllm" and adapter is None:
-        raise ValueError("engine=vllm reads the policy as an adapter over the base model: pass --use_peft.")
     function = WithVLLM(name, settings, adapter.r) if engine == "vllm" else with_transformers
     trainer = PPOTrainer(
         AutoModelForCausalLM.from_pretrained(name, dtype=model_settings.dtype),
         contains_the_answer,
         settings,
-        train_dataset=load_dataset("json", data_files=arguments.data, split="train"),
+        train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(name),
         peft_config=adapter,
         rollout_func=function,
@@ -135,4 +131,16 @@ def main(arguments: Arguments, settings: PPOConfig, model_settings: ModelConfig)
 
 
 if __name__ == "__main__":
-    main(*TrlParser((Arguments, PPOConfig, ModelConfig)).parse_args_and_config())
+    parser = TrlParser((Arguments, PPOConfig, ModelConfig))
+    arguments, settings, model_settings = read_settings(parser)
+    engine, installed = arguments.engine, importlib.util.find_spec("vllm") is not None
+    check(parser, engine in ("auto", "vllm", "transformers"), "--engine", engine, "auto, vllm or transformers")
+    if engine == "auto":
+        engine = "vllm" if installed else "transformers"
+    if engine == "vllm" and not installed:
+        parser.error("--engine vllm: vLLM is not installed. Install it, or pass --engine transformers.")
+    if engine == "vllm" and not model_settings.use_peft:
+        parser.error("--engine vllm: it reads the policy as an adapter over the base model. Pass --use_peft.")
+    check_model(parser, "--model_name_or_path", model_settings.model_name_or_path)
+    rows = read_rows(parser, "--data", arguments.data, ("prompt", "answer"))
+    main(engine, settings, model_settings, rows)

@@ -9,7 +9,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
+from checking import check, check_model, read_rows, whole
+from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from peft_dynamic import DyLoRAConfig
@@ -17,8 +18,8 @@ from peft_dynamic.export import export_lora
 from peft_dynamic.ranks import rank_curve
 
 
-def main(model: str, data: Path, output: Path, steps: int) -> None:
-    rows = load_dataset("json", data_files=str(data), split="train").train_test_split(test_size=0.1, seed=0)
+def main(model: str, data: list[dict], output: Path, steps: int) -> None:
+    rows = Dataset.from_list(data).train_test_split(test_size=0.1, seed=0)
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
@@ -47,6 +48,9 @@ if __name__ == "__main__":
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("out/sft"))
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=whole(1), default=200)
     arguments = parser.parse_args()
-    main(arguments.model, arguments.data, arguments.output, arguments.steps)
+    check_model(parser, "--model", arguments.model)
+    rows = read_rows(parser, "--data", arguments.data, ("prompt", "completion"), ("messages",), ("text",))
+    check(parser, len(rows) > 1, "--data", arguments.data, "a file of two rows or more: one is kept to evaluate")
+    main(arguments.model, rows, arguments.output, arguments.steps)

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from datasets import Dataset, load_dataset
+from checking import check, check_model, read_rows, read_settings
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import TrlParser
@@ -40,14 +40,8 @@ def toy() -> tuple[Any, Any, Dataset]:
     return LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)), tokenizer, Dataset.from_list(rows)
 
 
-def main(arguments: Arguments, config: SoFTConfig) -> None:
-    if arguments.toy:
-        model, tokenizer, rows = toy()
-    elif arguments.model is None or arguments.data is None:
-        raise SystemExit("--model and --data are needed, or --toy")
-    else:
-        model, tokenizer = arguments.model, None
-        rows = load_dataset("json", data_files=arguments.data, split="train")
+def main(arguments: Arguments, config: SoFTConfig, data: list[dict[str, Any]]) -> None:
+    model, tokenizer, rows = toy() if arguments.toy else (arguments.model, None, Dataset.from_list(data))
     parts = rows.train_test_split(test_size=0.1, seed=0)
     trainer = SoFTTrainer(
         model, config, train_dataset=parts["train"], eval_dataset=parts["test"], processing_class=tokenizer
@@ -68,9 +62,15 @@ def main(arguments: Arguments, config: SoFTConfig) -> None:
 
 if __name__ == "__main__":
     parser = TrlParser((Arguments, SoFTConfig))
-    if not torch.accelerator.is_available():
-        parser.set_defaults(bf16=False)  # TRL's own default, which transformers refuses here
     if "--toy" in sys.argv:
         # TRL's rate is for a pretrained model; this one starts from nothing.
         parser.set_defaults(learning_rate=1e-2, num_train_epochs=8, exits=[1, 2, 4], report_to="none")
-    main(*parser.parse_args_and_config())
+    arguments, config = read_settings(parser)
+    rows = []
+    if not arguments.toy:
+        if arguments.model is None or arguments.data is None:
+            parser.error("--model and --data: name both, or pass --toy")
+        check_model(parser, "--model", arguments.model)
+        rows = read_rows(parser, "--data", arguments.data, ("prompt", "completion"), ("messages",), ("text",))
+        check(parser, len(rows) > 1, "--data", arguments.data, "a file of two rows or more: one is kept to evaluate")
+    main(arguments, config, rows)

@@ -11,13 +11,13 @@ supported, because the negatives of such data are all on the subject. OUTPUT/mod
 """
 
 import argparse
-import gzip
 import json
 import random
 from pathlib import Path
 from typing import Any
 
 import torch
+from checking import above_zero, check, check_model, read_rows, whole
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
@@ -39,10 +39,8 @@ TEMPLATE = '{premise} Based on the paragraph above can we conclude that "{hypoth
 Pair = tuple[str, str, bool]
 
 
-def read(path: Path) -> list[Pair]:
-    """(premise, hypothesis, supported) of each line."""
-    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    rows = [json.loads(line) for line in text.decode("utf-8-sig").split("\n") if line.strip()]
+def pairs_of(rows: list[dict[str, Any]]) -> list[Pair]:
+    """(premise, hypothesis, supported) of each row."""
     return [
         (row["premise"], row["hypothesis"], row["label"] == 0)
         if "premise" in row
@@ -76,12 +74,11 @@ def encoded(pairs: list[Pair], judge: EntailmentModel) -> list[dict[str, Any]]:
     return [judge.encode(premise, hypothesis) | {"labels": answers[label]} for premise, hypothesis, label in pairs]
 
 
-def main(arguments: argparse.Namespace) -> None:
+def main(arguments: argparse.Namespace, files: list[list[Pair]], evaluations: dict[str, list[Pair]]) -> None:
     set_seed(arguments.seed)
     model, tokenizer = load(arguments.model)
     judge = EntailmentModel(model, tokenizer, max_length=arguments.max_length)
     draw, rng = random.Random(arguments.seed), random.Random(arguments.seed)
-    files = [read(path) for path in arguments.train]
     if arguments.rows is not None:
         files = [draw.sample(pairs, rows) for pairs, rows in zip(files, arguments.rows, strict=True)]
     train = [pair for pairs in files for pair in with_irrelevant(pairs, arguments.irrelevant, rng)]
@@ -113,8 +110,8 @@ def main(arguments: argparse.Namespace) -> None:
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     judge = EntailmentModel(arguments.output / "model", dtype=dtype, max_length=arguments.eval_max_length)
     scores = {}
-    for name, path in arguments.eval:
-        premises, hypotheses, labels = zip(*read(path), strict=True)
+    for name, pairs in evaluations.items():
+        premises, hypotheses, labels = zip(*pairs, strict=True)
         scores[name] = measure_entailment(judge, premises, hypotheses, labels)
         print(name, json.dumps(scores[name]))
     (arguments.output / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
@@ -129,20 +126,34 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a T5 or an encoder, from the Hub or a folder")
     parser.add_argument("--train", type=Path, nargs="+", required=True)
-    parser.add_argument("--rows", type=int, nargs="+", help="how many rows to draw of each training file, if not all")
+    parser.add_argument("--rows", type=whole(1), nargs="+", help="rows to draw of each training file; default: all")
     parser.add_argument("--eval", type=named, nargs="+", default=[], metavar="NAME=FILE")
     parser.add_argument("--output", type=Path, default=Path("out/entailment"))
-    parser.add_argument("--epochs", type=float, default=4)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--epochs", type=above_zero, default=4)
+    parser.add_argument("--batch-size", type=whole(1), default=32)
+    parser.add_argument("--lr", type=above_zero, default=1e-4)
+    parser.add_argument("--max-length", type=whole(1), default=256)
     parser.add_argument(
-        "--eval-max-length", type=int, default=512, help="a T5 would read longer premises too, at a price in memory"
+        "--eval-max-length",
+        type=whole(1),
+        default=512,
+        help="a T5 reads longer premises too, at a price in memory",
     )
     parser.add_argument(
         "--irrelevant", type=float, default=0.1, help="how many pairs to add with another row's premise"
     )
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--save-steps", type=int, default=100, help="a run goes on from its last checkpoint")
-    parser.add_argument("--seed", type=int, default=0)
-    main(parser.parse_args())
+    parser.add_argument("--save-steps", type=whole(1), default=100, help="a run goes on from its last checkpoint")
+    parser.add_argument("--seed", type=whole(0), default=0)
+    given = parser.parse_args()
+    check_model(parser, "--model", given.model)
+    check(parser, given.irrelevant >= 0, "--irrelevant", given.irrelevant, "a share of at least 0, such as 0.1")
+    forms = (("premise", "hypothesis", "label"), ("claim", "references", "label"))
+    files = [pairs_of(read_rows(parser, "--train", path, *forms)) for path in given.train]
+    evaluations = {name: pairs_of(read_rows(parser, "--eval", path, *forms)) for name, path in given.eval}
+    if given.rows is not None:
+        fits = len(given.rows) == len(files)
+        check(parser, fits, "--rows", given.rows, f"a number for each of the {len(files)} files of --train")
+        for wanted, pairs, path in zip(given.rows, files, given.train, strict=True):
+            check(parser, wanted <= len(pairs), "--rows", wanted, f"at most {len(pairs)}, the rows of {path}")
+    main(given, files, evaluations)

@@ -4,11 +4,13 @@ import gzip
 import json
 import os
 import re
+import runpy
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from tests.processes import python
 from tests.stock_cases import tiny_llama
@@ -35,6 +37,7 @@ def as_people_write(rows: list[Any]) -> str:
 
 def test_all_examples_are_run_here() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "checking.py",  # what the others share
         "citation_fid.py",
         "citation_sft.py",
         "classify.py",
@@ -64,16 +67,6 @@ def test_density_loss(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "density.json").read_text())["mean"]["all"]["exact"] < 0.3
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [((), "--data: name JSON lines"), (("--data", "none.jsonl"), "--data none.jsonl: there is no such file")],
-)
-def test_density_loss_says_what_is_missing(arguments: tuple[str, ...], said: str) -> None:
-    with pytest.raises(AssertionError, match=said) as error:
-        run("density_loss.py", *arguments)
-    assert "Traceback (most recent call last)" not in str(error.value)
-
-
 @pytest.mark.parametrize("kind", ["sft", "fid"])
 def test_citations(tmp_path: Path, kind: str) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, T5ForConditionalGeneration
@@ -82,7 +75,7 @@ def test_citations(tmp_path: Path, kind: str) -> None:
 
     tokenizer(end=kind == "fid").save_pretrained(tmp_path / "tiny")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    llama = LlamaConfig(vocab_size=330, pad_token_id=0, eos_token_id=1, **sizes)
+    llama = LlamaConfig(vocab_size=330, pad_token_id=0, eos_token_id=1, initializer_range=0.3, **sizes)
     model = LlamaForCausalLM(llama) if kind == "sft" else T5ForConditionalGeneration(tiny_t5())
     model.save_pretrained(tmp_path / "tiny")
     facts = [{"title": f"Fact {i}", "text": f"The sea is {i} wide."} for i in range(12)]
@@ -94,7 +87,8 @@ def test_citations(tmp_path: Path, kind: str) -> None:
     (tmp_path / "rows.jsonl").write_text(as_people_write(rows), encoding="utf-8")
     out = tmp_path / "out"
     sizes = ("--passages", 3, "--held", 0.2, "--max_length", 700 if kind == "sft" else 64, "--max_new_tokens", 8)
-    training = ("--output_dir", out, "--max_steps", 2, "--per_device_train_batch_size", 2, "--report_to", "none")
+    training = ("--output_dir", out, "--max_steps", 30, "--per_device_train_batch_size", 4, "--report_to", "none")
+    training += ("--learning_rate", 1e-2, "--logging_steps", 5)
     own = {
         "sft": ("--model_name_or_path", tmp_path / "tiny", "--use_peft", "--lora_target_modules", "all-linear"),
         "fid": ("--model", tmp_path / "tiny", "--passages_per_pass", 2, "--num_beams", 2),
@@ -104,6 +98,8 @@ def test_citations(tmp_path: Path, kind: str) -> None:
     assert "| dropped: cites an id that no passage has | 1 |" in printed
     assert "| kept: citation marks rewritten | 10 |" in printed
     assert "valid_citations" in printed
+    losses = [float(each) for each in re.findall(r"'loss': '?([\d.]+)", printed)]
+    assert losses[-1] < 0.6 * losses[0]
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 2
     assert all(len(row["passages"]) == 3 and isinstance(row["output"], str) for row in answers)
@@ -145,7 +141,9 @@ def tiny_language_model(folder: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>", unk_token="?")
     fast.save_pretrained(folder / "tiny")
-    tiny_llama().save_pretrained(folder / "tiny")
+    model = tiny_llama()
+    model.lm_head.weight.data *= 20  # so that it can be sure of a word
+    model.save_pretrained(folder / "tiny")
     return folder / "tiny"
 
 
@@ -164,10 +162,10 @@ def test_sft_trainer(tmp_path: Path) -> None:
     rows = [{"prompt": "say ", "completion": word} for word in ("one", "two", "three", "one two") * 5]
     (tmp_path / "data.jsonl").write_text(as_people_write(rows), encoding="utf-8")
     out = tmp_path / "out"
-    printed = run(
-        "sft_trainer.py", "--model", tmp_path / "tiny", "--data", tmp_path / "data.jsonl", "--output", out, "--steps", 3
-    )
-    assert "base" in printed
+    files = ("--model", tmp_path / "tiny", "--data", tmp_path / "data.jsonl", "--output", out)
+    printed = run("sft_trainer.py", *files, "--steps", 100)
+    losses = {row: float(loss) for row, loss in re.findall(r"^│ (\w+) +│ +([\d.]+) │$", printed, re.M)}
+    assert min(losses.values()) < losses["base"] - 0.1
     assert json.loads((out / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert json.loads((out / "adapter" / "adapter_config.json").read_text())["peft_type"] == "DYLORA"
 
@@ -285,15 +283,25 @@ def test_ppo_glue(tmp_path: Path) -> None:
 
 
 def test_ppo_rollout_func(tmp_path: Path) -> None:
-    rows = [{"prompt": f"say {word}", "answer": word} for word in ("one", "two", "three")] * 2
+    rows = [{"prompt": f"say {word}", "answer": "one"} for word in ("one", "two", "three")] * 2
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = ("--model_name_or_path", tiny_language_model(tmp_path), "--dtype", "float32")
     adapter = ("--use_peft", "--lora_target_modules", "all-linear", "--engine", "transformers")
-    sizes = ("--per_device_train_batch_size", 4, "--max_completion_length", 4, "--num_ppo_epochs", 2, "--max_steps", 4)
-    rest = ("--temperature", 0.7, "--output_dir", tmp_path / "out", "--use_cpu", "true", "--logging_steps", 1)
-    quiet = ("--report_to", "none", "--learning_rate", 1e-3)
+    sizes = (
+        "--per_device_train_batch_size",
+        12,
+        "--max_completion_length",
+        4,
+        "--num_ppo_epochs",
+        2,
+        "--max_steps",
+        40,
+    )
+    rest = ("--temperature", 1.0, "--output_dir", tmp_path / "out", "--use_cpu", "true", "--logging_steps", 1)
+    quiet = ("--report_to", "none", "--learning_rate", 3e-3, "--num_ppo_epochs", 2)
     printed = run("ppo_rollout_func.py", "--data", tmp_path / "rows.jsonl", *model, *adapter, *sizes, *rest, *quiet)
-    assert "generated by transformers: reward" in printed
+    first, last = map(float, re.findall(r"generated by transformers: reward ([\d.]+) to ([\d.]+)", printed)[0])
+    assert last > first + 0.3  # it has learned to say the word
     difference = printed.partition("of the policy differ by ")[2].split()[0]
     assert float(difference) < 1e-4  # the stand-in's are the policy's, computed otherwise
     assert (tmp_path / "out/adapter_config.json").is_file()
@@ -310,3 +318,132 @@ def test_soft(tmp_path: Path) -> None:
     kept = int(printed.rpartition("the model of ")[2].split()[0])
     assert json.loads((tmp_path / f"out/{kept}-layers/config.json").read_text())["num_hidden_layers"] == kept
     assert json.loads((tmp_path / "out/model/config.json").read_text())["num_hidden_layers"] == 4
+
+
+# What is wrong with a file, and what is said of it; {} is its path
+FILES: dict[str, tuple[str | None, str]] = {
+    "none.jsonl": (None, "{}: there is no such file. Name a file of JSON lines with"),
+    "folder.jsonl": ("", "{}: it is a folder. Name a file of JSON lines with"),
+    "empty.jsonl": ("\n\n", "{}: it has no rows. Name a file of JSON lines with"),
+    "broken.jsonl": ('{"text": \n', "{}, line 1: it is not JSON"),
+    "other.jsonl": ('{"else": 1}\n', "{}, line 1: a row needs"),
+    "list.jsonl": ("[1]\n", "and this one has a list. Mend or drop it."),
+    "binary.jsonl.gz": ("no gzip", "{}: it cannot be read"),
+}
+# How each example is called with a file of rows, and with another
+CALLS = {
+    "citation_fid.py": "--model MODEL --output_dir out --rows",
+    "citation_sft.py": "--model_name_or_path MODEL --output_dir out --rows",
+    "classify.py": "--model MODEL --train good.jsonl --eval",
+    "density_loss.py": "--model MODEL --data",
+    "ppo_glue.py": "--model_name_or_path MODEL --output_dir out --train_file good.jsonl --eval_file",
+    "ppo_rollout_func.py": "--model_name_or_path MODEL --output_dir out --data",
+    "sft_trainer.py": "--model MODEL --data",
+    "soft.py": "--model MODEL --output_dir out --data",
+    "train_entailment.py": "--model MODEL --train",
+}
+GOOD = {
+    **{"sentence": "good", "label": 1, "prompt": "a", "completion": "b", "answer": "b [1]", "question": "a?"},
+    **{"source": "a", "target": "b", "premise": "a", "hypothesis": "b", "passages": [{"text": "b"}]},
+}
+WRONG = [
+    ("citation_fid.py", "--num_beams 0", "--num_beams 0: it must be at least 1"),
+    ("citation_fid.py", "--held 1.5", "--held 1.5: it must be a share above 0 and below 1"),
+    ("citation_fid.py", "--max_steps many", "invalid int value: 'many'"),
+    ("citation_sft.py", "--passages -1", "--passages -1: it must be at least 1"),
+    ("citation_sft.py", "--out_of_range keep", "--out_of_range keep: it must be drop or repair"),
+    ("citation_sft.py", "--format mine", "--format mine: it must be alce or citer"),
+    ("citation_sft.py", "--learning_rates 1", "--learning_rates"),
+    ("citation_sft.py", "--passages 2", "--rows good.jsonl: none of the 1 rows can be used"),
+    ("citation_sft.py", "--passages 1", "--rows good.jsonl: it must be a file of two questions or more"),
+    ("classify.py", "--steps -3", "--steps: -3: it must be a whole number of at least 1"),
+    ("classify.py", "--lr 0", "--lr: 0: it must be a number above 0"),
+    ("classify.py", "--method qlora", "invalid choice: 'qlora'"),
+    ("density_loss.py", "--steps 1.5", "--steps: 1.5: it must be a whole number of at least 1"),
+    ("density_loss.py", "--keep 30", "--keep 30.0: it is a share above 0 and below 1"),
+    ("exit_early.py", "--model MODEL --tokens 0", "--tokens: 0: it must be a whole number of at least 1"),
+    ("plain_loop.py", "--steps -500", "--steps: -500: it must be a whole number of at least 1"),
+    ("ppo_glue.py", "--task sst3", "--task sst3: task='sst3' is not known; there are cola"),
+    ("ppo_glue.py", "--sft_steps -1", "--sft_steps -1: it must be at least 0"),
+    ("ppo_glue.py", "--num_ppo_epochs 0", "num_ppo_epochs"),
+    ("ppo_rollout_func.py", "--engine sglang", "--engine sglang: it must be auto, vllm or transformers"),
+    ("sft_trainer.py", "--steps 0", "--steps: 0: it must be a whole number of at least 1"),
+    ("soft.py", "--exits 0", "exits"),
+    ("soft.py", "--config none.yaml", "none.yaml"),
+    ("train_entailment.py", "--rows 1 2", "--rows [1, 2]: it must be a number for each of the 1 files of --train"),
+    ("train_entailment.py", "--rows 5", "--rows 5: it must be at most 1, the rows of good.jsonl"),
+    ("train_entailment.py", "--epochs -1", "--epochs: -1: it must be a number above 0"),
+]
+ALONE = [
+    ("density_loss.py", "", "--data: name JSON lines with `source` and `target`, or pass --toy"),
+    ("soft.py", "", "--model and --data: name both, or pass --toy"),
+    (
+        "ppo_glue.py",
+        "--model_name_or_path MODEL --train_file good.jsonl",
+        "--train_file and --eval_file: pass both, or neither",
+    ),
+    ("ppo_glue.py", "--train_file good.jsonl --eval_file good.jsonl", "--model_name_or_path: it is missing"),
+    ("sft_trainer.py", "--model ./none --data good.jsonl", "--model ./none: there is no such folder"),
+    ("sft_trainer.py", "--model MODEL --data good.jsonl", "--data good.jsonl: it must be a file of two rows or more"),
+    ("classify.py", "--model empty --train good.jsonl --eval good.jsonl", "--model empty: it is a folder without a"),
+    (
+        "classify.py",
+        "--model MODEL --train good.jsonl --eval label.jsonl",
+        "--eval label.jsonl: the label 'good': it must be a whole number from 0, and one that is in --train too",
+    ),
+    (
+        "ppo_glue.py",
+        "--model_name_or_path MODEL --train_file good.jsonl --eval_file label.jsonl",
+        "--eval_file label.jsonl: label='good': for the task 'sst2' it",
+    ),
+]
+
+
+@pytest.fixture
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Any:
+    """Calls an example in this process, which has to end with code 2 before a model is loaded; what it says."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setenv("COLUMNS", "400")
+    for kind in (transformers.PreTrainedModel, transformers.AutoTokenizer):
+        monkeypatch.setattr(kind, "from_pretrained", lambda *given, **more: pytest.fail("it goes on to the model"))
+    (tmp_path / "good.jsonl").write_text(json.dumps(GOOD) + "\n")
+    (tmp_path / "label.jsonl").write_text(json.dumps(GOOD | {"label": "good"}) + "\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "MODEL").mkdir()
+    (tmp_path / "MODEL" / "config.json").write_text("{}")
+
+    def call(name: str, words: str) -> str:
+        monkeypatch.setattr("sys.argv", [name, *words.split()])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        assert stop.value.code == 2
+        *usage, line = capsys.readouterr().err.strip().splitlines()
+        assert not any("Traceback" in each for each in usage)
+        return line
+
+    return call
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_wrong_file_is_refused_before_a_model_is_loaded(file: str, tmp_path: Path, refused: Any) -> None:
+    content, said = FILES[file]
+    if content:
+        (tmp_path / file).write_text(content)
+    elif content is not None:
+        (tmp_path / file).mkdir()
+    for name, words in CALLS.items():
+        line = refused(name, f"{words} {file}")
+        assert f"{words.split()[-1]} {file}" in line, name
+        assert said.format(file) in line, name
+
+
+@pytest.mark.parametrize(("name", "words", "said"), WRONG)
+def test_a_wrong_value_is_refused_before_a_model_is_loaded(name: str, words: str, said: str, refused: Any) -> None:
+    rows = f"{CALLS[name]} good.jsonl" if name in CALLS else ""
+    assert said in refused(name, f"{rows} {words}")
+
+
+@pytest.mark.parametrize(("name", "words", "said"), ALONE)
+def test_a_wrong_call_is_refused_before_a_model_is_loaded(name: str, words: str, said: str, refused: Any) -> None:
+    assert said in refused(name, words)

@@ -370,7 +370,7 @@ def test_no_block_is_passed_over() -> None:
     [
         ("peft-dynamic trian --demo", "No such command 'trian'"),
         ("peft-dynamic resize ADAPTER OUT --rang 4", "No such option: --rang"),
-        ("peft-dynamic resize ADAPTER OUT --rank four", "(?s)Error.*four"),
+        ("peft-dynamic resize ADAPTER OUT --rank four", "Invalid value for '?--rank"),
         ("peft-dynamic resize ADAPTER OUT", "Invalid value for --rank"),
         ("peft-dynamic resize ADAPTER", "(?i)missing argument"),
         ("peft-dynamic export runs/dylora out/rank-64 --rank 64", "64"),
