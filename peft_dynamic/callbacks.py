@@ -103,7 +103,8 @@ class RankCurveCallback(_CurveCallback):
     `load_best_model_at_end=True` the checkpoint that is best at the rank that will be shipped is kept. Put it before an
     `EarlyStoppingCallback` that goes by such a metric. The training itself is not changed.
 
-        trainer = SFTTrainer(..., args=SFTConfig(..., eval_strategy="steps"))
+        settings = SFTConfig("out", eval_strategy="epoch", max_steps=1, bf16=torch.cuda.is_available())
+        trainer = SFTTrainer(model, settings, train_dataset=texts, eval_dataset=texts)
         trainer.add_callback(RankCurveCallback([2, 8], trainer=trainer))
 
     Args:

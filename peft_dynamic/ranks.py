@@ -281,6 +281,9 @@ def rank_curve(
     are afterwards what they were, also after an error. A stock LoRA adapter is cut to its leading singular components
     for the while; its factors are not touched.
 
+        curve = rank_curve(model, lambda model: {"loss": my_loss(model)})
+        print(curve.table(), curve.recommend(tolerance=0.01))
+
     Args:
         model: a `PeftModel`, or a transformers model with an adapter added by `add_adapter` or `load_adapter`: of
             DyLoRA, or a stock LoRA.

@@ -40,6 +40,8 @@ def merge_adapters(
     span one space. For an exact cut merge without a rank, load the sum, measure it with `adapter_moments` on data of
     all tasks, and cut it with `resize_adapter`.
 
+        merge_adapters({"runs/sql": 0.7, "runs/chat": 0.3}, "runs/both", rank=16)
+
     Args:
         adapters: folder, or name on the Hub -> its weight.
         out: the folder to write.
@@ -102,6 +104,8 @@ def average_adapters(
     """Write the mean of LoRA adapters, e.g. of the last checkpoints of a run: the mean of their products.
 
     The mean of the factors is another thing: its product has terms of one adapter's B with another's A.
+
+        average_adapters(["run/checkpoint-100", "run/checkpoint-200"], "runs/mean")
 
     Args:
         adapters: folders, or names on the Hub.

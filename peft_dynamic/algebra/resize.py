@@ -43,6 +43,9 @@ def resize_adapter(
     value over size, so that the components of a smaller budget are among those of a larger one, and a module that gets
     none is left out of the targets. At the full rank the tensors stay as they are.
 
+        resize_adapter("runs/sql", "runs/sql-4", rank=4)
+        resize_adapter("runs/sql", "runs/sql-quarter", parameters=0.25)
+
     Args:
         adapter: a folder, or a name on the Hub, with a LoRA adapter (rsLoRA, `rank_pattern`, `alpha_pattern` and
             `target_parameters` included), a DyLoRA or a MoSLoRA adapter, or a LoRETTA_rep adapter with a

@@ -31,7 +31,7 @@ class ActivationDensityLoss:
     as long as the parts have equally many samples. Nothing is computed in eval mode and without gradients.
 
         density = ActivationDensityLoss(weight=1.0).attach(model)   # after get_peft_model, before training
-        ... train as always: bare loop with outputs.loss, accelerate, transformers.Trainer, trl.SFTTrainer ...
+        # ... train as always: bare loop with outputs.loss, accelerate, transformers.Trainer, trl.SFTTrainer ...
         density.detach()
 
     A loop that makes its own loss from the logits adds the term itself: `loss = task + density.penalty()`.

@@ -25,7 +25,7 @@ from peft_dynamic.hub.twins import is_lora
 class HubCallback(TrainerCallback):
     """Let every push of a Trainer carry an adapter's plain-LoRA twins and its card.
 
-        trainer = SFTTrainer(model, args, ..., callbacks=[HubCallback(ranks=[4, 8])])
+        trainer = SFTTrainer(model, settings, train_dataset=texts, callbacks=[HubCallback(ranks=[4, 8])])
 
     with `push_to_hub=True` in `args`. The twins go into folders of the output folder, `rank-4/` and `rank-8/`, at each
     push and only then; checkpoints stay as small as they are. The adapter is the active one, of ours or a stock LoRA,

@@ -35,8 +35,10 @@ def _pad(rows: Sequence[Sequence[int]], value: int, left: bool = False, multiple
 class CitationDataCollator:
     """Prompts and cited answers as a batch for a decoder-only model, with the loss on the answers.
 
-        trainer = SFTTrainer(model, train_dataset=rows, data_collator=CitationDataCollator(tokenizer),
-                             args=SFTConfig(remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True}))
+        settings = SFTConfig("out", remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True},
+                             bf16=torch.cuda.is_available())  # TRL's default needs a GPU
+        train = Dataset.from_list(rows)
+        trainer = SFTTrainer(model, settings, train_dataset=train, data_collator=CitationDataCollator(tokenizer))
 
     or under `transformers.Trainer`, or a loop. The tokens are those that SFTTrainer makes of
     `citation_prompt_completion`, which is the way to packing and padding-free training.

@@ -53,6 +53,9 @@ class PPOTrainer(Trainer):
 
     Everything else is transformers.Trainer: callbacks, logging, checkpoints, resuming, several processes.
 
+        settings = PPOConfig("out", max_steps=1, bf16=torch.cuda.is_available())
+        PPOTrainer("my/model", my_reward, settings, train_dataset=prompts, peft_config=lora).train()
+
     Args:
         model: a causal language model, its name or path (of a model or an adapter), or a PeftModel whose active
             adapter is trained.

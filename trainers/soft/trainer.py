@@ -38,6 +38,9 @@ class SoFTTrainer(StatesTrainer):
     and `exit_<depth>_agreement` too. Of `SFTTrainer`'s metrics there are `num_tokens` and the full depth's
     `mean_token_accuracy`, but not `entropy`.
 
+        settings = SoFTConfig("out", exits=[1, 2], max_steps=1, bf16=torch.cuda.is_available())
+        SoFTTrainer("my/model", settings, train_dataset=texts).train()
+
     Args:
         model, data_collator, train_dataset, ...: as for `trl.SFTTrainer`.
         args: a `SoFTConfig`; None for its defaults.

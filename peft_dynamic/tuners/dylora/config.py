@@ -40,6 +40,9 @@ class DyLoRAConfig(MixerConfig, LoraConfig):
     Refused at construction, each with its reason: what `peft_dynamic.methods.REFUSED` lists, fields that a newer PEFT
     has, and other `init_lora_weights` ("orthogonal", "pissa", "olora", "eva", "corda", "loftq", "mica", ...).
 
+        config = DyLoRAConfig(r=8, ranks=[1, 2, 4, 8], target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(base, config)
+
     Args:
         r: the largest rank, and the rank of the stored matrices.
         ranks: increasing list of the ranks to train, its largest equal to `r`; None for every integer 1..r.

@@ -229,6 +229,8 @@ def set_rank(model: nn.Module, rank: int | dict[str, int], adapter_name: str | N
     factors stay as they are, training and `save_pretrained` go on with the whole adapter, and `export_lora` or
     `resize_adapter` writes the smaller one.
 
+        set_rank(model, 4)
+
     Args:
         model: the model with DyLoRA or LoRA adapters.
         rank: the rank of all modules, from 1 to r (a module capped by `rank_pattern` uses its cap where that is less);
@@ -332,6 +334,9 @@ def at_rank(model: nn.Module, rank: int | dict[str, int], adapter_name: str | No
 
     Threads take turns: a second one waits until the first has left its block, so that a server can answer each request
     at a rank of its own.
+
+        with at_rank(model, 2):
+            tokens = model.generate(**inputs, max_new_tokens=20)
 
     Raises:
         RuntimeError: another thread computes with the model outside of `at_rank`, or another task of this thread is
