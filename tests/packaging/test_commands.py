@@ -297,6 +297,7 @@ def checks(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     shutil.copytree(files, folder, symlinks=True)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.syspath_prepend(ROOT / "examples")  # as python does for a script
 
     def stops(read: Callable[..., Any]) -> Callable[..., Any]:
         def parse(self: Any, *arguments: Any, **settings: Any) -> Any:
