@@ -11,7 +11,7 @@ import torch
 
 import peft_dynamic
 import peft_dynamic.trainers
-from tests.packaging.readers import adapter, llama
+from tests.packaging.tiny import adapter, llama
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = {*peft_dynamic.__all__, *peft_dynamic.trainers.__all__}
