@@ -22,6 +22,9 @@ MOST_USED = {
     *("SoFTTrainer", "PPOTrainer", "ActivationDensityLoss", "cut_activations", "calibrate_cut"),
 }
 
+# Named, and not run: TRL's default of bf16 needs a GPU, and they are about a teacher and a loop of the reader's own
+NOT_RUN = {"Distiller", "KDTrainer", "KDSFTTrainer", "cache_teacher"}
+
 
 def parses(code: str) -> bool:
     try:
@@ -51,7 +54,8 @@ BLOCKS = blocks()
 
 def test_the_most_used_have_code_in_their_docstrings() -> None:
     assert set(BLOCKS) >= MOST_USED
-    assert len(BLOCKS) == 18, sorted(BLOCKS)
+    assert len(BLOCKS) == 22, sorted(BLOCKS)
+    assert set(BLOCKS) >= NOT_RUN
     paths = [*(ROOT / "peft_dynamic").rglob("*.py"), *(ROOT / "trainers").rglob("*.py")]
     fences = [path for path in paths if re.search(r"^ *>>> ", path.read_text(encoding="utf-8"), re.M)]
     assert not fences, "code in a docstring is indented by four more, as everywhere here"
@@ -103,7 +107,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", sorted(BLOCKS))
+@pytest.mark.parametrize("name", sorted({*BLOCKS} - NOT_RUN))
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator:UserWarning")
 @pytest.mark.filterwarnings("ignore:no rank is better than the base model")  # of an adapter that was not trained
 def test_the_code_in_a_docstring_runs(name: str, names: dict[str, Any]) -> None:
