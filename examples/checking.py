@@ -58,6 +58,16 @@ def check(parser: argparse.ArgumentParser, fine: bool, option: str, value: objec
         parser.error(f"{option} {value}: it must be {rule}.")
 
 
+def check_distillation(parser: argparse.ArgumentParser, **fields: Any) -> None:
+    """Refuse fields of a distillation that have no meaning."""
+    from peft_dynamic.trainers import DistillFields
+
+    try:
+        DistillFields(**fields).check_distillation()
+    except (ValueError, TypeError) as error:
+        parser.error(f"--{error}")
+
+
 def whole(least: int) -> Callable[[str], int]:
     """For argparse: a whole number that is not below `least`."""
 

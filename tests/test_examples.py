@@ -42,6 +42,9 @@ def test_all_examples_are_run_here() -> None:
         "citation_sft.py",
         "classify.py",
         "density_loss.py",
+        "distill_adapter.py",
+        "distill_classifier.py",
+        "distill_lm.py",
         "exit_early.py",
         "plain_loop.py",
         "ppo_glue.py",
@@ -65,6 +68,29 @@ def test_density_loss(tmp_path: Path) -> None:
     losses = [float(each) for each in re.findall(r"step \d+: loss ([\d.]+)", printed)]
     assert losses[1] < 0.9 * losses[0]  # before the density loss comes in
     assert json.loads((tmp_path / "density.json").read_text())["mean"]["all"]["exact"] < 0.3
+
+
+def test_distill_classifier(tmp_path: Path) -> None:
+    printed = run("distill_classifier.py", "--toy", "--output", tmp_path)
+    alone, taught, teacher = map(float, re.findall(r"accuracy ([\d.]+)", printed))
+    assert taught > alone + 0.1
+    assert teacher > 0.9
+
+
+def test_distill_lm(tmp_path: Path) -> None:
+    printed = run("distill_lm.py", "--toy", "--output", tmp_path)
+    plain, distilled = (json.loads(each) for each in re.findall(r"^\w+: (\{.*\})$", printed, re.M))
+    assert distilled["loss"] < plain["loss"]
+    assert distilled["agreement"] > 0.4
+    assert json.loads((tmp_path / "cache" / "meta.json").read_text())["kind"] == "states"
+    assert json.loads((tmp_path / "student" / "config.json").read_text())["num_hidden_layers"] == 2
+
+
+def test_distill_adapter(tmp_path: Path) -> None:
+    printed = run("distill_adapter.py", "--toy", "--output", tmp_path)
+    *_, taught, teacher = map(float, re.findall(r"accuracy ([\d.]+)", printed))
+    assert min(taught, teacher) > 0.85
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LORETTA_REP"
 
 
 @pytest.mark.parametrize("kind", ["sft", "fid"])
@@ -336,6 +362,9 @@ CALLS = {
     "citation_sft.py": "--model_name_or_path MODEL --output_dir out --rows",
     "classify.py": "--model MODEL --train good.jsonl --eval",
     "density_loss.py": "--model MODEL --data",
+    "distill_adapter.py": "--adapter ADAPTER --output out --data",
+    "distill_classifier.py": "--model MODEL --output out --data",
+    "distill_lm.py": "--teacher MODEL --output out --data",
     "ppo_glue.py": "--model_name_or_path MODEL --output_dir out --train_file good.jsonl --eval_file",
     "ppo_rollout_func.py": "--model_name_or_path MODEL --output_dir out --data",
     "sft_trainer.py": "--model MODEL --data",
@@ -343,7 +372,15 @@ CALLS = {
     "train_entailment.py": "--model MODEL --train",
 }
 GOOD = {
-    **{"sentence": "good", "label": 1, "prompt": "a", "completion": "b", "answer": "b [1]", "question": "a?"},
+    **{
+        "sentence": "good",
+        "text": "good",
+        "label": 1,
+        "prompt": "a",
+        "completion": "b",
+        "answer": "b [1]",
+        "question": "a?",
+    },
     **{"source": "a", "target": "b", "premise": "a", "hypothesis": "b", "passages": [{"text": "b"}]},
 }
 WRONG = [
@@ -361,6 +398,13 @@ WRONG = [
     ("classify.py", "--method qlora", "invalid choice: 'qlora'"),
     ("density_loss.py", "--steps 1.5", "--steps: 1.5: it must be a whole number of at least 1"),
     ("density_loss.py", "--keep 30", "--keep 30.0: it is a share above 0 and below 1"),
+    ("distill_adapter.py", "--steps 0", "--steps: 0: it must be a whole number of at least 1"),
+    ("distill_adapter.py", "--adapter none", "--adapter none: it must be a folder with an adapter_config.json"),
+    ("distill_classifier.py", "--kd_weight 2", "--kd_weight='2': must be from 0 to 1"),
+    ("distill_classifier.py", "--temperature 0:0", "--temperature='0:0': must be greater than 0"),
+    ("distill_classifier.py", "", "--data good.jsonl: it must be a file of two rows or more"),
+    ("distill_lm.py", "--depth 1", "--depth: 1: it must be a whole number of at least 2"),
+    ("distill_lm.py", "--kd_weight half", "--kd_weight='half'"),
     ("exit_early.py", "--model MODEL --tokens 0", "--tokens: 0: it must be a whole number of at least 1"),
     ("plain_loop.py", "--steps -500", "--steps: -500: it must be a whole number of at least 1"),
     ("ppo_glue.py", "--task sst3", "--task sst3: task='sst3' is not known; there are cola"),
@@ -376,6 +420,9 @@ WRONG = [
 ]
 ALONE = [
     ("density_loss.py", "", "--data: name JSON lines with `source` and `target`, or pass --toy"),
+    ("distill_adapter.py", "--output out", "--adapter and --data: name both, or pass --toy"),
+    ("distill_classifier.py", "--output out --model MODEL", "--data: it is missing"),
+    ("distill_lm.py", "--output out --teacher MODEL", "--data: it is missing"),
     ("soft.py", "", "--model and --data: name both, or pass --toy"),
     (
         "ppo_glue.py",
@@ -411,6 +458,8 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     (tmp_path / "label.jsonl").write_text(json.dumps(GOOD | {"label": "good"}) + "\n")
     (tmp_path / "empty").mkdir()
     (tmp_path / "MODEL").mkdir()
+    (tmp_path / "ADAPTER").mkdir()
+    (tmp_path / "ADAPTER" / "adapter_config.json").write_text("{}")
     (tmp_path / "MODEL" / "config.json").write_text("{}")
 
     def call(name: str, words: str) -> str:

@@ -80,11 +80,12 @@ class Decoder:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-def find_decoder(model: nn.Module) -> Decoder:
+def find_decoder(model: nn.Module, least: int = 2) -> Decoder:
     """The layers, norm and head of a causal language model, with or without PEFT around it.
 
     Args:
         model: a transformers model with a language model head, or a `PeftModel` over one.
+        least: how many layers it must have; one is enough where only the last state is asked for.
 
     Returns:
         The parts.
@@ -106,7 +107,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     if not found or stack is base:
         raise _refused(kind, f"its decoder, {type(stack).__name__}, has no list of layers called {_or(_LAYERS)}")
     layers = children[found[0]]
-    if len(layers) < 2:
+    if len(layers) < least:
         raise _refused(kind, "it has a single layer, so there is nothing to leave early", "pass a deeper model")
     norms = [name for name in _NORMS if children.get(name) is not None]
     if len(norms) > 1:

@@ -1,4 +1,4 @@
-"""SoFT in one process or in two under an engine; writes what came out.
+"""SoFT and distillation in one process or in two under an engine; writes what came out.
 
 python soft_script.py ENGINE OUT CASES...
 
@@ -21,11 +21,13 @@ use(ENGINE)
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
+from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peft_dynamic.trainers import SoFTConfig
+from tests.trainers.kd.test_kd_sft import trainer as distilling
 from tests.trainers.soft.common import rows, trainer
 from tests.trainers.soft.families import build
 
@@ -44,6 +46,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora": {"tie": False, **lora()},
     "lora-head": {"tie": False, **lora(modules_to_save=["lm_head"])},
     "loaded": {"tie": True, "loaded": True, **lora()},
+    "exit-kd": {"tie": False, "exit_kd": "0:0.8 1:0.2", **lora()},
+    "kd": {"tie": False, "teacher": "another", **lora()},
+    "kd-ema": {"tie": False, "teacher": "ema", **lora()},
 }
 
 
@@ -89,7 +94,15 @@ def train(kind: str, resume: bool) -> dict[str, Any]:
         engine = {name: more[name] for name in ("deepspeed", "fsdp", "fsdp_config", "use_cpu") if name in more}
         kept = SoFTConfig(str(folder), bf16=False, **engine)
     model = model_for(settings.pop("tie"), settings.pop("loaded", False))
-    made = trainer(folder, model, rows(16), rows(7), **more, **settings)
+    teacher = settings.pop("teacher", None)
+    if teacher is None:
+        made: Any = trainer(folder, model, rows(16), rows(7), **more, **settings)
+    else:
+        for name in ("exits", "exits_per_step"):
+            del more[name]
+        who = build("llama", seed=1) if teacher == "another" else teacher
+        more |= {"kd_weight": "0:0.9 1:0.3", "ema_decay": 0.5, "eval_dataset": Dataset.from_list(rows(7))}
+        made = distilling(folder, who, model, rows(16), **more, **settings)
     made.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
     out = folder / ("resumed" if resume else "whole")
     made.save_model(str(out))

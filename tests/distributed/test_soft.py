@@ -16,8 +16,16 @@ pytest.importorskip("trl")
 
 SCRIPT = Path(__file__).with_name("soft_script.py")
 KINDS = ["tied", "untied", "lora", "lora-head"]
-# ZeRO-3 gets a base model that was loaded in parts.
-OF_ENGINE = {"zero1": ["tied", "lora-head"], "zero3": ["tied", "untied", "loaded", "lora-head"]}
+DISTILLING = ["exit-kd", "kd", "kd-ema"]
+# ZeRO-3 gets a base model that was loaded in parts. A teacher beside the student is refused
+# there, and a running mean wherever weights are parted or copied.
+OF_ENGINE = {
+    "ddp": [*KINDS, *DISTILLING],
+    "fsdp2": [*KINDS, "exit-kd", "kd"],
+    "zero1": ["tied", "lora-head"],
+    "zero2": [*KINDS, "exit-kd", "kd"],
+    "zero3": ["tied", "untied", "loaded", "lora-head", "exit-kd"],
+}
 # In the saved weights, and in any logged figure. Seen: 6e-8 and 1.6e-6.
 BOUND = {"saved": 1e-5, "logs": 1e-5}
 
@@ -25,13 +33,13 @@ BOUND = {"saved": 1e-5, "logs": 1e-5}
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("single") / "out.pt"
-    python(SCRIPT, "single", out, *KINDS, "loaded", env=os.environ | {"OMP_NUM_THREADS": "1"})
+    python(SCRIPT, "single", out, *KINDS, *DISTILLING, "loaded", env=os.environ | {"OMP_NUM_THREADS": "1"})
     return torch.load(out)
 
 
 @pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "single"])
 def test_two_processes_do_what_one_does(tmp_path: Path, single: dict[str, Any], engine: str) -> None:
-    kinds = OF_ENGINE.get(engine, KINDS)
+    kinds = OF_ENGINE[engine]
     together(SCRIPT, engine, tmp_path / "out.pt", *kinds)
     results = torch.load(tmp_path / "out.pt")
     apart = {kind: found["error"] for kind, found in results.items() if "error" in found}
@@ -56,6 +64,11 @@ def test_the_cells_differ(single: dict[str, Any]) -> None:
     evaluated = next(entry for entry in single["lora"]["whole"]["logs"] if "eval_loss" in entry)
     exits = [value for name, value in evaluated.items() if name.startswith("eval_exit_")]
     assert len(exits) == 3
+    for kind in DISTILLING[1:]:
+        logs = single[kind]["whole"]["logs"]
+        assert [entry["kd_weight"] for entry in logs if "kd_weight" in entry] == pytest.approx([0.9, 0.75, 0.6, 0.45])
+        assert any("eval_kd" in entry for entry in logs)
+    assert any("exit_1_kd" in entry for entry in single["exit-kd"]["whole"]["logs"])
     assert evaluated["eval_loss"] == pytest.approx(sum(exits) / 3, rel=1e-6)  # to the token, in batches of any size
     assert any("lm_head" in name for name in single["lora-head"]["whole"]["saved"])
     assert "lm_head.weight" in single["untied"]["whole"]["saved"]

@@ -21,7 +21,7 @@ from sybil.parsers.markdown import CodeBlockParser
 from sybil.region import Lexeme
 
 from peft_dynamic import measure_density
-from tests.packaging.tiny import adapter, bert, llama
+from tests.packaging.tiny import adapter, bert, distilling, llama
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -176,6 +176,7 @@ def yours(page: str) -> dict[str, Any]:
         "test": texts,
         "prompts": prompts,
         "lora": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        **(distilling() if page == "distil.md" else {}),
         "rows": [row | {"passages": row["passages"] + [f"It is {i}." for i in range(5)]} for row in ROWS],
     }
 

@@ -11,7 +11,7 @@ import torch
 
 import peft_dynamic
 import peft_dynamic.trainers
-from tests.packaging.tiny import adapter, llama
+from tests.packaging.tiny import adapter, distilling, llama
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = {*peft_dynamic.__all__, *peft_dynamic.trainers.__all__}
@@ -21,9 +21,6 @@ MOST_USED = {
     *("DyLoRAConfig", "rank_curve", "resize_adapter", "merge_adapters", "average_adapters", "at_rank", "set_rank"),
     *("SoFTTrainer", "PPOTrainer", "ActivationDensityLoss", "cut_activations", "calibrate_cut"),
 }
-
-# Named, and not run: TRL's default of bf16 needs a GPU, and they are about a teacher and a loop of the reader's own
-NOT_RUN = {"Distiller", "KDTrainer", "KDSFTTrainer", "cache_teacher"}
 
 
 def parses(code: str) -> bool:
@@ -55,7 +52,6 @@ BLOCKS = blocks()
 def test_the_most_used_have_code_in_their_docstrings() -> None:
     assert set(BLOCKS) >= MOST_USED
     assert len(BLOCKS) == 22, sorted(BLOCKS)
-    assert set(BLOCKS) >= NOT_RUN
     paths = [*(ROOT / "peft_dynamic").rglob("*.py"), *(ROOT / "trainers").rglob("*.py")]
     fences = [path for path in paths if re.search(r"^ *>>> ", path.read_text(encoding="utf-8"), re.M)]
     assert not fences, "code in a docstring is indented by four more, as everywhere here"
@@ -89,6 +85,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {
         **public,
         **hosts,
+        **distilling(),
         "torch": torch,
         "Dataset": Dataset,
         "get_peft_model": get_peft_model,
@@ -107,7 +104,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", sorted({*BLOCKS} - NOT_RUN))
+@pytest.mark.parametrize("name", sorted(BLOCKS))
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator:UserWarning")
 @pytest.mark.filterwarnings("ignore:no rank is better than the base model")  # of an adapter that was not trained
 def test_the_code_in_a_docstring_runs(name: str, names: dict[str, Any]) -> None:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 def llama(layers: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -29,3 +31,18 @@ def adapter(folder: Path, base: str = "my/model", **settings: Any) -> None:
     config = settings.pop("config", LoraConfig)
     given = {"r": 32, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config(**given | settings)).save_pretrained(folder)
+
+
+def distilling() -> dict[str, Any]:
+    """A student, its rows, and the folders of its teacher and of language models to distil."""
+    from datasets import Dataset
+
+    from tests.trainers.citation.common import tokenizer
+
+    bert().save_pretrained("teacher-dir")
+    for name, layers in {"small-model": 1, "big-model": 2}.items():
+        llama(layers).save_pretrained(name)
+        tokenizer(chat=True, end=True).save_pretrained(name)
+    rows = [{"input_ids": [5, 6, 7 + i], "attention_mask": [1, 1, 1], "labels": i % 2} for i in range(4)]
+    batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+    return {"student": bert(), "labelled_rows": Dataset.from_list(rows), "labelled_batch": batch}

@@ -51,8 +51,10 @@ def cache_teacher(
 ) -> int:
     """Write what a teacher says of batches; rows that the folder has already are left out.
 
-        cache_teacher("big-model", trainer.get_train_dataloader(), "cache", processing_class=tokenizer)
-        KDSFTTrainer("small-model", "cache:cache", KDSFTConfig("out"), train_dataset=rows).train()
+        settings = KDSFTConfig("out", kd_weight=0.5, max_steps=1, bf16=torch.cuda.is_available())
+        trainer = KDSFTTrainer("small-model", None, settings, train_dataset=texts)
+        cache_teacher("big-model", trainer.get_train_dataloader(), "cache")
+        KDSFTTrainer("small-model", "cache:cache", settings, train_dataset=texts).train()
 
     Args:
         teacher: a model, or the path or name of one or of an adapter.

@@ -47,8 +47,9 @@ class Distiller:
     """The loss of a student that learns from labels and a teacher.
 
         distiller = Distiller(student, "teacher-dir", KDConfig(kd_weight=0.5, temperature=2.0))
-        loss = distiller(batch, progress=step / steps)
-        loss.backward(); optimizer.step(); distiller.updated()
+        loss = distiller(labelled_batch, progress=0.1)  # steps done over all steps
+        loss.backward()
+        distiller.updated()  # after the optimizer's step
 
     Each batch is a mapping for the student's forward, with "labels". Works with classifiers of sequences (regression
     too) and of tokens, masked, causal and encoder-decoder language models, of transformers, with any adapter or none.

@@ -45,7 +45,8 @@ class KDSFTTrainer(DistillingTrainer, StatesTrainer):
     Takes what `trl.SFTTrainer` takes: text, chat, prompt and completion, packing, padding-free batches, assistant-only
     loss, any PEFT adapter but prompts, quantised base models.
 
-        KDSFTTrainer("small-model", "big-model", KDSFTConfig("out"), train_dataset=rows).train()
+        settings = KDSFTConfig("out", kd_weight=0.5, max_steps=1, bf16=torch.cuda.is_available())
+        KDSFTTrainer("small-model", "big-model", settings, train_dataset=texts).train()
 
     The states of student and teacher go through their heads in chunks, so that neither's logits are held; see
     `peft_dynamic.functional.kd_loss`. `eval_loss` is the labels' loss. Logged are "ce", "kd", "agreement", the
@@ -64,6 +65,7 @@ class KDSFTTrainer(DistillingTrainer, StatesTrainer):
     """
 
     args: KDSFTConfig
+    least_layers = 1
     _tag_names = ["trl", "kd"]  # noqa: RUF012  # TRL's
     _name = "KD"
     _paper = {  # noqa: RUF012  # TRL's

@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from peft_dynamic.functional.schedule import progress_of
 from peft_dynamic.hosts.deepspeed import is_parted
 from peft_dynamic.trainers.kd.report import Sums
-from peft_dynamic.trainers.kd.teachers import Teacher
+from peft_dynamic.trainers.kd.teachers import MeanTeacher, Teacher
 
 STATE = "kd_teacher.safetensors"
 
@@ -28,6 +28,8 @@ class DistillingTrainer:
     model: Any
     state: Any
     is_world_process_zero: Any
+    is_fsdp_enabled: Any
+    is_deepspeed_enabled: Any
 
     def check_setting(self) -> None:
         """Raise for what no teacher can be combined with, as far as the distiller has not."""
@@ -35,6 +37,11 @@ class DistillingTrainer:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs in one process: nn.DataParallel splits the batch without the teacher. Start a "
                 "process per GPU (accelerate launch), or set CUDA_VISIBLE_DEVICES=0."
+            )
+        if isinstance(self.distiller.teacher, MeanTeacher) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "teacher='ema' keeps a mean of whole weights, which FSDP and DeepSpeed part or copy: use DDP or one "
+                "process, or another teacher."
             )
         if any(map(is_parted, self.model.parameters())):
             raise ValueError(

@@ -21,7 +21,7 @@ def found_decoder(model: Any) -> Decoder:
     Raises:
         ValueError: they do not.
     """
-    decoder = find_decoder(model)
+    decoder = find_decoder(model, least=1)
     with evaluating(model):
         check_decoder(decoder)
     return decoder

@@ -20,7 +20,8 @@ class KDTrainer(DistillingTrainer, Trainer):
 
     Takes what `transformers.Trainer` takes. Fine-tuning, label smoothing and distillation differ in `teacher` alone:
 
-        KDTrainer(model, "teacher-dir", KDConfig("out", kd_weight=0.5, temperature=2.0), train_dataset=rows).train()
+        settings = KDConfig("out", kd_weight=0.5, temperature=2.0, max_steps=1)
+        KDTrainer(student, "teacher-dir", settings, train_dataset=labelled_rows).train()
 
     The loss is the mean over the rows of all processes and parts of a step: sentences of a classifier, labelled tokens
     of other models. A classifier's rows without a label (-100, or no column "labels") have the teacher's term alone.

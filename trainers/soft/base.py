@@ -30,9 +30,11 @@ class StatesTrainer(SFTTrainer):
     batches and processes.
     """
 
+    least_layers = 2  # of which one can be left early
+
     def begin(self) -> None:
         """After SFTTrainer's __init__: find the decoder and give its forward the losses."""
-        self.decoder = find_decoder(self.model)
+        self.decoder = find_decoder(self.model, self.least_layers)
         self._check_setting()
         unpack_bnb_4bit(self.model)
         with gathering(self.model):

@@ -62,7 +62,7 @@ def add_exits(decoder: Decoder, outer: nn.Module) -> None:
             return before(*args, **kwargs) if original else type(self).forward(self, *args, **kwargs)
         if original:
             return _exit_forward(decoder, outer, args, kwargs, exits)
-        return _exit_forward(find_decoder(self), self, args, kwargs, exits)
+        return _exit_forward(find_decoder(self, least=1), self, args, kwargs, exits)
 
     model.forward = types.MethodType(forward, model)
 

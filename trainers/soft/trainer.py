@@ -11,6 +11,7 @@ from peft_dynamic.functional.schedule import Schedule
 from peft_dynamic.rules import taken_from
 from peft_dynamic.trainers.soft.base import StatesTrainer
 from peft_dynamic.trainers.soft.config import SoFTConfig, draw_exits
+from peft_dynamic.trainers.soft.forward import ExitOutput  # noqa: F401  # where it was before
 
 _CITATION = """\
 @inproceedings{kavehzadeh2024sorted,

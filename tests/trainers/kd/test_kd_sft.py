@@ -260,7 +260,7 @@ def test_exit_kd_out_of_range(settings: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_a_cut_student_learns_from_the_model_it_was_cut_from(tmp_path: Path) -> None:
-    student = cut(build("llama"), 3)
+    student = cut(build("llama"), 1)
     made = trainer(tmp_path, build("llama"), student, max_steps=40, kd_weight=1.0)
     made.train()
     values = [log["kd"] for log in made.state.log_history if "kd" in log]
