@@ -101,9 +101,9 @@ def rank_weights(ranks: Sequence[int], sampling: str | Sequence[float], geometri
 def draw_rank(ranks: tuple[int, ...], weights: tuple[float, ...], seed: int, step: int) -> int:
     """The rank of optimizer step `step`: a pure function, so that processes, retries and resumed runs agree on it.
 
-    Each rank has the probability that `weights` gives it, but the steps are not independent: of each `n` steps in turn,
-    with n the least number for which one below the largest rank is to be expected, at least one is below it. So every
-    window of 2 / (1 - p) steps, p the probability of the largest, has a lower rank, and a short run has its share.
+    Each rank has the probability that `weights` gives it, but the steps are not independent. Let n be the least number
+    of steps in which one lower rank is to be expected. Then of each n steps in turn at least one has a lower rank. So
+    every window of 2 / (1 - p) steps has one, p the probability of the largest, and a short run has its share.
 
     Args:
         ranks: increasing.

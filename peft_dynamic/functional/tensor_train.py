@@ -2,15 +2,15 @@
 
 Notation: an (in, out) matrix is read, row by row, as one tensor k_1 x ... x k_d with k_1 * ... * k_d = in * out. This
 is not the tensor-train *matrix* form, which pairs a factor of `in` with a factor of `out`. The train has cores G_i of
-shape (r_{i-1}, k_i, r_i) with r_0 = r_d = 1 and all inner ranks equal, and the entry (i_1, ..., i_d) of the tensor is
-the product of the matrices G_1[:, i_1, :] ... G_d[:, i_d, :].
+shape (r_{i-1}, k_i, r_i), with r_0 = r_d = 1 and all inner ranks equal. The entry (i_1, ..., i_d) of the tensor is the
+product of the matrices G_1[:, i_1, :] ... G_d[:, i_d, :].
 
 Three ways to use it, by what they cost for n rows of input:
 
 - `contract` builds the matrix: in * out * r multiplications, and n * in * out to apply it. The authors' code does this.
 - `split` and `apply_split` stop one product earlier. Where the first cores cover exactly `in`, the matrix is a product
-  of an (in, r) and an (r, out) matrix, and those two are applied one after the other: n * r * (in + out). A boundary
-  inside a core is handled too where that core's factor can be divided there.
+  of an (in, r) and an (r, out) matrix. They are applied one after the other: n * r * (in + out). A boundary inside a
+  core is handled too where that core's factor can be divided there.
 - core by core, without building anything: not here. The two parts hold no more than in * r and r * out numbers, so
   building them costs about as much as one row of input costs to apply.
 
@@ -60,9 +60,9 @@ def factorize(in_features: int, out_features: int) -> tuple[int, ...]:
 
     The reference's shape for the sizes that it has (`PUBLISHED_SHAPES`); else computed. Both sides are factorised into
     balanced factors near 8, at most `MAX_FACTOR` unless a prime factor is larger. Where the smaller side s divides the
-    larger one, the shape is factors(s), factors(larger / s), factors(s) mirrored: then the cores can be parted between
-    `in` and `out` whichever of the two comes first, which `split` needs. Larger factors go to the ends, whose cores
-    have one rank of 1 and so cost least.
+    larger one, the shape is factors(s), factors(larger / s), factors(s) mirrored. Then the cores can be parted between
+    `in` and `out` whichever of the two comes first: `split` needs that. Larger factors go to the ends, whose cores have
+    one rank of 1 and so cost least.
 
     Args:
         in_features: rows of the matrix, at least 1.

@@ -131,9 +131,9 @@ def build_citation_dataset(
         columns: the names in `rows` of "question", "passages" and "answer", where these differ.
 
     Returns:
-        A `datasets.Dataset` with the columns `question`, `passages` (a list of {"title", "text"}), `answer`, `cited`
-        (the ids in the answer, sorted), `origin` (for each passage its id in the row that came in, or 0 for one from
-        the pool) and `row` (the number of that row); and the report.
+        A `datasets.Dataset`, and the report. Its columns are `question`, `passages` (a list of {"title", "text"}),
+        `answer`, `cited` (the ids in the answer, sorted), `origin` and `row`. `origin` is for each passage its id in
+        the row that came in, or 0 for one from the pool. `row` is the number of that row.
 
     Raises:
         ValueError, TypeError: an argument or a row has no meaning; the message names it, the rule and the fix. A row

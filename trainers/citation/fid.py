@@ -1,8 +1,8 @@
 """Fusion-in-Decoder around any checkpoint of the T5 family: passages are encoded apart and meet in the decoder.
 
 Notable: the model is a T5 with the same weights and names, and is saved as one. What differs is the shape of its
-inputs: with (batch, passages, tokens) it encodes each passage by itself and gives the decoder all of them side by side;
-with (batch, tokens) it is the T5 that it was. Passages that a row lacks are not encoded at all.
+inputs. With (batch, passages, tokens) it encodes each passage by itself and gives the decoder all of them side by side.
+With (batch, tokens) it is the T5 that it was. Passages that a row lacks are not encoded at all.
 """
 
 from __future__ import annotations

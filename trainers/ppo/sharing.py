@@ -3,8 +3,8 @@
 Before the first optimizer step of a rollout the policy is the one that sampled. Where the whole rollout is one
 micro-batch, that step's own forward pass has the log-probabilities and values from which the advantages are made.
 
-Notable: this holds only if the policy computes the same in training as in evaluation. That is asked twice, and both
-have to say yes: known classes alone are let in, since a DyLoRA draws another rank for its step, and a trial looks for
+Notable: this holds only if the policy computes the same in training as in evaluation. Two checks have to say yes. The
+first lets in known classes alone, since a DyLoRA draws another rank for its step. The second is a trial: it looks for
 whatever else is random in training.
 """
 

@@ -1,9 +1,13 @@
 """PPOTrainer: see its docstring, and docs/ppo.md.
 
-What is overridden of transformers.Trainer: `train` and `_get_train_sampler` (prompts repeated per rollout),
-`_prepare_inputs` (a raw batch of prompts becomes a micro-batch of a rollout), `compute_loss`, `evaluation_loop`
-(rewards of completions), `log` (adds what was measured), and the saving and loading of the value function and the
-rollout beside the model.
+What is overridden of transformers.Trainer:
+
+- `train` and `_get_train_sampler`: prompts repeated per rollout;
+- `_prepare_inputs`: a raw batch of prompts becomes a micro-batch of a rollout;
+- `compute_loss`;
+- `evaluation_loop`: rewards of completions;
+- `log`: adds what was measured;
+- the saving and loading of the value function and the rollout beside the model.
 """
 
 from __future__ import annotations

@@ -127,8 +127,8 @@ def nlu_parse(task: str, completion: str | Sequence[Message], chain_of_thought: 
     """What a completion answers.
 
     The judgement is what stands before the first closing tag, and after the opening one if there is one. It has to hold
-    exactly one of the label words, without a negation before it in its part of the sentence ("Not very positive" is no
-    answer); for STS-B the first number in it counts, cut to 0..5, unless it is on another scale (80%, 8/10).
+    exactly one of the label words. A negation before the word, in its part of the sentence, makes it no answer: "Not
+    very positive". For STS-B the first number counts, cut to 0..5, unless it is on another scale (80%, 8/10).
 
     Args:
         task: as for `nlu_prompt`.

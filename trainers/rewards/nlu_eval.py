@@ -94,8 +94,8 @@ def generate_answers(
 def nlu_metrics(task: str, predictions: Predictions, rows: Sequence[Row]) -> dict[str, float]:
     """The official metrics of a task.
 
-    A prediction of None is wrong: in a task of two classes it is the other one, of three it is a class that no row has,
-    and for STS-B it is 0 or 5, whichever is farther from the label.
+    A prediction of None is wrong. In a task of two classes it counts as the other one, of three as a class that no row
+    has. For STS-B it counts as 0 or 5, whichever is farther from the label.
 
     - cola, ax: `matthews_correlation`; 0 where it is not defined.
     - stsb: `pearson` and `spearmanr`; 0 where all predictions are equal.

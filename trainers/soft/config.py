@@ -30,16 +30,16 @@ class SoFTConfig(SFTConfig):
 
         L = sum_{k in S} w_k L_k / sum_{k in S} w_k
 
-    with L_k the loss that `SFTTrainer` would compute of the model cut to k layers, and S the exits of the step: all of
-    them, as in SoFT, or a draw of them, as in the original SortedNet.
+    with L_k the loss that `SFTTrainer` would compute of the model cut to k layers, and S the exits of the step. S has
+    all exits, as in SoFT, or a draw of them, as in the original SortedNet.
 
     Args:
         exits: depths to train, in layers, the full depth among them; or how many, evenly spaced from 3/10 of the depth
-            to all of it; None for eight, which are the paper's 12, 16, ..., 40 of 40 layers (a model of less than ten
-            layers has fewer). On the command line "8", or "12,16,20".
+            to all of it. None for eight: of 40 layers the paper's 12, 16, ..., 40. A model of less than ten layers has
+            fewer. On the command line "8", or "12,16,20".
         exit_weights: w_k, one positive number per exit in increasing order of depth; None for the paper's equal ones.
-        exits_per_step: None to train all exits in each step; k to train the full depth and k others, drawn anew for
-            each optimizer step, from `seed` and the step's number: the same on all processes and after a resume.
+        exits_per_step: None to train all exits in each step; k to train the full depth and k others. They are drawn
+            for each optimizer step from `seed` and the step's number: the same on all processes and after a resume.
         exit_kd: lambda, 0 to 1: an exit's loss becomes (1 - lambda) L_k + lambda T^2 KL(full depth || exit k) per
             token, in the same forward pass; the full depth learns from the labels alone. A number, or a schedule's text
             as in `KDConfig`. 0 for SoFT as in the paper.

@@ -1,7 +1,7 @@
 """The forward pass of a model with exits: their losses, in one pass of the backbone.
 
-Notable: it happens inside the model's forward, where DDP and FSDP expect it. Hooks take the states of the layers, the
-tokens without a label are dropped, and what is left goes through the model's own norm and head in `exit_losses` or
+Notable: it happens inside the model's forward, where DDP and FSDP expect it. Hooks take the states of the layers, and
+the tokens without a label are dropped. The rest goes through the model's own norm and head in `exit_losses` or
 `kd_losses`, which hold no more than a chunk of logits.
 """
 

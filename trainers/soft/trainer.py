@@ -29,8 +29,8 @@ class SoFTTrainer(StatesTrainer):
 
     Takes what `trl.SFTTrainer` takes, with a `SoFTConfig` as `args`: text, chat, prompt and completion, packing,
     padding-free batches, assistant-only loss, any PEFT adapter, quantised base models, checkpointing and resume. The
-    loss is the weighted mean over the exits of the loss of the model cut to each exit, with the final norm and the head
-    shared, divided by the number of labelled tokens in the step as `SFTTrainer` does.
+    loss is the weighted mean of the exits' losses. An exit's loss is that of the model cut to it, with the final norm
+    and the head shared. It is divided by the number of labelled tokens in the step, as `SFTTrainer` does.
 
     `eval_loss` is one mean over the labelled tokens of all batches and processes. With `exit_kd` the shallower exits
     also learn from the full depth, in the same forward pass.
