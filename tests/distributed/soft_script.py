@@ -27,6 +27,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peft_dynamic.trainers import SoFTConfig
+from tests.trainers.kd.common import classifier
+from tests.trainers.kd.common import rows as sentences
+from tests.trainers.kd.common import trainer as classifying
 from tests.trainers.kd.test_kd_sft import trainer as distilling
 from tests.trainers.soft.common import rows, trainer
 from tests.trainers.soft.families import build
@@ -49,6 +52,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "exit-kd": {"tie": False, "exit_kd": "0:0.8 1:0.2", **lora()},
     "kd": {"tie": False, "teacher": "another", **lora()},
     "kd-ema": {"tie": False, "teacher": "ema", **lora()},
+    "kd-classifier": {"tie": False, "teacher": "classifier"},
 }
 
 
@@ -100,9 +104,15 @@ def train(kind: str, resume: bool) -> dict[str, Any]:
     else:
         for name in ("exits", "exits_per_step"):
             del more[name]
-        who = build("llama", seed=1) if teacher == "another" else teacher
-        more |= {"kd_weight": "0:0.9 1:0.3", "ema_decay": 0.5, "eval_dataset": Dataset.from_list(rows(7))}
-        made = distilling(folder, who, model, rows(16), **more, **settings)
+        more |= {"kd_weight": "0:0.9 1:0.3", "ema_decay": 0.5}
+        if teacher == "classifier":
+            labelled = [Dataset.from_list(sentences(count=count)) for count in (16, 7)]
+            more |= dict(zip(("train_dataset", "eval_dataset"), labelled, strict=True))
+            made = classifying(folder, classifier(1, 2), classifier(0), **more)
+        else:
+            who = build("llama", seed=1) if teacher == "another" else teacher
+            more["eval_dataset"] = Dataset.from_list(rows(7))
+            made = distilling(folder, who, model, rows(16), **more, **settings)
     made.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
     out = folder / ("resumed" if resume else "whole")
     made.save_model(str(out))

@@ -16,14 +16,14 @@ pytest.importorskip("trl")
 
 SCRIPT = Path(__file__).with_name("soft_script.py")
 KINDS = ["tied", "untied", "lora", "lora-head"]
-DISTILLING = ["exit-kd", "kd", "kd-ema"]
+DISTILLING = ["exit-kd", "kd", "kd-ema", "kd-classifier"]
 # ZeRO-3 gets a base model that was loaded in parts. A teacher beside the student is refused
 # there, and a running mean wherever weights are parted or copied.
 OF_ENGINE = {
     "ddp": [*KINDS, *DISTILLING],
     "fsdp2": [*KINDS, "exit-kd", "kd"],
     "zero1": ["tied", "lora-head"],
-    "zero2": [*KINDS, "exit-kd", "kd"],
+    "zero2": [*KINDS, "exit-kd", "kd", "kd-classifier"],
     "zero3": ["tied", "untied", "loaded", "lora-head", "exit-kd"],
 }
 # In the saved weights, and in any logged figure. Seen: 6e-8 and 1.6e-6.

@@ -81,6 +81,8 @@ class DistillingTrainer:
         means = self.sums[False].take()
         if output.metrics is not None:
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+            if "ce" in means:  # Trainer's is a mean of means by batch and process
+                output.metrics[f"{metric_key_prefix}_loss"] = means["ce"]
         return output
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
