@@ -188,7 +188,7 @@ def fast_dtype() -> Any:
         torch.nn.functional.scaled_dot_product_attention(tokens, tokens, tokens, is_causal=True)
     except RuntimeError:
         return torch.float32
-    seconds = {}
+    seconds: dict[Any, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.ones(512, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
         start = time.perf_counter()
