@@ -87,7 +87,8 @@ class Schedule:
         if after == len(self.knots) or self.stairs:
             return low
         end, high = self.knots[after]
-        return low + (high - low) * ((progress - start) / (end - start))
+        share = (progress - start) / (end - start)
+        return low * (1 - share) + high * share  # their difference may be more than a float holds
 
     @property
     def values(self) -> tuple[float, ...]:

@@ -16,6 +16,7 @@ from peft_dynamic.functional.schedule import Schedule, stairs
         ("0.2:1 0.6:3", {0: 1, 0.2: 1, 0.4: 2, 0.6: 3, 1: 3}),  # held before the first and after the last knot
         ("steps 0:0 0.78:1", {0: 0, 0.7799: 0, 0.78: 1, 1: 1}),
         ("steps 0.5:2", {0: 2, 1: 2}),
+        ("0:-1.7e308 1:1.7e308", {0: -1.7e308, 0.5: 0, 1: 1.7e308}),  # whose difference is no float
     ],
 )
 def test_values(text: str | float, at: dict[float, float]) -> None:
