@@ -21,7 +21,7 @@ DISTILLING = ["exit-kd", "kd", "kd-ema", "kd-classifier"]
 # there, and a running mean wherever weights are parted or copied.
 OF_ENGINE = {
     "ddp": [*KINDS, *DISTILLING],
-    "fsdp2": [*KINDS, "exit-kd", "kd"],
+    "fsdp2": [*KINDS, "exit-kd", "kd", "kd-classifier"],
     "zero1": ["tied", "lora-head"],
     "zero2": [*KINDS, "exit-kd", "kd", "kd-classifier"],
     "zero3": ["tied", "untied", "loaded", "lora-head", "exit-kd"],

@@ -79,7 +79,7 @@ def test_what_is_reported() -> None:
     plain = exit_losses(hidden, labels, own.weight, own.bias)
     torch.testing.assert_close(found.nll, plain.nll.float())
     torch.testing.assert_close(found.correct, plain.correct)
-    t = how.teacher.head.logits(how.teacher.states).argmax(1)  # type: ignore[union-attr]
+    t = how.teacher.head.logits(how.teacher.states).argmax(1)
     for e in range(2):
         z = own.logits(hidden[e].detach())
         assert found.agree[e] == (z.argmax(1) == t).sum()

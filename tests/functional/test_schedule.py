@@ -39,7 +39,7 @@ def test_a_stair_is_reached_at_the_step_that_is_meant() -> None:
 )
 def test_what_is_none_is_refused_with_its_forms(value: object) -> None:
     with pytest.raises(ValueError, match=r"such as '0:0\.1 1:1'|must increase from 0 to 1"):
-        Schedule.parse(value)  # type: ignore[arg-type]
+        Schedule.parse(value)
 
 
 @pytest.mark.parametrize("progress", [-0.01, 1.01, float("nan")])

@@ -66,7 +66,7 @@ def helps() -> list[Command]:
     from peft_dynamic.cli import cite, classify, ppo, sft, soft
 
     texts = [str(each.callback.__doc__) for each in app.registered_commands if each.callback]
-    texts += [each.VERB.help() for each in (cite, classify, ppo, sft, soft)]  # type: ignore[attr-defined]
+    texts += [each.VERB.help() for each in (cite, classify, ppo, sft, soft)]
     found = [text.partition("For example: ")[2].partition("\n\n")[0] for text in texts]
     assert all(found)
     return [(" ".join(each.split()), False) for each in found]
@@ -320,7 +320,7 @@ def checks(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
                 inner.setattr(TrlParser, "parse_args_and_config", stops(TrlParser.parse_args_and_config))
             plain(words, named)
 
-    found.python = python  # type: ignore[method-assign]
+    found.python = python
     return found
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.nn.functional import mse_loss
 
 from peft_dynamic.functional.distill import IGNORED, divergence, label_loss, manual_logits
@@ -243,12 +244,14 @@ class Distiller:
         Raises:
             ValueError: they differ.
         """
-        if self._checked or "labels" not in batch or self.rows_of(batch) == 0:
+        if self._checked:
             return
-        self._checked = True
-        labels = batch["labels"]
-        if self.task == "sequence" and not self.regression and bool((labels == IGNORED).any()):
-            self._checked = False
+        labels = batch.get("labels")
+        fit = labels is not None and self.rows_of(batch) > 0
+        if labels is not None and self.task == "sequence" and not self.regression:
+            fit = fit and not bool((labels == IGNORED).any())
+        self._checked = _everywhere(fit, next(self.student.parameters()).device)
+        if not self._checked or labels is None:
             return
         with evaluating(self.student):
             outputs = self.student(**batch)
@@ -373,6 +376,15 @@ class Distiller:
 
 
 _MOVING = ("kd_weight", "temperature", "teacher_scale")
+
+
+def _everywhere(holds: bool, device: torch.device) -> bool:
+    """Whether it holds in all processes: what follows is a forward pass, in which FSDP wants everybody."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return holds
+    flag = torch.tensor(int(holds), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MIN)
+    return bool(flag)
 
 
 def _over(total: torch.Tensor, rows: int, items: torch.Tensor | int | None) -> torch.Tensor:

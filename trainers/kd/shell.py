@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peft_dynamic.functional.schedule import progress_of
@@ -18,18 +18,10 @@ from peft_dynamic.trainers.kd.teachers import MeanTeacher, Teacher
 STATE = "kd_teacher.safetensors"
 
 
-class DistillingTrainer:
-    """Beside `transformers.Trainer` or a trainer made of it, which come after it in the bases."""
+class DistillingTrainer(Trainer):
+    """`transformers.Trainer` beside a trainer that is made of it, whose methods come between the two."""
 
     distiller: Any
-    # Trainer's
-    args: Any
-    accelerator: Any
-    model: Any
-    state: Any
-    is_world_process_zero: Any
-    is_fsdp_enabled: Any
-    is_deepspeed_enabled: Any
 
     def check_setting(self) -> None:
         """Raise for what no teacher can be combined with, as far as the distiller has not."""
@@ -61,7 +53,7 @@ class DistillingTrainer:
         self.used: dict[str, float] = {}  # the schedules' values in the last step
         # Of a forward without **kwargs Trainer thinks that it cannot divide by the rows of a whole step; ours does.
         self.model_accepts_loss_kwargs = True
-        self.add_callback(_TellTeacher(self.distiller))  # type: ignore[attr-defined]
+        self.add_callback(_TellTeacher(self.distiller))
 
     @property
     def progress(self) -> float:
@@ -72,12 +64,12 @@ class DistillingTrainer:
         """Trainer's, with what the distillation has to tell."""
         if "loss" in logs:
             logs = {**logs, **self.sums[True].take(), **self.used}
-        super().log(logs, start_time)  # type: ignore[misc]
+        super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Trainer's, with the teacher's score beside the student's."""
         self.sums[False].take()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self.sums[False].take()
         if output.metrics is not None:
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
@@ -86,15 +78,15 @@ class DistillingTrainer:
         return output
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        super()._save_checkpoint(model, trial)
         teacher = self.distiller.teacher
         state = teacher.state() if isinstance(teacher, Teacher) else {}
         if state and self.is_world_process_zero():
-            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")  # type: ignore[attr-defined]
+            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             save_file({name: value.contiguous().cpu() for name, value in state.items()}, folder / STATE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         path = Path(resume_from_checkpoint, STATE)
         teacher = self.distiller.teacher
         if isinstance(teacher, Teacher) and teacher.state():
@@ -109,6 +101,10 @@ class DistillingTrainer:
 class _TellTeacher(TrainerCallback):
     def __init__(self, distiller: Any) -> None:
         self.distiller = distiller
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if isinstance(self.distiller.teacher, Teacher):
+            self.distiller.teacher.state()  # a running mean begins before the first step, whatever its weight is
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.distiller.updated()

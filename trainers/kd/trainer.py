@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from peft_dynamic.hosts.repeated import real_rows
 from peft_dynamic.rules import taken_from
@@ -15,7 +15,7 @@ from peft_dynamic.trainers.kd.distiller import Distiller
 from peft_dynamic.trainers.kd.shell import DistillingTrainer, scaled
 
 
-class KDTrainer(DistillingTrainer, Trainer):
+class KDTrainer(DistillingTrainer):
     """Trains a classifier, an encoder-decoder or a causal model on labels and a teacher.
 
     Takes what `transformers.Trainer` takes. Fine-tuning, label smoothing and distillation differ in `teacher` alone:
@@ -64,9 +64,8 @@ class KDTrainer(DistillingTrainer, Trainer):
                 raise ValueError("peft_config: the model has an adapter already; leave one of them out.")
             model = get_peft_model(model, peft_config)
         config = KDConfig() if args is None else args if isinstance(args, KDConfig) else taken_from(KDConfig, args)
-        # before Trainer looks at what is trained, as a teacher among the adapters is not
-        self.distiller = Distiller(model, teacher, config, kwargs.get("processing_class"), teacher_quantization)
         super().__init__(model, config, *positional, **kwargs)
+        self.distiller = Distiller(self.model, teacher, config, self.processing_class, teacher_quantization)
         self.start()
 
     def compute_loss(
@@ -94,9 +93,9 @@ class KDTrainer(DistillingTrainer, Trainer):
         if kept is None:
             self.sums[False].add(self.accelerator, found.sums, found.counts)
             return
-        part = {name: value[kept] if len(value) == len(kept) else value for name, value in inputs.items()}
         empty = not bool(kept.any())
-        again = found if empty else self.distiller.compute(part, self.progress, whole=True)
+        part = {name: value if empty or not torch.is_tensor(value) else value[kept] for name, value in inputs.items()}
+        again = self.distiller.compute(part, self.progress, whole=True)  # on all: FSDP's weights come from everybody
         sums = {name: value * (not empty) for name, value in again.sums.items()}
         self.sums[False].add(self.accelerator, sums, dict.fromkeys(sums, 0) if empty else again.counts)
 

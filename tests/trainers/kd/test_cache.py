@@ -62,14 +62,14 @@ def test_how_exact_each_kind_is(tmp_path: Path) -> None:
     inputs = dict(next(iter(made.get_train_dataloader())))
     labels = inputs.pop("labels")
     keep = labels[:, 1:] != -100
-    live: Any = made.distiller.teacher.states(inputs, keep, 0.0)  # type: ignore[union-attr]
+    live: Any = made.distiller.teacher.states(inputs, keep, 0.0)
     z = live.head.logits(live.states)
     bounds = {"float32": 1e-5, "bfloat16": 2e-2, "int8": 5e-2}
     for dtype, bound in bounds.items():
         folder = tmp_path / dtype
         cache_teacher(teacher, [{**inputs, "labels": labels}], folder, dtype=dtype)
         other = trainer(tmp_path / "out", f"cache:{folder}")
-        found: Any = other.distiller.teacher.states(inputs, keep, 0.0)  # type: ignore[union-attr]
+        found: Any = other.distiller.teacher.states(inputs, keep, 0.0)
         error = (found.head.logits(found.states) - z).norm() / z.norm()
         assert error < bound, dtype
         assert (error > 0) == (dtype != "float32")
@@ -77,7 +77,7 @@ def test_how_exact_each_kind_is(tmp_path: Path) -> None:
     best = Cache(tmp_path / "top")
     top = torch.log_softmax(z, 1).topk(3)
     other = trainer(tmp_path / "out", f"cache:{tmp_path / 'top'}")
-    kept: Any = other.distiller.teacher.states(inputs, keep, 0.0)  # type: ignore[union-attr]
+    kept: Any = other.distiller.teacher.states(inputs, keep, 0.0)
     torch.testing.assert_close(kept.logprobs, top.values, rtol=1e-4, atol=1e-5)
     assert torch.equal(kept.tokens, top.indices)
     assert best.meta["top_k"] == 3

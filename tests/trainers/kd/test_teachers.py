@@ -133,7 +133,7 @@ def test_the_full_rank_teaches_the_lower_ones(tmp_path: Path) -> None:
         assert model.base_model.drawn_rank() == drawn[-1]
         return found
 
-    made.distiller.compute = noted  # type: ignore[method-assign]
+    made.distiller.compute = noted
     made.train()
     assert set(drawn) == {1, 4}
     torch.manual_seed(7)
@@ -146,7 +146,7 @@ def test_the_full_rank_teaches_the_lower_ones(tmp_path: Path) -> None:
         plain.append(alone.base_model.drawn_rank())
         return whole(*args, **kwargs)
 
-    other.distiller.compute = watched  # type: ignore[method-assign]
+    other.distiller.compute = watched
     other.train()
     assert drawn == plain  # the draws are DyLoRA's own
 
@@ -162,9 +162,10 @@ def test_what_the_full_rank_says() -> None:
     assert loss.item() == pytest.approx(kl(low, full), rel=1e-4)
 
 
-def test_the_running_mean_is_the_formula(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weight", [0.5, "steps 0:0 0.5:0.5"])  # also where nobody asks it at first
+def test_the_running_mean_is_the_formula(weight: float | str, tmp_path: Path) -> None:
     model = classifier(0)
-    made = trainer(tmp_path, "ema", model, ema_decay=0.75, optim="sgd")
+    made = trainer(tmp_path, "ema", model, ema_decay=0.75, optim="sgd", kd_weight=weight)
     seen = [weights(model)]
     step = made.distiller.updated
 
@@ -172,12 +173,12 @@ def test_the_running_mean_is_the_formula(tmp_path: Path) -> None:
         seen.append(weights(model))
         step()
 
-    made.distiller.updated = noted  # type: ignore[method-assign]
+    made.distiller.updated = noted
     made.train()
     mean = {name: value.float() for name, value in seen[0].items()}
     for each in seen[1:]:
         mean = {name: 0.75 * mean[name] + 0.25 * value for name, value in each.items()}
-    found = made.distiller.teacher.state()  # type: ignore[union-attr]
+    found = made.distiller.teacher.state()
     for name, value in found.items():
         torch.testing.assert_close(value, mean[name])
 
@@ -293,7 +294,7 @@ def test_refusals_before_training(name: str, tmp_path: Path) -> None:
 
 
 def test_a_loss_of_its_own_is_refused_at_the_first_batch() -> None:
-    class Weighted(type(classifier(0))):  # type: ignore[misc]
+    class Weighted(type(classifier(0))):
         def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
             found = super().forward(*args, **kwargs)
             if labels is not None:
