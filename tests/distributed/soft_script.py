@@ -106,7 +106,8 @@ def train(kind: str, resume: bool) -> dict[str, Any]:
             del more[name]
         more |= {"kd_weight": "0:0.9 1:0.3", "ema_decay": 0.5}
         if teacher == "classifier":
-            labelled = [Dataset.from_list(sentences(count=count)) for count in (16, 5)]  # the last batch is one process alone
+            # five rows: of the last batch one process has none
+            labelled = [Dataset.from_list(sentences(count=count)) for count in (16, 5)]
             more |= dict(zip(("train_dataset", "eval_dataset"), labelled, strict=True))
             if "fsdp_config" in more:
                 more["fsdp_config"]["transformer_layer_cls_to_wrap"] = ["BertLayer"]
