@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from peft_dynamic.trainers import KDSFTConfig, KDSFTTrainer, SoFTConfig
-from tests.trainers.soft.common import first_batch, rows, tokenizer, words
+from tests.trainers.soft.common import TOY, assert_trained_as_sft, first_batch, rows, tokenizer, words
 from tests.trainers.soft.common import trainer as soft
 from tests.trainers.soft.families import build, cut
 
@@ -34,21 +34,7 @@ DATA: dict[str, tuple[Any, dict[str, Any]]] = {
 
 def trainer(folder: Path, teacher: Any = None, model: Any = None, data: Any = None, **more: Any) -> KDSFTTrainer:
     others = {key: more.pop(key) for key in ("peft_config", "eval_dataset", "callbacks") if key in more}
-    config = {
-        "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        **more,
-    }
+    config = {**TOY, "max_steps": 3, "per_device_eval_batch_size": 4, **more}
     return KDSFTTrainer(
         build("llama") if model is None else model,
         teacher,
@@ -126,31 +112,7 @@ def test_it_is_the_loss_of_gkd_without_sampling(tmp_path: Path, monkeypatch: pyt
 def test_without_a_teacher_it_is_sft(tmp_path: Path) -> None:
     made = trainer(tmp_path, max_length=64)
     made.train()
-    config = {name: getattr(made.args, name) for name in ("max_steps", "learning_rate", "logging_steps", "max_length")}
-    stock = trl.SFTTrainer(
-        build("llama"),
-        trl.SFTConfig(
-            str(tmp_path),
-            **config,
-            per_device_train_batch_size=4,
-            use_cpu=True,
-            bf16=False,
-            report_to=[],
-            save_strategy="no",
-            gradient_checkpointing=False,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        ),
-        train_dataset=Dataset.from_list(rows()),
-        processing_class=tokenizer(),
-    )
-    stock.train()
-    for key in ("loss", "mean_token_accuracy", "num_tokens"):
-        one, other = ([log[key] for log in each.state.log_history if key in log] for each in (made, stock))
-        assert len(one) == 3
-        assert one == pytest.approx(other, rel=1e-5), key
-    for (name, p), (_, other) in zip(made.model.named_parameters(), stock.model.named_parameters(), strict=True):
-        torch.testing.assert_close(p, other, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    assert_trained_as_sft(made, ("loss", "mean_token_accuracy", "num_tokens"))
 
 
 @pytest.mark.parametrize("teacher", ["base", "ema", "smoothing", "manual", "path"])

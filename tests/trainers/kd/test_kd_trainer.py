@@ -114,6 +114,25 @@ def test_eight_rows_in_one_part_or_in_four(task: str, tmp_path: Path) -> None:
         torch.testing.assert_close(value, trained[1][name], rtol=1e-4, atol=1e-5)
 
 
+def test_rows_with_and_without_labels_in_parts(tmp_path: Path) -> None:
+    """The loss of a step is the mean over all its rows, whatever part of them has labels."""
+    data = rows()
+    for row in data[::3]:
+        row["labels"] = -100
+    made = trainer(
+        tmp_path,
+        classifier(1, 2),
+        train_dataset=Dataset.from_list(data),
+        gradient_accumulation_steps=4,
+        max_steps=1,
+        kd_weight=0.3,
+    )
+    made.train()
+    inputs = {name: torch.tensor([row[name] for row in data]) for name in data[0]}
+    wanted = Distiller(classifier(0), classifier(1, 2), KDConfig(kd_weight=0.3))(inputs)
+    assert made.state.log_history[0]["loss"] == pytest.approx(wanted.item(), rel=1e-5)
+
+
 def test_schedules_are_logged_as_they_were_used(tmp_path: Path) -> None:
     made = trainer(
         tmp_path, classifier(1, 2), kd_weight="steps 0:1 0.5:0.25", temperature="0:4 1:1", teacher_scale="0:0.5 1:1"

@@ -4,11 +4,13 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
 
 from peft_dynamic.trainers import SoFTConfig, SoFTTrainer
 from tests.trainers.soft.families import VOCABULARY, build, cut, layers_of
@@ -37,24 +39,25 @@ def rows(count: int = 8) -> list[dict[str, Any]]:
     return [{"prompt": words(2 + i % 3, i) + " ", "completion": words(3 + i % 4, 100 + i)} for i in range(count)]
 
 
+# Of every trainer on SFTTrainer in these tests: on the CPU, and without files, bars and services.
+TOY: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+
+
 def trainer(folder: Path, model: Any = None, data: Any = None, eval_data: Any = None, **more: Any) -> SoFTTrainer:
     """On a Llama of six layers, with its exits 2, 4 and 6, unless told otherwise."""
     others = {key: more.pop(key) for key in ("peft_config", "callbacks", "data_collator") if key in more}
-    config = {
-        "exits": [2, 4, 6],
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        **more,
-    }
+    config = {**TOY, "exits": [2, 4, 6], "max_steps": 2, **more}
     return SoFTTrainer(
         build("llama") if model is None else model,
         SoFTConfig(str(folder), **config),
@@ -67,6 +70,19 @@ def trainer(folder: Path, model: Any = None, data: Any = None, eval_data: Any = 
 
 def first_batch(made: SoFTTrainer) -> dict[str, Any]:
     return dict(next(iter(made.get_train_dataloader())))
+
+
+def assert_trained_as_sft(made: Any, keys: tuple[str, ...]) -> None:
+    """A trainer that has taken three steps on `rows()` has logged and trained what stock SFTTrainer does."""
+    config = SFTConfig(made.args.output_dir, **TOY, max_steps=3, max_length=64)
+    stock = SFTTrainer(build("llama"), config, train_dataset=Dataset.from_list(rows()), processing_class=tokenizer())
+    stock.train()
+    for key in keys:
+        values = [[log[key] for log in each.state.log_history if key in log] for each in (made, stock)]
+        assert len(values[0]) == 3
+        assert values[0] == pytest.approx(values[1], rel=1e-5), key
+    for (name, p), (_, other) in zip(made.model.named_parameters(), stock.model.named_parameters(), strict=True):
+        torch.testing.assert_close(p, other, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def plain_losses(model: Any, batch: dict[str, Any], exits: list[int]) -> torch.Tensor:

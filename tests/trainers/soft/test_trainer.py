@@ -20,6 +20,7 @@ from peft_dynamic.trainers import SoFTConfig, SoFTTrainer, truncate_to_exit
 from tests import methods
 from tests.trainers.soft.common import (
     assert_losses_and_gradients,
+    assert_trained_as_sft,
     first_batch,
     plain_losses,
     rows,
@@ -108,29 +109,7 @@ def test_every_parameter_is_trained(tmp_path: Path) -> None:
 def test_one_exit_at_the_full_depth_trains_as_sft(tmp_path: Path) -> None:
     mine = trainer(tmp_path, exits=[6], max_steps=3, max_length=64)
     mine.train()
-    fields = {name: getattr(mine.args, name) for name in ("max_steps", "learning_rate", "logging_steps", "max_length")}
-    config = trl.SFTConfig(
-        str(tmp_path),
-        **fields,
-        per_device_train_batch_size=4,
-        use_cpu=True,
-        bf16=False,
-        report_to=[],
-        save_strategy="no",
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
-    stock = trl.SFTTrainer(
-        build("llama"), config, train_dataset=Dataset.from_list(rows()), processing_class=tokenizer()
-    )
-    stock.train()
-    for key in ("loss", "grad_norm", "mean_token_accuracy", "num_tokens"):
-        values = [[log[key] for log in each.state.log_history if key in log] for each in (mine, stock)]
-        assert len(values[0]) == 3
-        assert values[0] == pytest.approx(values[1], rel=1e-5), key
-    for (name, p), (_, other) in zip(mine.model.named_parameters(), stock.model.named_parameters(), strict=True):
-        torch.testing.assert_close(p, other, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    assert_trained_as_sft(mine, ("loss", "grad_norm", "mean_token_accuracy", "num_tokens"))
 
 
 def test_weights_and_logged_losses(tmp_path: Path) -> None:
