@@ -15,6 +15,7 @@ from peft_dynamic.tuners.as_lora import as_stock, check_target, is_of_diffusers,
 from peft_dynamic.tuners.checkpoint import CheckedLoading
 from peft_dynamic.tuners.factors import is_viewed, keep_together
 from peft_dynamic.tuners.lora_fields import check_variant
+from peft_dynamic.tuners.steps import PassHooks
 
 
 class ComputedLoraModel(CheckedLoading, LoraModel):
@@ -32,6 +33,41 @@ class ComputedLoraModel(CheckedLoading, LoraModel):
 
     def _forget(self, adapter_name: str) -> None:
         """Drop what the tuner holds of an adapter that goes."""
+        for handle in self.__dict__.get("_hooks_of_adapters", {}).pop(adapter_name, []):
+            handle.remove()
+        self.__dict__.get("_schedules", {}).pop(adapter_name, None)
+        self.__dict__.get("_schedule_holders", set()).discard(adapter_name)
+
+    def _new_schedule(self, config: Any) -> Any:
+        """What changes with the optimizer steps, of a method that has such."""
+        raise NotImplementedError
+
+    def _schedule(self, adapter_name: str) -> Any:
+        schedules: dict[str, Any] = self.__dict__.setdefault("_schedules", {})
+        if adapter_name not in schedules:
+            schedules[adapter_name] = self._new_schedule(self.peft_config[adapter_name])
+        return schedules[adapter_name]
+
+    def _register_hooks(self, model: nn.Module, adapter_name: str, kind: type[PassHooks]) -> None:
+        """Let the adapter's schedule know of the model's forward passes."""
+        hooks = self.__dict__.setdefault("_hooks_of_adapters", {})
+        hooks[adapter_name] = kind(self._schedule(adapter_name)).register(model)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for adapter_name in list(self.__dict__.get("_hooks_of_adapters", {})):
+            self._forget(adapter_name)
+        return model
+
+    def _keep_in_state_dict(self, schedule: nn.Module, layer: LoraLayer, adapter_name: str) -> None:
+        # One layer carries the step number, as one of its adapter modules: PEFT saves, loads, moves and deletes it.
+        if adapter_name in self.__dict__.setdefault("_schedule_holders", set()):
+            return
+        self._schedule_holders.add(adapter_name)
+        if not hasattr(layer, "lora_schedule"):
+            layer.lora_schedule = nn.ModuleDict()
+            layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_schedule")
+        layer.lora_schedule[adapter_name] = schedule
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's, and all or nothing: when a layer is refused, the model is left as it was."""

@@ -56,7 +56,7 @@ def test_optimizers_that_read_the_stored_factors_are_refused_where_these_mean_so
     method: str, helper: str
 ) -> None:
     model = with_method(method)
-    if helper == "riemannian" and method.startswith("loretta"):
+    if helper == "riemannian" and method.startswith(("loretta", "lamda")):
         with pytest.raises(ValueError, match="did not find any trainable lora_A/lora_B"):
             create_riemannian_optimizer(model, torch.optim.SGD, lr=1e-2)
         return
@@ -149,7 +149,7 @@ def test_frozen_over_two_optimizers_is_refused() -> None:
     optimizers = [torch.optim.AdamW(some, lr=1e-2) for some in factors.values()]
     before = trainable_state(model)
     model.train()(input_ids=rows(2), labels=rows(2)).loss.backward()
-    with pytest.raises(RuntimeError, match=r"holds a part of them only: .*_proj is not in it"):
+    with pytest.raises(RuntimeError, match=r"holds some of them only: .*_proj is not in it"):
         optimizers[0].step()
     assert all(torch.equal(value, before[name]) for name, value in trainable_state(model).items())
     for parameter in factors["lora_A"]:
@@ -229,7 +229,7 @@ def test_a_deepspeed_engine_whose_steps_are_not_seen_is_refused(mark: str) -> No
         model.train()(input_ids=rows(2))
         optimizer.step()
     model.train()(input_ids=rows(2))
-    with pytest.raises(RuntimeError, match=r"DeepSpeed has stepped 3 times .* every step would train rank 4"):
+    with pytest.raises(RuntimeError, match=r"DeepSpeed has stepped 3 times .* it still trains its first rank, 4"):
         optimizer.step()
 
 

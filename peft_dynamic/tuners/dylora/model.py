@@ -18,7 +18,7 @@ from peft_dynamic.tuners.dylora.config import DyLoRAConfig
 from peft_dynamic.tuners.dylora.layer import make_ranked, ranked_adapters, ranked_layers, set_layer_rank
 from peft_dynamic.tuners.dylora.ranks import AdapterRanks, prepare
 from peft_dynamic.tuners.dylora.schedule import RankSchedule, warn_if_untrained
-from peft_dynamic.tuners.dylora.steps import PassHooks
+from peft_dynamic.tuners.dylora.steps import RankedPassHooks
 from peft_dynamic.tuners.dylora.stock import adapters_of, hold, release, stock_layers
 from peft_dynamic.tuners.dylora.turns import turn
 from peft_dynamic.tuners.dylora.weigh import check_svd, weigh
@@ -38,23 +38,12 @@ class DyLoRAModel(ComputedLoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        schedule = self._schedule(adapter_name)
-        self._root_hooks()[adapter_name] = PassHooks(schedule).register(model)
+        self._register_hooks(model, adapter_name, RankedPassHooks)
 
     def _make_computed(self, layer: LoraLayer, adapter_name: str, config: DyLoRAConfig) -> None:
         schedule = self._schedule(adapter_name)
         make_ranked(layer, adapter_name, schedule, config)
         self._keep_in_state_dict(schedule, layer, adapter_name)
-
-    def _keep_in_state_dict(self, schedule: RankSchedule, layer: LoraLayer, adapter_name: str) -> None:
-        # One layer carries the step number, as one of its adapter modules: PEFT saves, loads, moves and deletes it.
-        if adapter_name in self.__dict__.setdefault("_schedule_holders", set()):
-            return
-        self._schedule_holders.add(adapter_name)
-        if not hasattr(layer, "lora_schedule"):
-            layer.lora_schedule = nn.ModuleDict()
-            layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_schedule")
-        layer.lora_schedule[adapter_name] = schedule
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -68,26 +57,8 @@ class DyLoRAModel(ComputedLoraModel):
                 remapped[f"{key.removesuffix(name)}{adapter_name}.{name}"] = remapped.pop(key)
         return remapped
 
-    def _schedule(self, adapter_name: str) -> RankSchedule:
-        schedules: dict[str, RankSchedule] = self.__dict__.setdefault("_schedules", {})
-        if adapter_name not in schedules:
-            schedules[adapter_name] = RankSchedule(self.peft_config[adapter_name])
-        return schedules[adapter_name]
-
-    def _root_hooks(self) -> dict[str, list[Any]]:
-        return self.__dict__.setdefault("_hooks_of_adapters", {})
-
-    def _forget(self, adapter_name: str) -> None:
-        for handle in self._root_hooks().pop(adapter_name, []):
-            handle.remove()
-        self.__dict__.get("_schedules", {}).pop(adapter_name, None)
-        self.__dict__.get("_schedule_holders", set()).discard(adapter_name)
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for adapter_name in list(self._root_hooks()):
-            self._forget(adapter_name)
-        return model
+    def _new_schedule(self, config: Any) -> RankSchedule:
+        return RankSchedule(config)
 
     def _weighted(self, config: Any, adapter_name: str) -> Any:
         ranks = [layer.r[adapter_name] for _, layer in ranked_layers(self.model, adapter_name)]

@@ -7,7 +7,6 @@ writes what PEFT reads (`r`, `lora_alpha`, `scaling`) into the layer. A factor l
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import count
 from typing import Any
 
 import torch
@@ -18,9 +17,8 @@ from peft_dynamic.functional.ranks import alpha_at, bases_of, gram_matrices, lea
 from peft_dynamic.hosts.offload import is_sharded
 from peft_dynamic.tuners.computed import ComputedFactor
 from peft_dynamic.tuners.dylora.schedule import RankSchedule
-from peft_dynamic.tuners.factors import LayerState, live_states
-
-_order = count()  # of making
+from peft_dynamic.tuners.factors import live_states
+from peft_dynamic.tuners.steps import SteppedState
 
 
 class RankedFactor(ComputedFactor):
@@ -82,7 +80,7 @@ class RankedFactor(ComputedFactor):
         return mask
 
 
-class AdapterRanks(LayerState):
+class AdapterRanks(SteppedState):
     """The rank state of one adapter in one layer.
 
     Attributes:
@@ -107,9 +105,7 @@ class AdapterRanks(LayerState):
         max_rank: int,
         parts: tuple[Any, Any],
     ) -> None:
-        super().__init__(parts)
-        self.schedule = schedule
-        self.order = next(_order)
+        super().__init__(schedule, parts)
         self.truncation = truncation
         self.rule = rule
         self.lora_alpha = lora_alpha
@@ -162,14 +158,16 @@ class AdapterRanks(LayerState):
             layer.r[adapter_name], layer.lora_alpha[adapter_name], layer.scaling[adapter_name] = self._outside_training
             self._outside_training = None
 
-    def is_trained(self) -> bool:
-        return any(factor.requires_grad for factor in self.factors())
-
     def moving_parts(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """For both factors, whose values these are: the mask of what this step trains under update="frozen"."""
         stop = self.of(self.schedule.drawn)
         start = self.of(self.schedule.below(self.schedule.drawn))
         return [factor.block_mask(value, start, stop) for value, (_, _, factor) in zip(values, self.parts, strict=True)]
+
+    @classmethod
+    def prepare_next(cls, states: list[AdapterRanks]) -> None:
+        """The rank that comes next is the drawn one or the set one; at rank 0 a layer needs no basis."""
+        prepare((each, min(each.of(each.schedule.drawn), each.rank or each.max_rank)) for each in states)
 
     # --- the basis of truncation="svd"
 

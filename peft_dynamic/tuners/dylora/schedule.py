@@ -1,7 +1,7 @@
 """Which rank a training step uses: drawn once per optimizer step, the same everywhere, continued after a resume.
 
-Notable: the draw happens at an optimizer's step (`steps.py`), not in a forward pass: a forward pass may be repeated
-(gradient checkpointing, accumulation) or compiled.
+Notable: the draw happens at an optimizer's step (`peft_dynamic.tuners.steps`), not in a forward pass: a forward pass
+may be repeated (gradient checkpointing, accumulation) or compiled.
 """
 
 from __future__ import annotations
@@ -11,28 +11,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from peft_dynamic.functional.ranks import draw_rank, rank_weights
 from peft_dynamic.tuners.dylora.config import DyLoRAConfig
 from peft_dynamic.tuners.dylora.turns import turns_of
+from peft_dynamic.tuners.steps import StepSchedule
 
 
-class RankSchedule(nn.Module):
+class RankSchedule(StepSchedule):
     """The rank draws of one adapter, shared by all its layers.
-
-    The number of optimizer steps is a buffer (`step`, int64, shape ()), so that it travels with the adapter's
-    checkpoint: `resume_from_checkpoint` and `load_adapter` continue the sequence of ranks where it stopped.
 
     Attributes:
         drawn: the rank of the current training step.
-        optional_buffers: what a checkpoint may have or not.
-        stock: of a stock LoRA, whose steps nobody has to count.
     """
 
-    stock = False
+    method, field, instead = "DyLoRA", "update='frozen'", "use update='nested'"
     optional_buffers = ("moments", "moments_step", "moments_of")
-    step: torch.Tensor
     moments: torch.Tensor | None
     moments_step: torch.Tensor | None
     moments_of: torch.Tensor | None
@@ -45,29 +39,20 @@ class RankSchedule(nn.Module):
         self.update = config.update
         self.cuts_alone = config.rank_sampling == "full"  # no rank below the largest is trained more than another
         self.warned: set[int] = set()
-        self.entered_training = False  # the model's forward pass since the last step of any optimizer
-        self.unseen_steps = 0  # steps of optimizers without our factors, as long as none with them was seen
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device="cpu"))
         self.keep_moments(None)
-        self._seen: tuple[int, int] | None = None
-        self._steps = 0
-        self.updates = 0  # optimizer steps seen by this process, never set back
-        self.drawn = self._draw()
+        self.arrive()
 
     @property
-    def steps(self) -> int:
-        """How many optimizer steps were taken, before a resume too."""
-        return self._steps
+    def holds_still(self) -> bool:  # type: ignore[override]  # a class attribute of the base
+        return self.update == "frozen"
 
-    def _draw(self) -> int:
-        return draw_rank(self.ranks, self.weights, self.seed, self._steps)
+    @property
+    def unmoved(self) -> str:
+        return f"it still trains its first rank, {self.drawn}"
 
-    def refresh(self) -> None:
-        """Take over a step number that was loaded from a checkpoint."""
-        seen = (id(self.step), self.step._version)
-        if seen != self._seen:  # reading the number is a device synchronisation: only when the buffer has changed
-            self._seen, self._steps = seen, int(self.step)
-            self.drawn = self._draw()
+    def arrive(self) -> None:
+        """Draw the rank of the step that comes next."""
+        self.drawn = draw_rank(self.ranks, self.weights, self.seed, self._steps)
 
     # --- what a calibration measured
 
@@ -117,16 +102,6 @@ class RankSchedule(nn.Module):
         if kept is not None and self.moments is not None and self.moments.dtype != kept.dtype:
             self.moments = kept.to(self.moments.device)
         return self
-
-    def advance(self) -> None:
-        """One optimizer step has been taken: draw the next rank."""
-        self.refresh()
-        self._steps += 1
-        self.updates += 1
-        with torch.no_grad():
-            self.step.fill_(self._steps)
-        self._seen = (id(self.step), self.step._version)
-        self.drawn = self._draw()
 
     @property
     def suspended(self) -> bool:

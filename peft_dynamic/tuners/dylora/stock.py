@@ -22,7 +22,7 @@ from peft_dynamic.tuners.computed import COMPUTED_CLASSES, ComputedModule, Compu
 from peft_dynamic.tuners.dylora.config import DyLoRAConfig
 from peft_dynamic.tuners.dylora.layer import make_ranked, ranked_layers
 from peft_dynamic.tuners.dylora.schedule import RankSchedule
-from peft_dynamic.tuners.dylora.steps import PassHooks
+from peft_dynamic.tuners.dylora.steps import RankedPassHooks
 from peft_dynamic.tuners.lora_fields import check_product
 
 STOCK_CLASSES = {computed: stock for stock, computed in COMPUTED_CLASSES.items()}
@@ -43,7 +43,7 @@ class WholeSchedule(RankSchedule):
         return self.__dict__ | {"users": 0}
 
 
-class CutHooks(PassHooks):
+class CutHooks(RankedPassHooks):
     """Hooks that go when the layers are gone, by PEFT's merge_and_unload, unload or delete_adapter.
 
     Args:
@@ -63,14 +63,14 @@ class CutHooks(PassHooks):
         else:
             super().enter(module, args, kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PassHooks:
+    def __deepcopy__(self, memo: dict[int, Any]) -> RankedPassHooks:
         schedule, layer = copy.deepcopy(self.schedule, memo), self.layer()
         if layer is None or not isinstance(schedule, WholeSchedule):
-            return PassHooks(schedule)
+            return RankedPassHooks(schedule)
         return CutHooks(schedule, copy.deepcopy(layer, memo), self.adapter_name)
 
     def __reduce__(self) -> Any:  # an unpickled model's hooks stay: its layers have no name here
-        return PassHooks, (self.schedule,)
+        return RankedPassHooks, (self.schedule,)
 
 
 def adapter_gone(layer: Any, adapter_name: str, schedule: RankSchedule) -> bool:
@@ -88,7 +88,7 @@ def remove_hooks(root: nn.Module, schedule: RankSchedule) -> None:
     for hooks, more in kinds:
         for key, hook in list(hooks.items()):
             owner = getattr(hook, "__self__", None)
-            if isinstance(owner, PassHooks) and owner.schedule is schedule:
+            if isinstance(owner, RankedPassHooks) and owner.schedule is schedule:
                 hooks.pop(key)
                 for each in more:
                     each.pop(key, None)
