@@ -29,6 +29,7 @@ from peft_dynamic.tuners.dylora.model import active_ranked_adapter, at_rank, hel
 from peft_dynamic.tuners.dylora.ranks import AdapterRanks
 from peft_dynamic.tuners.dylora.stock import stock_layers
 from peft_dynamic.tuners.factors import active_adapter, viewed_layers
+from peft_dynamic.tuners.mixer import SPECTRAL
 
 PEFT_PREFIX = "base_model.model."
 # In this order into the target: without a config a folder is no adapter, so a half-written one never loads.
@@ -235,6 +236,8 @@ def _config(model: Any, name: str) -> tuple[LoraConfig, dict[str, str] | None]:
         "inference_mode": True,
         "base_model_name_or_path": ours.base_model_name_or_path or base.__dict__.get("name_or_path") or None,
     }
+    if values["init_lora_weights"] == SPECTRAL:  # which PEFT does not know
+        values["init_lora_weights"] = True
     if ours.peft_type == "LORA":  # of which the layers at hand have the scale in lora_alpha
         values["use_rslora"] = False
     if len(kept) < len(layers):

@@ -24,6 +24,17 @@ VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "dylora-paper": ("DYLORA", {"truncation": "prefix", "scaling": "alpha/b", "rank_sampling": "uniform"}),
     "dylora-frozen": ("DYLORA", {"truncation": "prefix", "update": "frozen"}),
     "dylora-mixer": ("DYLORA", {"use_mixer": True}),
+    "lamda": (
+        "MOSLORA",
+        {
+            "train_a": False,
+            "freeze_b": 0.5,
+            "total_steps": 8,
+            "init_lora_weights": "spectral",
+            "mixer_init": "zero",
+            "lora_alpha": 4,
+        },
+    ),
     "loretta-rep-noise": ("LORETTA_REP", {"init_weights": "noise_removal"}),
 }
 QUANTISED = {"QDYLORA"}  # need a quantised base model, and a test of their own

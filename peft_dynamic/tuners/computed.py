@@ -41,7 +41,7 @@ class ComputedFactor:
         max_rank: r of the layer.
         groups: (outer, inner): how many ranks' worth of entries lie around the rank inside `dim`, as in `slice_rank`.
         divisor: a grouped convolution has `1 / divisor` of the rank in each group.
-        mixer: what the factor is multiplied with (MoSLoRA), for A only.
+        mixer: what the factor is multiplied with (MoSLoRA): A from the left, or B of a linear layer from the right.
 
     Attributes:
         owner: the state of the layer, which keeps what was computed.
@@ -105,10 +105,12 @@ class ComputedFactor:
             return self.compute(full)
 
     def mixed(self, full: torch.Tensor) -> torch.Tensor:
-        """M A, in A's layout."""
+        """M A, in A's layout, or B M."""
         if self.mixer is None:
             return full
         m = self.mixer.value.to(full)
+        if self.dim == 1:
+            return full @ m[0]
         if len(m) == 1:
             return (m[0] @ full.flatten(1)).view(full.shape)
         return (m @ self.matrices(full)).reshape(full.shape)

@@ -231,11 +231,11 @@ def check_known(config: Any, kind: type, known: Collection[str]) -> None:
             )
 
 
-def check_init(config: Any, reason: str) -> None:
+def check_init(config: Any, reason: str, more: tuple[str, ...] = ()) -> None:
     """Raise ValueError for an `init_lora_weights` that sets more than a start for A and B."""
     value = config.init_lora_weights
     if not any(value is allowed or (isinstance(value, str) and value == allowed) for allowed in ALLOWED_INITS):
         raise ValueError(
             f"{type(config).__name__} does not support init_lora_weights={value!r}: {reason}. Pass True, False or "
-            "'gaussian'."
+            f"{' or '.join(map(repr, ('gaussian', *more)))}."
         )

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from peft.tuners.lora.layer import LoraLayer
 
 MIXER_INITS = ("kaiming", "orthogonal", "identity", "butterfly")
+ZERO = "zero"  # where neither A nor B starts at 0
+SPECTRAL = "spectral"  # the `init_lora_weights` for which that holds
 
 
 @dataclass
@@ -38,12 +40,13 @@ class MixerConfig:
     def _check_mixer(self, ranks: list[int]) -> None:
         """Raise unless there can be such a mixer at each of these ranks."""
         name = type(self).__name__
-        if self.mixer_init in ("zero", "zeros"):
+        zero_trains = self.mixer_init == ZERO and getattr(self, "init_lora_weights", None) == SPECTRAL
+        if self.mixer_init in (ZERO, "zeros") and not zero_trains:
             raise ValueError(
                 f"{name}: mixer_init={self.mixer_init!r} never trains: with B = 0 and M = 0 every gradient is 0. "
                 f"Pass one of {list(MIXER_INITS)}."
             )
-        if self.mixer_init not in MIXER_INITS:
+        if self.mixer_init not in MIXER_INITS and not zero_trains:
             raise ValueError(f"{name}: mixer_init must be one of {list(MIXER_INITS)}, got {self.mixer_init!r}.")
         if self.train_mixer is not None and not isinstance(self.train_mixer, bool):
             raise TypeError(f"{name}: train_mixer must be True, False or None, got {self.train_mixer!r}.")
@@ -100,6 +103,8 @@ def _initialize(matrix: torch.Tensor, how: str) -> None:
         nn.init.orthogonal_(matrix)
     elif how == "identity":
         nn.init.eye_(matrix)
+    elif how == ZERO:
+        nn.init.zeros_(matrix)
     else:  # two subspaces mixed: [[I, I], [I, I]]
         matrix.copy_(torch.eye(rank // 2).repeat(2, 2))
 

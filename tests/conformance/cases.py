@@ -81,9 +81,10 @@ _RANKED = {"r": R, "ranks": [1, 2, 4, 8], "lora_alpha": 16}
 _ONE_RANK = {"r": R, "lora_alpha": 16}
 MAKERS = methods.configs(
     None,
-    variations=("dylora-paper", "dylora-mixer", "loretta-rep-noise"),
+    variations=("dylora-paper", "dylora-mixer", "lamda", "loretta-rep-noise"),
     lora=True,
     own={
+        "lamda": {"r": 4, "lora_alpha": 16},
         "dylora": _RANKED,
         "moslora": _ONE_RANK,
         # Weight 0: these models have no loss of their own, and a loss made from their outputs would lack the term
@@ -111,6 +112,11 @@ _FACTS: dict[str, dict[str, Any]] = {
 
 # Linear layers only. Its layer norms are trained, of which PEFT does not take several in one batch.
 LINEAR_KINDS = ("linear", "modules_to_save", "bias", "lora_bias", "trainable_tokens", "patterns", "transposed", "llama")
+KINDS_OF = {
+    "loretta-rep": LINEAR_KINDS,
+    "loretta-rep-noise": LINEAR_KINDS,
+    "lamda": [kind for kind in LINEAR_KINDS if kind != "lora_bias"],  # refused: it was not tried
+}
 # A density loss counts the outputs of a named module where there are no feed-forward blocks.
 COUNTED = {"convolutions": "c2", "attention": "head", "experts": "first", "llama": None}
 
@@ -143,11 +149,7 @@ def _case(method: str, layers: str, name: str = "", **settings: Any) -> Case:
     return Case(f"{name or method}-{layers}", layers, MAKERS[method], settings=settings, **facts)
 
 
-CASES = [
-    _case(method, layers)
-    for method in MAKERS
-    for layers in (LINEAR_KINDS if method.startswith("loretta-rep") else LAYER_KINDS)
-]
+CASES = [_case(method, layers) for method in MAKERS for layers in KINDS_OF.get(method, LAYER_KINDS)]
 CASES += [
     _case("dylora-paper", layers, f"dylora-{rule}", scaling=rule)
     for rule in ("alpha/r", "alpha/sqrt(b)", "alpha/sqrt(r*b)")

@@ -40,7 +40,7 @@ def drawn_rank(model: Any) -> int | None:
     for module in model.modules():
         for state in getattr(module, "lora_views", {}).values():
             if hasattr(state, "schedule"):
-                return state.schedule.drawn
+                return getattr(state.schedule, "drawn", None)
     return None
 
 

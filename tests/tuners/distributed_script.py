@@ -23,7 +23,7 @@ def drawn_rank(model: Any) -> int | None:
     for module in model.modules():
         for views in getattr(module, "lora_views", {}).values():
             if hasattr(views, "schedule"):
-                return views.schedule.drawn
+                return getattr(views.schedule, "drawn", None)
     return None
 
 

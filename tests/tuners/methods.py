@@ -9,7 +9,7 @@ from tests.tuners.common import tiny_llama
 
 METHODS = methods.configs(
     "all-linear",
-    variations=("dylora-frozen", "dylora-mixer", "loretta-rep-noise"),
+    variations=("dylora-frozen", "dylora-mixer", "lamda", "loretta-rep-noise"),
     own={
         "dylora": {"r": 8, "ranks": [1, 2, 4, 8], "rank_sampling": "uniform"},
         "moslora": {"r": 8},
