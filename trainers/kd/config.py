@@ -38,6 +38,10 @@ class DistillFields:
         teacher_switches: for a list of N teachers the N - 1 progresses at which the next one takes over, increasing;
             None for N equal parts.
         ema_decay: of teacher="ema": the share of the running mean that stays at each optimizer step.
+        sample_weights: "meta" for a lambda of each row, in place of `kd_weight`: RW-KD's. A classifier's rows follow
+            the label or the teacher, whichever lowers the loss of training rows that are set aside; see
+            `peft_dynamic.functional.sample_weights`. Rows without a label have the teacher's term alone.
+        meta_fraction: the share of the training rows that are set aside for it, and not trained on.
 
     Raises:
         ValueError, TypeError: a value has no meaning, or none beside another.
@@ -63,6 +67,13 @@ class DistillFields:
     )
     ema_decay: float = field(
         default=0.999, metadata={"help": "Of teacher='ema': the share of the running mean that stays at each step."}
+    )
+    sample_weights: str | None = field(
+        default=None,
+        metadata={"help": "'meta': find the teacher's weight of each row on rows that are set aside (RW-KD)."},
+    )
+    meta_fraction: float = field(
+        default=0.1, metadata={"help": "Of sample_weights: the share of the training rows that are set aside."}
     )
 
     def check_distillation(self) -> None:
@@ -96,11 +107,25 @@ class DistillFields:
                 f"temperature={self.temperature!r}: divergence={self.divergence!r} compares logits, not softmaxes, so "
                 "it has no temperature. Leave it at 1; teacher_scale scales the teacher's logits."
             )
+        self._check_rows()
         switches = self.teacher_switches
         if switches is not None:
             rising = isinstance(switches, list | tuple) and all(is_finite(at) and 0 < at < 1 for at in switches)
             if not rising or any(a >= b for a, b in pairwise(switches)):
                 raise ValueError(f"teacher_switches={switches!r}: must be progresses between 0 and 1, increasing.")
+
+    def _check_rows(self) -> None:
+        if self.sample_weights not in (None, "meta"):
+            raise ValueError(f"sample_weights={self.sample_weights!r}: must be 'meta' or None.")
+        if self.sample_weights is not None and self.kd_weight != 0.5:
+            raise ValueError(
+                f"kd_weight={self.kd_weight!r}: sample_weights={self.sample_weights!r} finds the weight of each row "
+                "itself. Leave kd_weight at 0.5, or sample_weights out."
+            )
+        if self.sample_weights is None and self.meta_fraction != 0.1:
+            raise ValueError(
+                f"meta_fraction={self.meta_fraction} is for sample_weights='meta', which is None. Set both or neither."
+            )
 
     @classmethod
     def annealing(cls, *args: Any, k: int = 14, m: int = 4, tau_max: int = 7, **settings: Any) -> Self:
@@ -200,6 +225,23 @@ class DistillFields:
         }
         return cls(*args, **{**fields, **settings})
 
+    @classmethod
+    def rw_kd(cls, *args: Any, meta_fraction: float = 0.1, **settings: Any) -> Self:
+        """RW-KD: each row follows its label or its teacher, by what helps rows that are set aside.
+
+        Differs from the paper's algorithm, which takes a derivative of a derivative: a difference of two passes gives
+        the same weights. One batch of the rows set aside serves a whole optimizer step. There is no bound on how far
+        weights move from step to step; expect noise in them.
+
+        Args:
+            *args: as for the class itself.
+            **settings: as for the class itself; they win over the preset's.
+            meta_fraction: the share of the training rows that are set aside, and not trained on.
+
+        Source: P. Lu, A. Ghaddar, A. Rashid, M. Rezagholizadeh, A. Ghodsi, P. Langlais, Findings of EMNLP 2021.
+        """
+        return cls(*args, **{"sample_weights": "meta", "meta_fraction": meta_fraction, **settings})
+
 
 @dataclass
 class KDConfig(DistillFields, TrainingArguments):
@@ -208,6 +250,11 @@ class KDConfig(DistillFields, TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_distillation()
+        if self.sample_weights is not None and (self.bf16 or self.fp16):
+            raise ValueError(
+                "sample_weights='meta' takes small differences of losses, which half precision rounds away. Set "
+                "bf16=False and fp16=False, or leave sample_weights out."
+            )
 
 
 _MOVING = {
@@ -218,6 +265,7 @@ _MOVING = {
 _FIXED = {
     "margin": ("a finite number of at least 0", lambda value: is_finite(value) and value >= 0),
     "smoothing": ("a number greater than 0 and less than 1", lambda value: is_finite(value) and 0 < value < 1),
+    "meta_fraction": ("a number greater than 0 and less than 1", lambda value: is_finite(value) and 0 < value < 1),
     "ema_decay": ("a number from 0 to less than 1", lambda value: is_finite(value) and 0 <= value < 1),
 }
 

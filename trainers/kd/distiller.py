@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,8 @@ from peft_dynamic.hosts.modes import evaluating
 from peft_dynamic.trainers.kd.cache import Cache, vocabulary_of
 from peft_dynamic.trainers.kd.config import DistillFields, KDConfig
 from peft_dynamic.trainers.kd.tasks import task_of
-from peft_dynamic.trainers.kd.teachers import Teacher, find_teacher
+from peft_dynamic.trainers.kd.teachers import FullRankTeacher, Teacher, find_teacher
+from peft_dynamic.trainers.kd.weights import MetaWeights
 
 
 @dataclass
@@ -29,7 +30,9 @@ class Distilled:
         loss: () the rows' losses over how many they are, or over `items`; with gradients.
         outputs: what the student's forward gave.
         sums: name -> sum: "ce" the labels' loss, "kd" the divergence, "agreement" rows whose likeliest class is the
-            teacher's, "accuracy" and "teacher_accuracy" rows whose likeliest class is the label, "teacher_ce".
+            teacher's, "accuracy" and "teacher_accuracy" rows whose likeliest class is the label, "teacher_ce"; with
+            weights of single rows "sample_weight", and "undecided", rows that neither their label nor their teacher
+            helps, which have the weight 1/2.
         counts: name -> over how many rows that sum goes.
     """
 
@@ -97,6 +100,8 @@ class Distiller:
             raise ValueError(
                 "kd_weight=0 with a teacher: it would run and teach nothing. Leave teacher out to train on the labels."
             )
+        self._check_rows()
+        self.meta = None if self.config.sample_weights is None else MetaWeights(student)
 
     def __call__(self, batch: Mapping[str, torch.Tensor], progress: float = 0.0) -> torch.Tensor:
         """The loss of a batch, with gradients; `compute` has more."""
@@ -107,10 +112,28 @@ class Distiller:
         if isinstance(self.teacher, Teacher):
             self.teacher.updated()
 
+    def begun(self) -> None:
+        """Before the first part of an optimizer step: the rows set aside are asked anew."""
+        if self.meta is not None:
+            self.meta.direction = None
+
+    def aim(self, batches: Iterable[Mapping[str, torch.Tensor]], progress: float = 0.0) -> None:
+        """Of sample_weights="meta": take the gradient of rows that are set aside. To be called before each step.
+
+        Args:
+            batches: of these rows, with "labels"; of all processes together.
+            progress: as in `compute`.
+        """
+        assert self.meta is not None
+        self.meta.aim(self._pair(batch, self._taught(batch, progress), progress) for batch in batches)
+
     def values(self, progress: float) -> dict[str, float]:
-        """The weight, temperature and scale at a progress."""
+        """The weight, temperature and scale at a progress; no weight where each row has its own."""
         found = (self._weight(progress), self._temperature(progress), self._scale(progress))
-        return dict(zip(_MOVING, found, strict=True)) if self.taught else {}
+        values = dict(zip(_MOVING, found, strict=True)) if self.taught else {}
+        if self.meta is not None:
+            del values["kd_weight"]
+        return values
 
     @property
     def taught(self) -> bool:
@@ -137,10 +160,14 @@ class Distiller:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         labels = self._labels(batch)
         self._check_loss(batch)
-        weight, temperature, scale = self._weight(progress), self._temperature(progress), self._scale(progress)
+        temperature, scale = self._temperature(progress), self._scale(progress)
+        weight: float | torch.Tensor = self._weight(progress)
         taught: torch.Tensor | None = None
-        if isinstance(self.teacher, Teacher) and (weight > 0 or whole):  # first: see teachers.py
-            taught = self.teacher.logits(self._with_decoder(inputs, labels), progress)
+        if weight > 0 or whole:  # first: see teachers.py
+            taught = self._taught(batch, progress)
+        if self.meta is not None and not whole:  # before the student's pass too, as it moves the weights
+            known = torch.ones_like(labels) if self.regression else labels != IGNORED
+            weight = torch.where(known.reshape(-1).bool(), self.meta.shares(self._pair(batch, taught, progress)), 1.0)
         outputs = (self.student if model is None else model)(**self._with_decoder(inputs, labels))
         rows, targets = self._rows(outputs.logits, labels)
         target_rows = None if taught is None else self._rows(taught, labels)[0].to(rows.device)
@@ -148,6 +175,7 @@ class Distiller:
             return self._regression(rows, targets, target_rows, weight, scale, outputs, items)
         ce = label_loss(rows, targets)
         result = Distilled(ce.sum(), outputs)
+        self._add_weights(result, weight)
         known = targets != IGNORED
         result.add("ce", ce.detach(), int(known.sum()))
         result.add("accuracy", rows.argmax(1) == targets, int(known.sum()))
@@ -160,7 +188,7 @@ class Distiller:
             width = min(rows.shape[1], target_rows.shape[1], self._width or rows.shape[1])
             both = rows[:, :width], target_rows[:, :width]
             kd = divergence(*both, self.config.divergence, temperature, scale, self.config.margin)
-            each = kd if weight == 1 else (1 - weight) * ce + weight * kd if weight else ce
+            each = _mixed(ce, kd, weight)
             result.add("kd", kd.detach(), len(rows))
             result.add("agreement", both[0].argmax(1) == both[1].argmax(1), len(rows))
             if self.teacher != "manual":
@@ -188,7 +216,7 @@ class Distiller:
         rows: torch.Tensor,
         targets: torch.Tensor,
         taught: torch.Tensor | None,
-        weight: float,
+        weight: float | torch.Tensor,
         scale: float,
         outputs: Any,
         items: torch.Tensor | int | None,
@@ -196,16 +224,50 @@ class Distiller:
         values, wanted = rows.float(), targets.float().reshape(rows.shape)  # never (B, 1) against (B,)
         ce = each = mse_loss(values, wanted, reduction="none").mean(1)
         result = Distilled(ce, outputs)
+        self._add_weights(result, weight)
         result.add("ce", ce.detach(), len(rows))
         if taught is not None:
             kd = mse_loss(values, taught.float().reshape(rows.shape) * scale, reduction="none").mean(1)
-            each = (1 - weight) * ce + weight * kd
+            each = _mixed(ce, kd, weight)
             result.add("kd", kd.detach(), len(rows))
             result.add(
                 "teacher_ce", mse_loss(taught.float().reshape(rows.shape), wanted, reduction="none").mean(1), len(rows)
             )
         result.loss = _over(each.sum(), len(rows), items)
         return result
+
+    def _taught(self, batch: Mapping[str, torch.Tensor], progress: float) -> torch.Tensor | None:
+        """What a teacher that is a model says of a batch."""
+        if not isinstance(self.teacher, Teacher):
+            return None
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return self.teacher.logits(self._with_decoder(inputs, self._labels(batch)), progress)
+
+    def _pair(
+        self, batch: Mapping[str, torch.Tensor], taught: torch.Tensor | None, progress: float
+    ) -> Callable[[], torch.Tensor]:
+        """What computes (2, N) losses of a classifier's rows: the labels' and the teacher's."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        labels, scale = self._labels(batch), self._scale(progress)
+        assert taught is not None
+
+        def losses() -> torch.Tensor:
+            rows, targets = self._rows(self.student(**inputs).logits, labels)
+            wanted = taught.to(rows.device)
+            if self.regression:
+                pair = targets.reshape(rows.shape).to(rows), wanted.reshape(rows.shape).to(rows) * scale
+                return torch.stack([(rows - each).square().mean(1) for each in pair])
+            kd = divergence(
+                rows, wanted, self.config.divergence, self._temperature(progress), scale, self.config.margin
+            )
+            return torch.stack([label_loss(rows, targets), kd])
+
+        return losses
+
+    def _add_weights(self, result: Distilled, weight: float | torch.Tensor) -> None:
+        if isinstance(weight, torch.Tensor):
+            result.add("sample_weight", weight, len(weight))
+            result.add("undecided", weight == 0.5, len(weight))
 
     def _labels(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         labels = batch.get("labels")
@@ -297,6 +359,24 @@ class Distiller:
         if self.config.temperature != 1.0:
             raise ValueError(f"temperature={self.config.temperature!r}: a number has none; leave it at 1.")
 
+    def _check_rows(self) -> None:
+        """Raise for weights of single rows where there are no such rows, or no two losses to weigh."""
+        asked = self.config.sample_weights
+        if asked is None:
+            return
+        if self.task != "sequence":
+            raise ValueError(
+                f"sample_weights={asked!r} weighs the rows of a classifier of sequences, and the student's task is "
+                f"{self.task!r}. Leave it out; kd_weight weighs all tokens alike."
+            )
+        if not isinstance(self.teacher, Teacher) or isinstance(self.teacher, FullRankTeacher):
+            full = isinstance(self.teacher, FullRankTeacher)
+            kind = "'full_rank', the student as it is in these passes" if full else repr(self.teacher)
+            raise ValueError(
+                f"sample_weights={asked!r} weighs each row's label against its teacher, and teacher is {kind}. Pass a "
+                "model, a path, a cache, 'base', 'adapter:NAME' or 'ema'."
+            )
+
     def _check_teacher(self, teacher: Any, tokenizer: Any) -> None:
         """Raise unless the teacher reads the student's tokens and answers in its classes."""
         if isinstance(teacher, Cache):
@@ -376,6 +456,12 @@ class Distiller:
 
 
 _MOVING = ("kd_weight", "temperature", "teacher_scale")
+
+
+def _mixed(ce: torch.Tensor, kd: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
+    if isinstance(weight, float | int) and weight in (0, 1):
+        return kd if weight else ce
+    return (1 - weight) * ce + weight * kd
 
 
 def _everywhere(holds: bool, device: torch.device) -> bool:

@@ -29,7 +29,8 @@ class KDSFTConfig(DistillFields, SFTConfig):
     """`SFTConfig` with the settings of a distillation; see `DistillFields` for them.
 
     Raises:
-        ValueError, TypeError: as those, and for `loss_type="dft"`, which weighs the labels in a way of its own.
+        ValueError, TypeError: as those, for `loss_type="dft"`, which weighs the labels in a way of its own, and for
+            `sample_weights`, which are a classifier's.
     """
 
     def __post_init__(self) -> None:
@@ -37,6 +38,11 @@ class KDSFTConfig(DistillFields, SFTConfig):
         self.check_distillation()
         if self.loss_type == "dft":
             raise ValueError("loss_type='dft': a teacher is weighed against the labels' likelihood; use 'nll'.")
+        if self.sample_weights is not None:
+            raise ValueError(
+                f"sample_weights={self.sample_weights!r} weighs a classifier's rows. Leave it out, or use KDTrainer "
+                "with a classifier."
+            )
 
 
 class KDSFTTrainer(DistillingTrainer, StatesTrainer):

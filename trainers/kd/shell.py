@@ -39,6 +39,11 @@ class DistillingTrainer(Trainer):
             raise ValueError(
                 "ZeRO-3 parts the weights between a teacher's pass and the student's; use ZeRO-2 or FSDP2."
             )
+        if self.distiller.meta is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "sample_weights='meta' moves whole weights, which FSDP and DeepSpeed part or copy: use DDP or one "
+                "process, or leave it out."
+            )
         parallel = self.accelerator.parallelism_config
         if parallel is not None and (parallel.sp_enabled or parallel.cp_enabled or parallel.tp_enabled):
             raise ValueError(
@@ -105,6 +110,9 @@ class _TellTeacher(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if isinstance(self.distiller.teacher, Teacher):
             self.distiller.teacher.state()  # a running mean begins before the first step, whatever its weight is
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.distiller.begun()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.distiller.updated()

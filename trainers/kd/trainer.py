@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Subset
 from transformers import TrainingArguments
 
 from peft_dynamic.hosts.repeated import real_rows
@@ -44,6 +46,7 @@ class KDTrainer(DistillingTrainer):
     """
 
     args: KDConfig
+    train_dataset: Any
 
     def __init__(
         self,
@@ -67,6 +70,9 @@ class KDTrainer(DistillingTrainer):
         super().__init__(model, config, *positional, **kwargs)
         self.distiller = Distiller(self.model, teacher, config, self.processing_class, teacher_quantization)
         self.start()
+        self._meta_rows: Any = None
+        if self.distiller.meta is not None and self.train_dataset is not None:
+            self._set_aside()
 
     def compute_loss(
         self,
@@ -76,6 +82,8 @@ class KDTrainer(DistillingTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         training = self.model.training
+        if training and self.distiller.meta is not None and self.distiller.meta.direction is None:
+            self.distiller.aim(self._batches(self._meta_rows, self._meta_places()), self.progress)
         found = self.distiller.compute(inputs, self.progress, model, num_items_in_batch, whole=not training)
         if training:
             self.used = self.distiller.values(self.progress)
@@ -85,6 +93,51 @@ class KDTrainer(DistillingTrainer):
             self._add_evaluated(inputs, found)
             loss = found.sums["ce"] / max(found.counts["ce"], 1)
         return (loss, found.outputs) if return_outputs else loss
+
+    def _set_aside(self) -> None:
+        """Take the rows for `sample_weights` out of the training rows, by the seed."""
+        share, rows = self.args.meta_fraction, self.train_dataset
+        if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+            raise ValueError(
+                "sample_weights='meta' sets training rows aside, and a train_dataset without a length has none to "
+                "choose from. Pass one with a length and an index, or leave sample_weights out."
+            )
+        count = int(share * len(rows))
+        if not 0 < count < len(rows):
+            raise ValueError(
+                f"meta_fraction={share} of {len(rows)} training rows is {count}: at least one must be set aside, and "
+                "one be left. Set another share, or leave sample_weights out."
+            )
+        drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self._seed)).tolist()
+        aside, kept = (sorted(part) for part in (drawn[:count], drawn[count:]))
+        self._meta_rows, self.train_dataset = (
+            rows.select(part) if hasattr(rows, "select") else Subset(rows, part) for part in (aside, kept)
+        )
+
+    @property
+    def _seed(self) -> int:
+        return int(self.args.seed if self.args.data_seed is None else self.args.data_seed)
+
+    def _meta_places(self) -> list[int]:
+        """This process's part of the rows set aside that serve this step: as many as it trains on, drawn by its number.
+
+        So the draw is the same however the step is cut into parts, and in a resumed run.
+        """
+        args, draw = self.args, torch.Generator().manual_seed(self._seed * 1_000_003 + self.state.global_step)
+        wanted = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        drawn = torch.randperm(len(self._meta_rows), generator=draw)[:wanted].tolist()
+        return drawn[args.process_index :: args.world_size]
+
+    def _batches(self, rows: Any, places: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """Batches of some rows, made as Trainer makes those of the training."""
+        collate: Any = self.data_collator
+        if hasattr(rows, "select"):
+            rows = self._remove_unused_columns(rows, "rows set aside")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, "rows set aside")
+        size = self.args.per_device_train_batch_size
+        for start in range(0, len(places), size):
+            yield self._prepare_inputs(collate([rows[i] for i in places[start : start + size]]))
 
     def _add_evaluated(self, inputs: dict[str, Any], found: Any) -> None:
         """Add an evaluated batch; of one that accelerate has filled up, the rows that are there once."""
