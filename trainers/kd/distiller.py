@@ -17,8 +17,9 @@ from peft_dynamic.hosts.blocks import base_model
 from peft_dynamic.hosts.modes import evaluating
 from peft_dynamic.trainers.kd.cache import Cache, vocabulary_of
 from peft_dynamic.trainers.kd.config import DistillFields, KDConfig
+from peft_dynamic.trainers.kd.noise import LabelNoise
 from peft_dynamic.trainers.kd.tasks import task_of
-from peft_dynamic.trainers.kd.teachers import FullRankTeacher, Teacher, find_teacher
+from peft_dynamic.trainers.kd.teachers import FullRankTeacher, MeanTeacher, ModelTeacher, Teacher, find_teacher
 from peft_dynamic.trainers.kd.weights import MetaWeights
 
 
@@ -32,7 +33,7 @@ class Distilled:
         sums: name -> sum: "ce" the labels' loss, "kd" the divergence, "agreement" rows whose likeliest class is the
             teacher's, "accuracy" and "teacher_accuracy" rows whose likeliest class is the label, "teacher_ce"; with
             weights of single rows "sample_weight", and "undecided", rows that neither their label nor their teacher
-            helps, which have the weight 1/2.
+            helps, which have the weight 1/2; with `label_noise` "suspected", rows whose label the teacher finds wrong.
         counts: name -> over how many rows that sum goes.
     """
 
@@ -96,12 +97,17 @@ class Distiller:
         self.teacher = find_teacher(
             teacher, student, config_.teacher_switches, config_.ema_decay, teacher_quantization, self._check_teacher
         )
-        if isinstance(self.teacher, Teacher) and self._weight.constant and self._weight.values[0] == 0:
+        idle = self._weight.constant and self._weight.values[0] == 0 and self.config.label_noise is None
+        if isinstance(self.teacher, Teacher) and idle:
             raise ValueError(
                 "kd_weight=0 with a teacher: it would run and teach nothing. Leave teacher out to train on the labels."
             )
         self._check_rows()
+        self._check_noise()
         self.meta = None if self.config.sample_weights is None else MetaWeights(student)
+        self.noise: LabelNoise | None = None
+        if self.config.label_noise is not None:
+            self.noise = LabelNoise(self.config.label_noise, self.config.noise_rate)
 
     def __call__(self, batch: Mapping[str, torch.Tensor], progress: float = 0.0) -> torch.Tensor:
         """The loss of a batch, with gradients; `compute` has more."""
@@ -126,6 +132,20 @@ class Distiller:
         """
         assert self.meta is not None
         self.meta.aim(self._pair(batch, self._taught(batch, progress), progress) for batch in batches)
+
+    def look(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        """Of `label_noise`: ask the teacher about all training rows. To be called before the first step.
+
+        Args:
+            batches: of all training rows, with "labels"; of all processes together.
+        """
+        assert self.noise is not None
+        losses = []
+        for batch in batches:
+            taught, labels = self._taught(batch, 0.0), self._labels(batch)
+            assert taught is not None
+            losses.append(label_loss(taught, labels.to(taught.device))[labels.to(taught.device) != IGNORED])
+        self.noise.look(losses)
 
     def values(self, progress: float) -> dict[str, float]:
         """The weight, temperature and scale at a progress; no weight where each row has its own."""
@@ -163,7 +183,7 @@ class Distiller:
         temperature, scale = self._temperature(progress), self._scale(progress)
         weight: float | torch.Tensor = self._weight(progress)
         taught: torch.Tensor | None = None
-        if weight > 0 or whole:  # first: see teachers.py
+        if weight > 0 or whole or self.noise is not None:  # first: see teachers.py
             taught = self._taught(batch, progress)
         if self.meta is not None and not whole:  # before the student's pass too, as it moves the weights
             known = torch.ones_like(labels) if self.regression else labels != IGNORED
@@ -173,11 +193,16 @@ class Distiller:
         target_rows = None if taught is None else self._rows(taught, labels)[0].to(rows.device)
         if self.regression:
             return self._regression(rows, targets, target_rows, weight, scale, outputs, items)
-        ce = label_loss(rows, targets)
+        used, suspected, known = targets, None, targets != IGNORED
+        if self.noise is not None and not whole:
+            assert target_rows is not None
+            used, suspected = self.noise.cleaned(targets, target_rows)
+        ce = label_loss(rows, used)
         result = Distilled(ce.sum(), outputs)
+        if suspected is not None:
+            result.add("suspected", suspected, int(known.sum()))
         self._add_weights(result, weight)
-        known = targets != IGNORED
-        result.add("ce", ce.detach(), int(known.sum()))
+        result.add("ce", ce.detach(), int((used != IGNORED).sum()))
         result.add("accuracy", rows.argmax(1) == targets, int(known.sum()))
         each = ce
         if self.teacher == "smoothing":
@@ -375,6 +400,26 @@ class Distiller:
             raise ValueError(
                 f"sample_weights={asked!r} weighs each row's label against its teacher, and teacher is {kind}. Pass a "
                 "model, a path, a cache, 'base', 'adapter:NAME' or 'ema'."
+            )
+
+    def _check_noise(self) -> None:
+        """Raise for noise in labels that are no classes of whole rows, or where no one teacher judges them."""
+        asked, teacher = self.config.label_noise, self.teacher
+        if asked is None:
+            return
+        if self.task != "sequence" or self.regression:
+            kind = "a number" if self.regression else f"of the task {self.task!r}"
+            raise ValueError(
+                f"label_noise={asked!r} judges the classes of whole rows, and the student's labels are {kind}. Leave it "
+                "and noise_rate out."
+            )
+        moves = isinstance(teacher, FullRankTeacher | MeanTeacher)
+        several = isinstance(teacher, ModelTeacher) and len(teacher.teachers) > 1
+        if not isinstance(teacher, Teacher) or moves or several:
+            kind = "a list" if several else "one that moves" if moves else repr(teacher)
+            raise ValueError(
+                f"label_noise={asked!r}: one teacher judges all labels before the training, and teacher is {kind}. "
+                "Pass a model, a path, a cache, 'base' or 'adapter:NAME'."
             )
 
     def _check_teacher(self, teacher: Any, tokenizer: Any) -> None:

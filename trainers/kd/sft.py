@@ -30,7 +30,7 @@ class KDSFTConfig(DistillFields, SFTConfig):
 
     Raises:
         ValueError, TypeError: as those, for `loss_type="dft"`, which weighs the labels in a way of its own, and for
-            `sample_weights`, which are a classifier's.
+            `sample_weights` and `label_noise`, which are a classifier's.
     """
 
     def __post_init__(self) -> None:
@@ -38,11 +38,12 @@ class KDSFTConfig(DistillFields, SFTConfig):
         self.check_distillation()
         if self.loss_type == "dft":
             raise ValueError("loss_type='dft': a teacher is weighed against the labels' likelihood; use 'nll'.")
-        if self.sample_weights is not None:
-            raise ValueError(
-                f"sample_weights={self.sample_weights!r} weighs a classifier's rows. Leave it out, or use KDTrainer "
-                "with a classifier."
-            )
+        for name, does in (("sample_weights", "weighs"), ("label_noise", "judges the labels of")):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} {does} a classifier's rows. Leave it out, or use KDTrainer with a "
+                    "classifier."
+                )
 
 
 class KDSFTTrainer(DistillingTrainer, StatesTrainer):

@@ -39,10 +39,11 @@ class DistillingTrainer(Trainer):
             raise ValueError(
                 "ZeRO-3 parts the weights between a teacher's pass and the student's; use ZeRO-2 or FSDP2."
             )
-        if self.distiller.meta is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        by_row = self.distiller.meta is not None or self.distiller.noise is not None
+        if by_row and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
-                "sample_weights='meta' moves whole weights, which FSDP and DeepSpeed part or copy: use DDP or one "
-                "process, or leave it out."
+                "sample_weights and label_noise have passes of their own in each process, in which FSDP and DeepSpeed "
+                "do not gather the weights: use DDP or one process, or leave them out."
             )
         parallel = self.accelerator.parallelism_config
         if parallel is not None and (parallel.sp_enabled or parallel.cp_enabled or parallel.tp_enabled):
@@ -108,6 +109,8 @@ class _TellTeacher(TrainerCallback):
         self.distiller = distiller
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.distiller.noise is not None:
+            self.distiller.noise.bound = None  # the training rows may be others than in the training before
         if isinstance(self.distiller.teacher, Teacher):
             self.distiller.teacher.state()  # a running mean begins before the first step, whatever its weight is
 

@@ -73,6 +73,8 @@ class KDTrainer(DistillingTrainer):
         self._meta_rows: Any = None
         if self.distiller.meta is not None and self.train_dataset is not None:
             self._set_aside()
+        if self.distiller.noise is not None and self.train_dataset is not None:
+            self._check_indexed("label_noise")
 
     def compute_loss(
         self,
@@ -84,6 +86,9 @@ class KDTrainer(DistillingTrainer):
         training = self.model.training
         if training and self.distiller.meta is not None and self.distiller.meta.direction is None:
             self.distiller.aim(self._batches(self._meta_rows, self._meta_places()), self.progress)
+        if training and self.distiller.noise is not None and self.distiller.noise.bound is None:
+            places = range(self.args.process_index, len(self.train_dataset), self.args.world_size)
+            self.distiller.look(self._batches(self.train_dataset, places))
         found = self.distiller.compute(inputs, self.progress, model, num_items_in_batch, whole=not training)
         if training:
             self.used = self.distiller.values(self.progress)
@@ -96,12 +101,8 @@ class KDTrainer(DistillingTrainer):
 
     def _set_aside(self) -> None:
         """Take the rows for `sample_weights` out of the training rows, by the seed."""
+        self._check_indexed("sample_weights")
         share, rows = self.args.meta_fraction, self.train_dataset
-        if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
-            raise ValueError(
-                "sample_weights='meta' sets training rows aside, and a train_dataset without a length has none to "
-                "choose from. Pass one with a length and an index, or leave sample_weights out."
-            )
         count = int(share * len(rows))
         if not 0 < count < len(rows):
             raise ValueError(
@@ -113,6 +114,13 @@ class KDTrainer(DistillingTrainer):
         self._meta_rows, self.train_dataset = (
             rows.select(part) if hasattr(rows, "select") else Subset(rows, part) for part in (aside, kept)
         )
+
+    def _check_indexed(self, name: str) -> None:
+        if not hasattr(self.train_dataset, "__len__") or not hasattr(self.train_dataset, "__getitem__"):
+            raise ValueError(
+                f"{name}={getattr(self.args, name)!r} chooses among all training rows, and train_dataset has no length "
+                f"or no index. Pass one that has, or leave {name} out."
+            )
 
     @property
     def _seed(self) -> int:
@@ -132,9 +140,9 @@ class KDTrainer(DistillingTrainer):
         """Batches of some rows, made as Trainer makes those of the training."""
         collate: Any = self.data_collator
         if hasattr(rows, "select"):
-            rows = self._remove_unused_columns(rows, "rows set aside")
+            rows = self._remove_unused_columns(rows, "rows by number")
         else:
-            collate = self._get_collator_with_removed_columns(collate, "rows set aside")
+            collate = self._get_collator_with_removed_columns(collate, "rows by number")
         size = self.args.per_device_train_batch_size
         for start in range(0, len(places), size):
             yield self._prepare_inputs(collate([rows[i] for i in places[start : start + size]]))

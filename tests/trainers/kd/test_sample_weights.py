@@ -223,7 +223,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda path: trainer(
             path, classifier(1), train_dataset=Dataset.from_list(rows()).to_iterable_dataset(), **META
         ),
-        "train_dataset without a length",
+        "sample_weights='meta' chooses among all training rows",
     ),
     "draws in eval mode": (lambda _: drawing(), "gives other losses for one batch"),
 }
