@@ -11,6 +11,8 @@ from transformers import TrainingArguments
 from peft_dynamic.functional.distill import DIVERGENCES
 from peft_dynamic.functional.schedule import moving, stairs
 from peft_dynamic.rules import is_finite, is_int
+from peft_dynamic.trainers.kd.features import KINDS as FEATURES
+from peft_dynamic.trainers.kd.features import parse_pairs, parse_weights
 from peft_dynamic.trainers.kd.noise import KINDS
 
 _MOVES = "A number, knots such as '0:0.1 1:1', or stairs such as 'steps 0:0 0.78:1' over the progress of the training."
@@ -46,6 +48,13 @@ class DistillFields:
         label_noise: what becomes of a classifier's rows whose labels the teacher finds the least likely: "drop" leaves
             their labels out, so that they have the teacher's term alone; "relabel" gives them the teacher's class.
         noise_rate: their share of all training rows with a label.
+        features: further terms of the loss, with their weights: "relations" of MiniLMv2, "hidden" for squared
+            differences of states, "cosine" for their angles; see `peft_dynamic.functional.features`. A dict, or a text
+            such as "relations:1 hidden:0.5". States of different widths are matched by a matrix that is trained.
+        layer_map: which layers they compare: "last" for the last ones; "uniform" for each of the student's with one of
+            the teacher's, evenly; "skip" for the same without the last; or pairs from 1 such as "1:2 2:4".
+        relation_heads: into how many heads queries, keys and values are cut; must divide the widths of both models.
+            None for the student's.
 
     Raises:
         ValueError, TypeError: a value has no meaning, or none beside another.
@@ -86,6 +95,17 @@ class DistillFields:
     noise_rate: float = field(
         default=0.0, metadata={"help": "Of label_noise: the share of the training rows' labels, 0 to 1."}
     )
+    features: dict[str, float] | str | None = field(
+        default=None,
+        metadata={"help": f"Inner states to compare, with weights: {', '.join(FEATURES)}, as in 'hidden:1'."},
+    )
+    layer_map: str = field(
+        default="last",
+        metadata={"help": "Of features: 'last', 'uniform', 'skip', or pairs of layers from 1, such as '1:2 2:4'."},
+    )
+    relation_heads: int | None = field(
+        default=None, metadata={"help": "Of the relations: heads, which divide both widths; default the student's."}
+    )
 
     def check_distillation(self) -> None:
         """Raise for what has no meaning; texts that are numbers become numbers, as from a command line.
@@ -119,6 +139,15 @@ class DistillFields:
                 "it has no temperature. Leave it at 1; teacher_scale scales the teacher's logits."
             )
         self._check_rows()
+        self.features = parse_weights(self.features)
+        parse_pairs(self.layer_map)
+        if self.features is None and (self.layer_map != "last" or self.relation_heads is not None):
+            raise ValueError(
+                f"layer_map={self.layer_map!r}, relation_heads={self.relation_heads}: they are for features, which is "
+                "None. Set features={'relations': 1.0}, or leave them out."
+            )
+        if self.relation_heads is not None and not (is_int(self.relation_heads) and self.relation_heads > 0):
+            raise ValueError(f"relation_heads={self.relation_heads!r}: must be a whole number of at least 1, or None.")
         switches = self.teacher_switches
         if switches is not None:
             rising = isinstance(switches, list | tuple) and all(is_finite(at) and 0 < at < 1 for at in switches)
@@ -282,6 +311,25 @@ class DistillFields:
         arXiv 2109.10147.
         """
         return cls(*args, **{"label_noise": "drop", "noise_rate": rate, **settings})
+
+    @classmethod
+    def minilm(cls, *args: Any, relation_heads: int | None = None, **settings: Any) -> Self:
+        """MiniLMv2: the student's last layer learns the relations of the teacher's, beside the labels.
+
+        Widths and numbers of heads may differ. Differs from the paper, which pretrains on the relations alone: here the
+        labels count too, but for a classifier's rows that have none. For large teachers the paper takes a layer below
+        the last, such as `layer_map="6:19"` of 24.
+
+        Args:
+            *args: as for the class itself.
+            **settings: as for the class itself; they win over the preset's.
+            relation_heads: into how many heads queries, keys and values are cut; the paper has 48 for BERT-base. None
+                for the student's.
+
+        Source: W. Wang, H. Bao, S. Huang, L. Dong, F. Wei, Findings of ACL 2021, arXiv 2012.15828.
+        """
+        fields = {"features": {"relations": 1.0}, "kd_weight": 0.0, "relation_heads": relation_heads}
+        return cls(*args, **{**fields, **settings})
 
 
 @dataclass

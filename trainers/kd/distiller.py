@@ -17,9 +17,17 @@ from peft_dynamic.hosts.blocks import base_model
 from peft_dynamic.hosts.modes import evaluating
 from peft_dynamic.trainers.kd.cache import Cache, vocabulary_of
 from peft_dynamic.trainers.kd.config import DistillFields, KDConfig
+from peft_dynamic.trainers.kd.features import Features
 from peft_dynamic.trainers.kd.noise import LabelNoise
 from peft_dynamic.trainers.kd.tasks import task_of
-from peft_dynamic.trainers.kd.teachers import FullRankTeacher, MeanTeacher, ModelTeacher, Teacher, find_teacher
+from peft_dynamic.trainers.kd.teachers import (
+    CachedTeacher,
+    FullRankTeacher,
+    MeanTeacher,
+    ModelTeacher,
+    Teacher,
+    find_teacher,
+)
 from peft_dynamic.trainers.kd.weights import MetaWeights
 
 
@@ -33,7 +41,8 @@ class Distilled:
         sums: name -> sum: "ce" the labels' loss, "kd" the divergence, "agreement" rows whose likeliest class is the
             teacher's, "accuracy" and "teacher_accuracy" rows whose likeliest class is the label, "teacher_ce"; with
             weights of single rows "sample_weight", and "undecided", rows that neither their label nor their teacher
-            helps, which have the weight 1/2; with `label_noise` "suspected", rows whose label the teacher finds wrong.
+            helps, which have the weight 1/2; with `label_noise` "suspected", rows whose label the teacher finds wrong;
+            and the names of `features`, without their weights.
         counts: name -> over how many rows that sum goes.
     """
 
@@ -98,12 +107,14 @@ class Distiller:
             teacher, student, config_.teacher_switches, config_.ema_decay, teacher_quantization, self._check_teacher
         )
         idle = self._weight.constant and self._weight.values[0] == 0 and self.config.label_noise is None
+        idle = idle and self.config.features is None
         if isinstance(self.teacher, Teacher) and idle:
             raise ValueError(
                 "kd_weight=0 with a teacher: it would run and teach nothing. Leave teacher out to train on the labels."
             )
         self._check_rows()
         self._check_noise()
+        self.features = self._features()
         self.meta = None if self.config.sample_weights is None else MetaWeights(student)
         self.noise: LabelNoise | None = None
         if self.config.label_noise is not None:
@@ -114,9 +125,36 @@ class Distiller:
         return self.compute(batch, progress).loss
 
     def updated(self) -> None:
-        """To be called after each optimizer step; teacher="ema" needs it."""
+        """To be called after each optimizer step; teacher="ema" and the matrices of `features` need it."""
+        for parameter in self.parameters():
+            parameter.grad = None  # the trainer empties the student's alone
         if isinstance(self.teacher, Teacher):
             self.teacher.updated()
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """What is trained beside the student: matrices of `features` between states of different widths."""
+        return [] if self.features is None else list(self.features.projections.parameters())
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint has to keep beside the student and the optimizer."""
+        found = dict(self.teacher.state()) if isinstance(self.teacher, Teacher) else {}
+        return found | {f"{_PROJECTION}{i}": p.detach() for i, p in enumerate(self.parameters())}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """What `state` gave.
+
+        Raises:
+            ValueError: it is of other matrices or another running mean.
+        """
+        own = {name: value for name, value in state.items() if name.startswith(_PROJECTION)}
+        shapes = {f"{_PROJECTION}{i}": p.shape for i, p in enumerate(self.parameters())}
+        if {name: value.shape for name, value in own.items()} != shapes:
+            raise ValueError("features: the checkpoint's matrices between the layers are of other layers or widths.")
+        with torch.no_grad():
+            for i, p in enumerate(self.parameters()):
+                p.copy_(own[f"{_PROJECTION}{i}"])
+        if isinstance(self.teacher, Teacher):
+            self.teacher.load_state({name: value for name, value in state.items() if name not in own})
 
     def begun(self) -> None:
         """Before the first part of an optimizer step: the rows set aside are asked anew."""
@@ -180,15 +218,45 @@ class Distiller:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         labels = self._labels(batch)
         self._check_loss(batch)
-        temperature, scale = self._temperature(progress), self._scale(progress)
         weight: float | torch.Tensor = self._weight(progress)
         taught: torch.Tensor | None = None
-        if weight > 0 or whole or self.noise is not None:  # first: see teachers.py
+        watched = None if whole else self.features
+        more: dict[str, Any] = {"output_hidden_states": True} if watched is not None and watched.states else {}
+        theirs: Any = None
+        if watched is not None:
+            assert isinstance(self.teacher, Teacher)
+            with watched.watching(self.teacher.at(progress), 1) as noted:
+                said = self.teacher.outputs(self._with_decoder(inputs, labels), progress, **more)
+            if said is not None:
+                taught, theirs = said.logits, (said.get("hidden_states"), noted)
+        elif weight > 0 or whole or self.noise is not None:  # first: see teachers.py
             taught = self._taught(batch, progress)
         if self.meta is not None and not whole:  # before the student's pass too, as it moves the weights
             known = torch.ones_like(labels) if self.regression else labels != IGNORED
             weight = torch.where(known.reshape(-1).bool(), self.meta.shares(self._pair(batch, taught, progress)), 1.0)
-        outputs = (self.student if model is None else model)(**self._with_decoder(inputs, labels))
+        called = self.student if model is None else model
+        if theirs is None:
+            outputs = called(**self._with_decoder(inputs, labels))
+            return self._losses(batch, outputs, taught, weight, progress, items, whole)
+        assert watched is not None
+        with watched.watching(self.student, 0) as seen:
+            outputs = called(**self._with_decoder(inputs, labels), **more)
+        result = self._losses(batch, outputs, taught, weight, progress, items, whole)
+        self._add_features(result, (outputs.get("hidden_states"), seen), theirs, batch, items)
+        return result
+
+    def _losses(
+        self,
+        batch: Mapping[str, torch.Tensor],
+        outputs: Any,
+        taught: torch.Tensor | None,
+        weight: float | torch.Tensor,
+        progress: float,
+        items: torch.Tensor | int | None,
+        whole: bool,
+    ) -> Distilled:
+        """What the logits lose."""
+        labels, temperature, scale = self._labels(batch), self._temperature(progress), self._scale(progress)
         rows, targets = self._rows(outputs.logits, labels)
         target_rows = None if taught is None else self._rows(taught, labels)[0].to(rows.device)
         if self.regression:
@@ -260,6 +328,23 @@ class Distiller:
             )
         result.loss = _over(each.sum(), len(rows), items)
         return result
+
+    def _add_features(
+        self, result: Distilled, own: Any, theirs: Any, batch: Mapping[str, torch.Tensor], items: Any
+    ) -> None:
+        """Add the further terms. Each labelled token of a row counts for it, as in the labels' loss."""
+        assert self.features is not None
+        mask = batch.get("attention_mask")
+        mask = torch.ones_like(batch["input_ids"]) if mask is None else mask
+        labels = self._labels(batch)
+        counts = torch.ones(len(labels)) if self.task == "sequence" else labels.ne(IGNORED).sum(1)
+        if self.task == "causal":
+            counts = labels[:, 1:].ne(IGNORED).sum(1)
+        total = int(counts.sum())
+        for name, each in self.features.losses(own, theirs, mask.bool()).items():
+            weighed = each * counts.to(each)
+            result.loss = result.loss + self.features.weights[name] * _over(weighed.sum(), total, items)
+            result.add(name, weighed, total)
 
     def _taught(self, batch: Mapping[str, torch.Tensor], progress: float) -> torch.Tensor | None:
         """What a teacher that is a model says of a batch."""
@@ -410,8 +495,8 @@ class Distiller:
         if self.task != "sequence" or self.regression:
             kind = "a number" if self.regression else f"of the task {self.task!r}"
             raise ValueError(
-                f"label_noise={asked!r} judges the classes of whole rows, and the student's labels are {kind}. Leave it "
-                "and noise_rate out."
+                f"label_noise={asked!r} judges the classes of whole rows, and the student's labels are {kind}. Leave "
+                "it and noise_rate out."
             )
         moves = isinstance(teacher, FullRankTeacher | MeanTeacher)
         several = isinstance(teacher, ModelTeacher) and len(teacher.teachers) > 1
@@ -421,6 +506,25 @@ class Distiller:
                 f"label_noise={asked!r}: one teacher judges all labels before the training, and teacher is {kind}. "
                 "Pass a model, a path, a cache, 'base' or 'adapter:NAME'."
             )
+
+    def _features(self) -> Features | None:
+        """The further terms, or an error where there are no two models whose layers can be seen."""
+        config, teacher = self.config, self.teacher
+        if config.features is None:
+            return None
+        assert isinstance(config.features, dict)
+        if self.task == "seq2seq":
+            raise ValueError("features compare layers of one stack, and an encoder-decoder has two. Leave them out.")
+        several = isinstance(teacher, ModelTeacher) and len(teacher.teachers) > 1
+        if not isinstance(teacher, Teacher) or isinstance(teacher, CachedTeacher) or several:
+            kind = "a list" if several else "a cache" if isinstance(teacher, CachedTeacher) else repr(teacher)
+            raise ValueError(
+                f"features={config.features!r} compare the layers of two models, and teacher is {kind}, which has none "
+                "to see. Pass a model, a path or a teacher inside the student, or leave features out."
+            )
+        causal = self.task == "causal"
+        model = teacher.at(0.0)
+        return Features(self.student, model, config.features, config.layer_map, config.relation_heads, causal)
 
     def _check_teacher(self, teacher: Any, tokenizer: Any) -> None:
         """Raise unless the teacher reads the student's tokens and answers in its classes."""
@@ -500,6 +604,7 @@ class Distiller:
             )
 
 
+_PROJECTION = "projection."
 _MOVING = ("kd_weight", "temperature", "teacher_scale")
 
 

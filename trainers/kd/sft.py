@@ -30,7 +30,7 @@ class KDSFTConfig(DistillFields, SFTConfig):
 
     Raises:
         ValueError, TypeError: as those, for `loss_type="dft"`, which weighs the labels in a way of its own, and for
-            `sample_weights` and `label_noise`, which are a classifier's.
+            `sample_weights`, `label_noise` and `features`, which KDTrainer has.
     """
 
     def __post_init__(self) -> None:
@@ -38,6 +38,11 @@ class KDSFTConfig(DistillFields, SFTConfig):
         self.check_distillation()
         if self.loss_type == "dft":
             raise ValueError("loss_type='dft': a teacher is weighed against the labels' likelihood; use 'nll'.")
+        if self.features is not None:
+            raise ValueError(
+                f"features={self.features!r}: KDSFTTrainer sees the last states alone. Leave them out, or use "
+                "KDTrainer, which trains causal models too."
+            )
         for name, does in (("sample_weights", "weighs"), ("label_noise", "judges the labels of")):
             if getattr(self, name) is not None:
                 raise ValueError(

@@ -40,6 +40,11 @@ class DistillingTrainer(Trainer):
                 "ZeRO-3 parts the weights between a teacher's pass and the student's; use ZeRO-2 or FSDP2."
             )
         by_row = self.distiller.meta is not None or self.distiller.noise is not None
+        if self.distiller.features is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "features train matrices of their own and look into the layers, which was not tried under FSDP and "
+                "DeepSpeed: use DDP or one process, or leave them out."
+            )
         if by_row and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 "sample_weights and label_noise have passes of their own in each process, in which FSDP and DeepSpeed "
@@ -66,6 +71,14 @@ class DistillingTrainer(Trainer):
         """Steps done over all steps; 1 outside a training, where schedules are at their end."""
         return progress_of(self.state.global_step, self.state.max_steps)
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with what `features` train."""
+        made = super().create_optimizer(*args, **kwargs)
+        more, groups = self.distiller.parameters(), self.optimizer.param_groups
+        if more and not any(p is more[0] for group in groups for p in group["params"]):
+            self.optimizer.add_param_group({"params": more, "weight_decay": self.args.weight_decay})
+        return made
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with what the distillation has to tell."""
         if "loss" in logs:
@@ -85,8 +98,7 @@ class DistillingTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        teacher = self.distiller.teacher
-        state = teacher.state() if isinstance(teacher, Teacher) else {}
+        state = self.distiller.state()
         if state and self.is_world_process_zero():
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             save_file({name: value.contiguous().cpu() for name, value in state.items()}, folder / STATE)
@@ -94,14 +106,13 @@ class DistillingTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         path = Path(resume_from_checkpoint, STATE)
-        teacher = self.distiller.teacher
-        if isinstance(teacher, Teacher) and teacher.state():
+        if self.distiller.state():
             if not path.exists():
                 raise ValueError(
                     f"resume_from_checkpoint={resume_from_checkpoint!r} has no {STATE}: it was trained without this "
-                    "teacher, which has a state of its own. Start anew, or with the teacher of before."
+                    "teacher or these features, which have a state of their own. Start anew, or with those of before."
                 )
-            teacher.load_state(load_file(path))
+            self.distiller.load_state(load_file(path))
 
 
 class _TellTeacher(TrainerCallback):

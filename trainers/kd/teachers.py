@@ -44,6 +44,21 @@ class Teacher:
             inputs: what the student gets.
             progress: steps done over all steps.
         """
+        found = self.outputs(inputs, progress)
+        return None if found is None else found.logits
+
+    def outputs(self, inputs: Mapping[str, torch.Tensor], progress: float, **more: Any) -> Any:
+        """What its forward gives; None where this step has no teacher.
+
+        Args:
+            inputs: what the student gets.
+            progress: steps done over all steps.
+            **more: further arguments of the forward.
+        """
+        raise NotImplementedError
+
+    def at(self, progress: float) -> Any:
+        """The model that teaches at this progress."""
         raise NotImplementedError
 
     def states(self, inputs: Mapping[str, torch.Tensor], keep: torch.Tensor, progress: float) -> States | TopK | None:
@@ -92,7 +107,6 @@ class ModelTeacher(Teacher):
         self.at(0.0)  # a path that cannot be read is told of before the training
 
     def at(self, progress: float) -> Any:
-        """The model that teaches at this progress."""
         place = sum(progress >= switch for switch in self.switches)
         if place != self.place:
             self.model = None  # before the next one is there: only one has to fit
@@ -110,11 +124,11 @@ class ModelTeacher(Teacher):
             model.to(device)
         return model
 
-    def logits(self, inputs: Mapping[str, torch.Tensor], progress: float) -> torch.Tensor | None:
+    def outputs(self, inputs: Mapping[str, torch.Tensor], progress: float, **more: Any) -> Any:
         model = self._here(progress)
         known = inspect.signature(base_model(model).forward).parameters
         with evaluating(model):  # whoever shares the module has put it into its training mode
-            return model(**{name: value for name, value in inputs.items() if name in known}).logits
+            return model(**{name: value for name, value in inputs.items() if name in known}, **more)
 
     def states(self, inputs: Mapping[str, torch.Tensor], keep: torch.Tensor, progress: float) -> States | TopK | None:
         model = self._here(progress)
@@ -163,9 +177,12 @@ class OwnTeacher(Teacher):
         with switched(self.student, self.adapter):
             yield
 
-    def logits(self, inputs: Mapping[str, torch.Tensor], progress: float) -> torch.Tensor | None:
+    def at(self, progress: float) -> Any:
+        return self.student
+
+    def outputs(self, inputs: Mapping[str, torch.Tensor], progress: float, **more: Any) -> Any:
         with evaluating(self.student), self.inside():
-            return self.student(**inputs).logits
+            return self.student(**inputs, **more)
 
     def states(self, inputs: Mapping[str, torch.Tensor], keep: torch.Tensor, progress: float) -> States | TopK | None:
         if self._decoder is None:
@@ -191,8 +208,8 @@ class FullRankTeacher(OwnTeacher):
         with self.student.base_model.at_rank(self.rank):
             yield
 
-    def logits(self, inputs: Mapping[str, torch.Tensor], progress: float) -> torch.Tensor | None:
-        return None if self._full() else super().logits(inputs, progress)
+    def outputs(self, inputs: Mapping[str, torch.Tensor], progress: float, **more: Any) -> Any:
+        return None if self._full() else super().outputs(inputs, progress, **more)
 
     def states(self, inputs: Mapping[str, torch.Tensor], keep: torch.Tensor, progress: float) -> States | TopK | None:
         return None if self._full() else super().states(inputs, keep, progress)

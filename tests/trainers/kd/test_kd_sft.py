@@ -171,6 +171,7 @@ def test_a_teacher_learns_itself_by_heart(tmp_path: Path) -> None:
         ("smoothing", {"label_smoothing_factor": 0.1}, "teacher='smoothing'"),
         (None, {"kd_weight": 2}, "kd_weight=2"),
         ("base", {"sample_weights": "meta"}, "sample_weights='meta' weighs a classifier's rows"),
+        ("base", {"features": {"hidden": 1.0}}, "KDSFTTrainer sees the last states alone"),
         ("base", {"label_noise": "drop", "noise_rate": 0.1}, "label_noise='drop' judges the labels of a classifier's"),
     ],
 )

@@ -237,7 +237,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(teacher: str | None, settings: d
 
 def test_an_ema_that_was_not_saved_is_no_ema(tmp_path: Path) -> None:
     trainer(tmp_path, save_strategy="steps", save_steps=2).train()
-    with pytest.raises(ValueError, match="has a state of its own"):
+    with pytest.raises(ValueError, match="have a state of their own"):
         trainer(tmp_path, "ema").train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
