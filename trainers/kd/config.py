@@ -55,6 +55,9 @@ class DistillFields:
             the teacher's, evenly; "skip" for the same without the last; or pairs from 1 such as "1:2 2:4".
         relation_heads: into how many heads queries, keys and values are cut; must divide the widths of both models.
             None for the student's.
+        average_from: leave the mean of the weights after each step from this progress on, in place of the last ones
+            (SWA); of a LoRA the mean of the products B A, at its rank. The rate is better constant there. None for no
+            mean.
 
     Raises:
         ValueError, TypeError: a value has no meaning, or none beside another.
@@ -106,6 +109,10 @@ class DistillFields:
     relation_heads: int | None = field(
         default=None, metadata={"help": "Of the relations: heads, which divide both widths; default the student's."}
     )
+    average_from: float | None = field(
+        default=None,
+        metadata={"help": "Progress, 0 to 1, from which on weights are averaged; their mean is left (SWA)."},
+    )
 
     def check_distillation(self) -> None:
         """Raise for what has no meaning; texts that are numbers become numbers, as from a command line.
@@ -139,6 +146,11 @@ class DistillFields:
                 "it has no temperature. Leave it at 1; teacher_scale scales the teacher's logits."
             )
         self._check_rows()
+        if self.average_from is not None and getattr(self, "load_best_model_at_end", False):
+            raise ValueError(
+                f"average_from={self.average_from} and load_best_model_at_end: one leaves the mean of the last "
+                "weights, the other the best checkpoint. Leave one out."
+            )
         self.features = parse_weights(self.features)
         parse_pairs(self.layer_map)
         if self.features is None and (self.layer_map != "last" or self.relation_heads is not None):
@@ -355,6 +367,10 @@ _FIXED = {
     "margin": ("a finite number of at least 0", lambda value: is_finite(value) and value >= 0),
     "smoothing": ("a number greater than 0 and less than 1", lambda value: is_finite(value) and 0 < value < 1),
     "meta_fraction": ("a number greater than 0 and less than 1", lambda value: is_finite(value) and 0 < value < 1),
+    "average_from": (
+        "a number from 0 to less than 1, or None",
+        lambda value: value is None or (is_finite(value) and 0 <= value < 1),
+    ),
     "noise_rate": ("a number from 0 to less than 1", lambda value: is_finite(value) and 0 <= value < 1),
     "ema_decay": ("a number from 0 to less than 1", lambda value: is_finite(value) and 0 <= value < 1),
 }

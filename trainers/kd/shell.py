@@ -12,10 +12,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peft_dynamic.functional.schedule import progress_of
 from peft_dynamic.hosts.deepspeed import is_parted
+from peft_dynamic.trainers.kd.average import Average
 from peft_dynamic.trainers.kd.report import Sums
 from peft_dynamic.trainers.kd.teachers import MeanTeacher, Teacher
 
 STATE = "kd_teacher.safetensors"
+AVERAGE = "kd_average.safetensors"
 
 
 class DistillingTrainer(Trainer):
@@ -38,6 +40,11 @@ class DistillingTrainer(Trainer):
         if any(map(is_parted, self.model.parameters())):
             raise ValueError(
                 "ZeRO-3 parts the weights between a teacher's pass and the student's; use ZeRO-2 or FSDP2."
+            )
+        if self.args.average_from is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "average_from keeps a mean of whole weights, which FSDP and DeepSpeed part or copy: use DDP or one "
+                "process, or leave it out."
             )
         by_row = self.distiller.meta is not None or self.distiller.noise is not None
         if self.distiller.features is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -64,7 +71,10 @@ class DistillingTrainer(Trainer):
         self.used: dict[str, float] = {}  # the schedules' values in the last step
         # Of a forward without **kwargs Trainer thinks that it cannot divide by the rows of a whole step; ours does.
         self.model_accepts_loss_kwargs = True
+        self.average = None if self.args.average_from is None else Average(self.distiller.student)
         self.add_callback(_TellTeacher(self.distiller))
+        if self.average is not None:
+            self.add_callback(_Averaging(self.average, self.args.average_from))
 
     @property
     def progress(self) -> float:
@@ -98,10 +108,11 @@ class DistillingTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        state = self.distiller.state()
-        if state and self.is_world_process_zero():
-            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            save_file({name: value.contiguous().cpu() for name, value in state.items()}, folder / STATE)
+        states = {STATE: self.distiller.state(), AVERAGE: {} if self.average is None else self.average.state()}
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        for name, state in states.items():
+            if state and self.is_world_process_zero():
+                save_file({key: value.contiguous().cpu() for key, value in state.items()}, folder / name)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
@@ -113,6 +124,14 @@ class DistillingTrainer(Trainer):
                     "teacher or these features, which have a state of their own. Start anew, or with those of before."
                 )
             self.distiller.load_state(load_file(path))
+        if self.average is not None:
+            path = Path(resume_from_checkpoint, AVERAGE)
+            if not path.exists():
+                raise ValueError(
+                    f"resume_from_checkpoint={resume_from_checkpoint!r} has no {AVERAGE}: it was trained without "
+                    "average_from. Leave it out, or start anew."
+                )
+            self.average.load_state(load_file(path))
 
 
 class _TellTeacher(TrainerCallback):
@@ -130,6 +149,22 @@ class _TellTeacher(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.distiller.updated()
+
+
+class _Averaging(TrainerCallback):
+    def __init__(self, average: Average, start: float) -> None:
+        self.average, self.start = average, start
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:  # a training that goes on has loaded its mean
+            self.average.empty()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if progress_of(state.global_step, state.max_steps) >= self.start:
+            self.average.add()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.average.put()
 
 
 def scaled(trainer: Any, loss: torch.Tensor, items: Any) -> torch.Tensor:

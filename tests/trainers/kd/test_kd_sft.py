@@ -230,3 +230,21 @@ def test_a_cut_student_learns_from_the_model_it_was_cut_from(tmp_path: Path) -> 
     made.train()
     values = [log["kd"] for log in made.state.log_history if "kd" in log]
     assert sum(values[-5:]) < 0.5 * sum(values[:5])
+
+
+def test_the_mean_of_the_last_steps_is_left(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    made = trainer(tmp_path, "base", peft_config=config, average_from=0.6, max_steps=3)
+    seen = []
+    step = made.average.add
+
+    def noted() -> None:
+        seen.append([p.detach().double().clone() for p in made.model.parameters() if p.requires_grad][:2])
+        step()
+
+    made.average.add = noted
+    made.train()
+    assert len(seen) == 2  # after the steps 2 and 3
+    u, s, v = torch.linalg.svd((seen[0][1] @ seen[0][0] + seen[1][1] @ seen[1][0]) / 2)
+    a, b = [p.detach().double() for p in made.model.parameters() if p.requires_grad][:2]
+    torch.testing.assert_close(b @ a, (u[:, :2] * s[:2]) @ v[:2], rtol=1e-4, atol=1e-6)
