@@ -131,6 +131,41 @@ class Distiller:
         if isinstance(self.teacher, Teacher):
             self.teacher.updated()
 
+    def hardest(
+        self, batch: Mapping[str, torch.Tensor], of: int, keep: int, progress: float = 0.0
+    ) -> dict[str, torch.Tensor]:
+        """Of each row's augmentations those at which the student is furthest from the teacher, as Glitter chooses.
+
+        The student is asked in eval mode and without gradients. With a cache as teacher, it alone has a pass.
+
+        Args:
+            batch: a classifier's, with the augmentations of each row behind each other.
+            of: how many augmentations each row has.
+            keep: how many of them stay, in their order.
+            progress: as in `compute`.
+
+        Raises:
+            ValueError: the student is no classifier of sequences, no model teaches, or the numbers do not fit.
+
+        Source: E. Kamalloo, M. Rezagholizadeh, A. Ghodsi: When Chosen Wisely, More Data Is What You Need, Findings of
+        ACL 2022, arXiv 2203.09391.
+        """
+        rows = len(next(iter(batch.values())))
+        if self.task != "sequence" or not isinstance(self.teacher, Teacher):
+            raise ValueError("hardest: needs a classifier of sequences and a model as teacher.")
+        if not 0 < keep <= of or rows % of:
+            raise ValueError(
+                f"of={of}, keep={keep}: keep must be from 1 to of, and of must divide the {rows} rows of the batch."
+            )
+        taught = self._taught(batch, progress)
+        if taught is None:
+            raise ValueError("hardest: the teacher has nothing to say in this step.")
+        with evaluating(self.student):
+            far = self._pair(batch, taught, progress)()[1]
+        best = far.reshape(-1, of).topk(keep).indices.sort().values
+        places = (best + of * torch.arange(len(best), device=best.device)[:, None]).flatten()
+        return {name: value[places.to(value.device)] for name, value in batch.items()}
+
     def parameters(self) -> list[torch.nn.Parameter]:
         """What is trained beside the student: matrices of `features` between states of different widths."""
         return [] if self.features is None else list(self.features.projections.parameters())

@@ -334,3 +334,44 @@ def test_pro_kd_hands_over_evenly() -> None:
     assert config.teacher_switches == [0.25, 0.5]
     assert epochs(config.kd_weight, 8, 8) == [1] * 6 + [0] * 2
     assert epochs(config.teacher_scale, 6, 8) == pytest.approx([1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1], abs=1e-6)
+
+
+def test_the_hardest_augmentations() -> None:
+    student, teacher, inputs = classifier(0), classifier(1, 2), batch(count=8)
+    with torch.no_grad():
+        z, t = (each(**{**inputs, "labels": None}).logits / 2 for each in (student, teacher))
+    far = kl_div(log_softmax(z, 1), log_softmax(t, 1), reduction="none", log_target=True).sum(1)
+    wanted = [i for start in (0, 4) for i in sorted(sorted(range(start, start + 4), key=lambda i: -far[i])[:2])]
+    student.train()
+    distiller = Distiller(student, teacher, KDConfig(temperature=2.0))
+    found = distiller.hardest(inputs, of=4, keep=2)
+    assert student.training
+    for name, value in inputs.items():
+        assert torch.equal(found[name], value[wanted])
+    bare = {name: value for name, value in inputs.items() if name != "labels"}
+    assert torch.equal(distiller.hardest(bare, 4, 2)["input_ids"], found["input_ids"])
+    for of, keep in ((3, 1), (4, 5), (4, 0)):
+        with pytest.raises(ValueError, match=f"of={of}, keep={keep}"):
+            distiller.hardest(inputs, of, keep)
+    with pytest.raises(ValueError, match="a model as teacher"):
+        Distiller(student).hardest(inputs, 4, 2)
+
+
+def test_settings_from_a_command_line() -> None:
+    from transformers import HfArgumentParser
+
+    words = [
+        "--features",
+        "hidden:1",
+        "--layer_map",
+        "1:2",
+        "--average_from",
+        "0.5",
+        "--label_noise",
+        "drop",
+        "--noise_rate",
+        "0.2",
+    ]
+    (config,) = HfArgumentParser(KDConfig).parse_args_into_dataclasses(["--output_dir", "out", *words])
+    assert (config.features, config.layer_map) == ({"hidden": 1.0}, "1:2")
+    assert (config.average_from, config.label_noise, config.noise_rate) == (0.5, "drop", 0.2)
