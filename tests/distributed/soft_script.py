@@ -30,6 +30,7 @@ from peft_dynamic.trainers import SoFTConfig
 from tests.trainers.kd.common import classifier
 from tests.trainers.kd.common import rows as sentences
 from tests.trainers.kd.common import trainer as classifying
+from tests.trainers.kd.test_features import wide
 from tests.trainers.kd.test_kd_sft import trainer as distilling
 from tests.trainers.soft.common import rows, trainer
 from tests.trainers.soft.families import build
@@ -53,6 +54,19 @@ KINDS: dict[str, dict[str, Any]] = {
     "kd": {"tie": False, "teacher": "another", **lora()},
     "kd-ema": {"tie": False, "teacher": "ema", **lora()},
     "kd-classifier": {"tie": False, "teacher": "classifier"},
+    "kd-rows": {
+        "tie": False,
+        "teacher": "classifier",
+        "own": {
+            "kd_weight": 0.5,
+            "sample_weights": "meta",
+            "meta_fraction": 0.25,
+            "features": {"relations": 0.1, "hidden": 1.0},
+            "layer_map": "uniform",
+            "average_from": 0.5,
+        },
+    },
+    "kd-noise": {"tie": False, "teacher": "classifier", "own": {"label_noise": "relabel", "noise_rate": 0.25}},
 }
 
 
@@ -111,7 +125,12 @@ def train(kind: str, resume: bool) -> dict[str, Any]:
             more |= dict(zip(("train_dataset", "eval_dataset"), labelled, strict=True))
             if "fsdp_config" in more:
                 more["fsdp_config"]["transformer_layer_cls_to_wrap"] = ["BertLayer"]
-            made = classifying(folder, classifier(1, 2), classifier(0), **more)
+            own = settings.get("own")
+            if own is None:
+                made = classifying(folder, classifier(1, 2), classifier(0), **more)
+            else:  # in double precision, as weights of rows are made of small differences
+                more |= {**own, "train_dataset": Dataset.from_list(sentences(count=24))}
+                made = classifying(folder, wide().double(), classifier(0, 2).double(), **more)
         else:
             who = build("llama", seed=1) if teacher == "another" else teacher
             more["eval_dataset"] = Dataset.from_list(rows(7))

@@ -17,10 +17,11 @@ pytest.importorskip("trl")
 SCRIPT = Path(__file__).with_name("soft_script.py")
 KINDS = ["tied", "untied", "lora", "lora-head"]
 DISTILLING = ["exit-kd", "kd", "kd-ema", "kd-classifier"]
+BY_ROW = ["kd-rows", "kd-noise"]  # weights of rows, inner layers and the mean of the last steps; wrong labels
 # ZeRO-3 gets a base model that was loaded in parts. A teacher beside the student is refused
-# there, and a running mean wherever weights are parted or copied.
+# there, and a running mean and what looks at single rows wherever weights are parted or copied.
 OF_ENGINE = {
-    "ddp": [*KINDS, *DISTILLING],
+    "ddp": [*KINDS, *DISTILLING, *BY_ROW],
     "fsdp2": [*KINDS, "exit-kd", "kd", "kd-classifier"],
     "zero1": ["tied", "lora-head"],
     "zero2": [*KINDS, "exit-kd", "kd", "kd-classifier"],
@@ -33,7 +34,7 @@ BOUND = {"saved": 1e-5, "logs": 1e-5}
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("single") / "out.pt"
-    python(SCRIPT, "single", out, *KINDS, *DISTILLING, "loaded", env=os.environ | {"OMP_NUM_THREADS": "1"})
+    python(SCRIPT, "single", out, *KINDS, *DISTILLING, *BY_ROW, "loaded", env=os.environ | {"OMP_NUM_THREADS": "1"})
     return torch.load(out)
 
 
@@ -68,6 +69,8 @@ def test_the_cells_differ(single: dict[str, Any]) -> None:
         logs = single[kind]["whole"]["logs"]
         assert [entry["kd_weight"] for entry in logs if "kd_weight" in entry] == pytest.approx([0.9, 0.75, 0.6, 0.45])
         assert any("eval_kd" in entry for entry in logs)
+    for kind, name in zip(BY_ROW, ("sample_weight", "suspected"), strict=True):
+        assert any(0 < entry.get(name, 0) < 1 for entry in single[kind]["whole"]["logs"])
     assert any("exit_1_kd" in entry for entry in single["exit-kd"]["whole"]["logs"])
     assert evaluated["eval_loss"] == pytest.approx(sum(exits) / 3, rel=1e-6)  # to the token, in batches of any size
     assert any("lm_head" in name for name in single["lora-head"]["whole"]["saved"])

@@ -113,7 +113,8 @@ class Features:
                 state = student[0][one]
                 state = state.to(torch.promote_types(state.dtype, torch.float32))
                 if self.projections:
-                    state = self.projections[place](state)
+                    projection = self.projections[place]
+                    state = projection(state.to(projection.weight))
                 each.append(getattr(features, name)(state, teacher[0][other].to(state), mask))
             found[name] = torch.stack(each).mean(0)
         return found

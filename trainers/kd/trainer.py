@@ -28,8 +28,8 @@ class KDTrainer(DistillingTrainer):
     The loss is the mean over the rows of all processes and parts of a step: sentences of a classifier, labelled tokens
     of other models. A classifier's rows without a label (-100, or no column "labels") have the teacher's term alone.
     `eval_loss` is the loss of the labels, as without a teacher. Logged are also "ce", "kd", "agreement" (how often the
-    likeliest class is the teacher's), "accuracy", the schedules' values, and in evaluation the teacher's own "ce" and
-    "accuracy".
+    likeliest class is the teacher's), "accuracy", the schedules' values, "sample_weight", "undecided", "suspected" and
+    the names of `features` where they are asked for, and in evaluation the teacher's own "ce" and "accuracy".
 
     Args:
         model: the student.

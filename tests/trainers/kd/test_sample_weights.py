@@ -128,6 +128,19 @@ def test_the_rows_set_aside_are_not_trained_on(tmp_path: Path) -> None:
     assert_same(weights(other.model), weights(made.model))
 
 
+def test_the_rows_that_serve_a_step_are_drawn_by_its_number(tmp_path: Path) -> None:
+    data = Dataset.from_list(rows(count=32))
+    made = trainer(tmp_path, classifier(1, 2), train_dataset=data, sample_weights="meta", meta_fraction=0.5)
+    drawn = []
+    for seed in (0, 1):  # whatever else has been drawn
+        torch.manual_seed(seed)
+        made.state.global_step = 3
+        drawn.append(made._meta_places())
+    made.state.global_step = 4
+    assert len(set(drawn[0])) == 4
+    assert drawn[0] == drawn[1] != made._meta_places()
+
+
 @pytest.mark.parametrize("classes", [3, 1])
 def test_eight_rows_in_one_part_or_in_four(classes: int, tmp_path: Path) -> None:
     trained = []
