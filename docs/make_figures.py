@@ -134,6 +134,31 @@ def mixer() -> Figure:
     return figure
 
 
+def scales() -> Figure:
+    """The stacked factors of two sources, and omega over B."""
+    figure = Figure(330, "Two sources stacked: A has their rows, B their columns, each scaled by its source's omega")
+    cell, top = 20, 70
+    sources = ((2, BLUE, "₁"), (3, GREEN, "₂"))
+    figure.text(20, 30, "trained", 14, "start", fill=ORANGE, font_weight="bold")
+    figure.text(20, 48, "all else is as it was", 13, "start", fill=MUTED)
+    x, y = 190, top
+    for number, (rank, colour, index) in enumerate(sources):
+        left = 30 + 64 * number
+        figure.matrix(left, top, 1, 7, cell, lambda *_: ORANGE)
+        figure.text(left + cell / 2, top + 164, f"ω{index}", 15)
+        figure.matrix(x, top, rank, 7, cell, lambda *_, colour=colour: colour)
+        figure.text(x + rank * cell / 2, top + 164, f"B{index}", 15)
+        figure.matrix(340, y, 5, rank, cell, lambda *_, colour=colour: colour)
+        figure.text(340 + 5 * cell + 16, y + rank * cell / 2 + 5, f"A{index}", 15)
+        x, y = x + rank * cell, y + rank * cell
+    figure.text(152, top + 75, "scale rows of", 13)
+    figure.text(315, top + 75, "×", 16)
+    figure.text(240, 268, "One LoRA: its rank is the sum of the sources' ranks, here 2 + 3.", 13, fill=MUTED)
+    figure.text(240, 288, "Each ω has a number for each row of B, or one for all.", 13, fill=MUTED)
+    figure.text(240, 308, "After training ω is multiplied into B.", 13, fill=MUTED)
+    return figure
+
+
 def tensor_train() -> Figure:
     """A matrix and the cores that make it."""
     shape, rank = (8, 8, 12, 8, 8), 5
@@ -423,6 +448,7 @@ FIGURES = {
     "mixer": mixer,
     "ppo-rollout": rollout,
     "ranks": ranks,
+    "scales": scales,
     "tensor-train": tensor_train,
 }
 

@@ -2,6 +2,7 @@
 from peft_dynamic.algebra import AdapterMoments as AdapterMoments
 from peft_dynamic.algebra import adapter_moments as adapter_moments
 from peft_dynamic.algebra import average_adapters as average_adapters
+from peft_dynamic.algebra import learn_scales as learn_scales
 from peft_dynamic.algebra import merge_adapters as merge_adapters
 from peft_dynamic.algebra import resize_adapter as resize_adapter
 from peft_dynamic.density import ActivationDensityLoss as ActivationDensityLoss
@@ -34,5 +35,7 @@ from peft_dynamic.tuners.moslora import MoSLoRAConfig as MoSLoRAConfig
 from peft_dynamic.tuners.moslora import MoSLoRAModel as MoSLoRAModel
 from peft_dynamic.tuners.qdylora import QDyLoRAConfig as QDyLoRAConfig
 from peft_dynamic.tuners.qdylora import QDyLoRAModel as QDyLoRAModel
+from peft_dynamic.tuners.scalearn import ScaLearnConfig as ScaLearnConfig
+from peft_dynamic.tuners.scalearn import ScaLearnModel as ScaLearnModel
 
 __version__: str

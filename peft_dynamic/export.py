@@ -25,6 +25,7 @@ from peft_dynamic.cards import write_model_card
 from peft_dynamic.engines import check_engine, fit
 from peft_dynamic.methods import method_of
 from peft_dynamic.rules import check_target as check_target  # here before
+from peft_dynamic.tuners.as_lora import NOT_LORA
 from peft_dynamic.tuners.dylora.model import active_ranked_adapter, at_rank, held
 from peft_dynamic.tuners.dylora.ranks import AdapterRanks
 from peft_dynamic.tuners.dylora.stock import stock_layers
@@ -170,7 +171,7 @@ def _tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     return {
         prefix + key: tensor.detach().cpu().contiguous().clone()  # a file holds no views and no tensor twice
         for key, tensor in tensors.items()
-        if ".lora_schedule." not in key and ".lora_mixer." not in key
+        if not any(part in key for part in NOT_LORA)
     }
 
 

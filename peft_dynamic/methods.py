@@ -33,75 +33,104 @@ VARIANTS = {
 REFUSED: dict[str, dict[str, str]] = {
     "use_rslora": {
         "DYLORA": "DyLoRA's scale follows the rank in use; pass scaling='alpha/sqrt(b)' for the rank-stabilised scale",
+        "SCALEARN": "the scale of each source is in its stored factors",
     },
     "use_dora": {
         "DYLORA": "DoRA's magnitudes belong to the norm of one merged weight, and each rank has its own",
         "LORETTA_REP": "it was not tried with factors that are tensor trains",
+        "SCALEARN": "DoRA's magnitudes belong to the norm of one merged weight, and the sources have none",
     },
     "use_qalora": {
         "DYLORA": "its pooled inputs give lora_A another shape than the cut to a rank expects",
         "MOSLORA": "its pooled inputs give lora_A another shape than the mixer expects",
         "LORETTA_REP": "its pooled inputs give lora_A another shape than the tensor train's",
+        "SCALEARN": "the factors are those of the sources, whose inputs are not pooled",
     },
     "use_bdlora": {
         "DYLORA": "its blocks cut across the rank, so a part of the rank is not an adapter",
         "MOSLORA": "its blocks cut across the rank, which the mixer mixes",
         "LORETTA_REP": "its blocks cut the factors, which are tensor trains",
+        "SCALEARN": "the factors are those of the sources, which have no blocks",
     },
     "velora_config": {
         "DYLORA": "it replaces the forward pass of lora_A, which DyLoRA cuts to a rank",
         "MOSLORA": "it replaces the forward pass of lora_A, of which the mixer is a part",
         "LORETTA_REP": "it replaces the forward pass of lora_A, which is a tensor train",
+        "SCALEARN": "the factors are those of the sources, and lora_A is not trained",
     },
     "alora_invocation_tokens": {
         "DYLORA": "it replaces the forward pass of the layer that DyLoRA cuts to a rank",
         "MOSLORA": "it was not tried with a mixer",
         "LORETTA_REP": "it was not tried with factors that are tensor trains",
+        "SCALEARN": "it was not tried with learned scales",
     },
     "monteclora_config": {
         "DYLORA": "it replaces the forward pass of the layer that DyLoRA cuts to a rank",
         "MOSLORA": "it has a mixture of its own between the factors",
         "LORETTA_REP": "it has a mixture of its own between the factors",
+        "SCALEARN": "it has a mixture of its own between the factors",
     },
     "arrow_config": {
         "DYLORA": "it routes between finished adapters; export one rank of each with export_lora and route those",
         "MOSLORA": "it routes by the stored factors; export each adapter with export_lora and route those",
         "LORETTA_REP": "it routes by stored factors; export each adapter with export_lora and route those",
         "DENSITY_LORA": "it routes between the adapters of a model that create_arrow_model made",
+        "SCALEARN": "it routes by stored factors; export each adapter with export_lora and route those",
     },
     "kasa_config": {
         "DYLORA": "its singular values are tied to one rank",
         "MOSLORA": "it has singular values of its own between the factors",
         "LORETTA_REP": "it has singular values of its own between the factors",
+        "SCALEARN": "it has singular values of its own between the factors",
     },
     "megatron_config": {
         "DYLORA": "Megatron's parallel linear layers cannot be cut to a rank",
         "MOSLORA": "Megatron's parallel linear layers hold parts of the factors only",
         "LORETTA_REP": "Megatron's parallel linear layers hold parts of the factors only",
         "DENSITY_LORA": "Megatron's parallel layers were not tried with a density loss",
+        "SCALEARN": "Megatron's parallel linear layers hold parts of the factors only",
     },
     "loftq_config": {
         "DYLORA": "it fits the quantisation error at one rank and one scale",
         "MOSLORA": "it sets the factors so that B A is the quantisation error, and the update is B M A",
         "LORETTA_REP": "it sets the factors, which are tensor trains",
+        "SCALEARN": "it sets the factors, which are those of the sources",
     },
     "eva_config": {
         "DYLORA": "EVA gives every layer a rank of its own after construction",
         "MOSLORA": "it chooses the factors after construction for B A, and the update is B M A",
         "LORETTA_REP": "it sets the factors, which are tensor trains",
+        "SCALEARN": "it sets the factors, which are those of the sources",
     },
     "corda_config": {
         "DYLORA": "CorDA changes the base weights to fit one rank and one scale",
         "MOSLORA": "it changes the base weights to go with B A, and the update is B M A",
         "LORETTA_REP": "it sets the factors, which are tensor trains",
+        "SCALEARN": "it sets the factors, which are those of the sources",
     },
     "lora_ga_config": {
         "DYLORA": "LoRA-GA changes the base weights to fit one rank and one scale",
         "MOSLORA": "it changes the base weights to go with B A, and the update is B M A",
         "LORETTA_REP": "it sets the factors, which are tensor trains",
+        "SCALEARN": "it sets the factors, which are those of the sources",
     },
     "target_parameters": {
         "LORETTA_REP": "3-D expert parameters are no linear layers; list linear layers in target_modules",
+    },
+    "lora_bias": {
+        "SCALEARN": "the sources are products of two factors, and have no biases",
+    },
+    "exclude_modules": {
+        "SCALEARN": "the modules are those of the sources; leave them out of the sources",
+    },
+    "layers_to_transform": {
+        "SCALEARN": "the modules are those of the sources; leave them out of the sources",
+    },
+    "layers_pattern": {
+        "SCALEARN": "the modules are those of the sources; leave them out of the sources",
+    },
+    "layer_replication": {
+        "SCALEARN": "the sources have no factors for the copies of layers",
     },
 }
 
@@ -220,6 +249,15 @@ METHODS: Mapping[str, Method] = {
             "LoRA with a penalty on active neurons",
             ("Runwal et al., AAAI 2025", "2402.01911"),
             "density.md",
+        ),
+        Method(
+            "SCALEARN",
+            "ScaLearn",
+            "scalearn",
+            ("ScaLearnConfig", "ScaLearnModel"),
+            "learned scales over finished adapters, which fold into one LoRA",
+            ("Frohmann et al., Findings of ACL 2024", "2310.01217"),
+            "scalearn.md",
         ),
     )
 }

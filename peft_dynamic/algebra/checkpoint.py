@@ -13,7 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,14 @@ from peft_dynamic.cards import REPO_ID, write_model_card
 from peft_dynamic.engines import fit
 from peft_dynamic.export import FILES, PEFT_PREFIX, as_whole, exactly, only
 from peft_dynamic.functional.ranks import alpha_at
+from peft_dynamic.functional.scales import scale_columns
 from peft_dynamic.methods import METHODS, method_of
 from peft_dynamic.rules import check_apart as check_apart  # here before
 from peft_dynamic.rules import check_target
 from peft_dynamic.tuners.lora_fields import check_product
 
 _ENDS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
+SCALES = ".lora_scales.weight"
 # What a file does not tell, beside the fields that make an adapter more than a product.
 UNTOLD = {
     "layer_replication": "its layers are copies that the file does not name. Merge it into the base model",
@@ -83,7 +85,7 @@ def read_checkpoint(adapter: str | os.PathLike[str]) -> LoraCheckpoint:
         ValueError: it is no LoRA, has a variant that is more than a product, or its tensors do not fit, or are not
             finite.
     """
-    folder = _folder(adapter)
+    folder = folder_of(adapter)
     name = f"adapter={str(adapter)!r}"
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / file).is_file():
@@ -107,7 +109,8 @@ def read_checkpoint(adapter: str | os.PathLike[str]) -> LoraCheckpoint:
     return _parted(str(adapter), config, tensors, name)
 
 
-def _folder(adapter: str | os.PathLike[str]) -> Path:
+def folder_of(adapter: str | os.PathLike[str]) -> Path:
+    """The folder of an adapter, fetched from the Hub if it is a name there; FileNotFoundError if it is neither."""
     folder = Path(adapter).expanduser()
     if folder.is_dir():
         return folder
@@ -160,6 +163,7 @@ def _parted(shown: str, config: Any, tensors: dict[str, torch.Tensor], name: str
         mixer = others.pop(f"{module}.lora_mixer.weight", None)
         if mixer is not None:
             products[module] = _mixed(product, mixer, module, name)
+    products = scaled(products, {key: others.pop(key) for key in [*others] if key.endswith(SCALES)}, config, name)
     others = {key: value for key, value in others.items() if ".lora_schedule." not in key}
     return LoraCheckpoint(shown, config, products, others)
 
@@ -206,6 +210,35 @@ def _mixed(product: Product, mixer: torch.Tensor, module: str, name: str) -> Pro
             "The file is damaged: take another copy."
         )
     return product.with_factors(mixer.double() @ a.double(), b, product.scale)
+
+
+def scaled(
+    products: Mapping[str, Product], scales: Mapping[str, torch.Tensor], config: Any, name: str
+) -> dict[str, Product]:
+    """The products of a ScaLearn adapter with omega in B, as the layers compute them; others as they are.
+
+    Args:
+        products: of the file.
+        scales: the file's tensors of omega; one, if all layers share it.
+        config: the adapter's.
+        name: what messages call it.
+    """
+    if not scales:
+        return dict(products)
+    made = {}
+    for module, product in products.items():
+        ranks = config.sources.get(product.keys[0], {})
+        omega = next(iter(scales.values())) if config.shared else scales.get(f"{module}{SCALES}")
+        if omega is not None and config.shared:
+            omega = omega[[row for row, source in enumerate(config.adapters) if source in ranks]]
+        fits = omega is not None and len(omega) == len(ranks) and omega.shape[1:] in {(1,), (len(product.b),)}
+        if omega is None or not fits or sum(ranks.values()) != product.steps:
+            raise ValueError(
+                f"{name}: the scales of {module} do not fit its factors, of which the configuration says {ranks}. The "
+                "file is damaged: take another copy."
+            )
+        made[module] = replace(product, b=scale_columns(product.b, omega, [*ranks.values()], product.experts))
+    return made
 
 
 def settings_of(config: Any, key: str) -> tuple[int, float]:
@@ -291,7 +324,7 @@ def write_checkpoint(
         raise ValueError(f"out={str(out)!r}: no module would be left. Pass a larger rank or budget.")
     if made.config.bias != "none":  # PEFT looks for a module's trained bias where its adapter is
         kept = {module: product if product.rank else product.zeros() for module, product in made.products.items()}
-    config = _stock_config(made, kept)
+    config = stock_config(made, kept)
     tensors = dict(made.others)
     for module, product in _renamed(kept).items():
         tensors[module + product.ends[0]], tensors[module + product.ends[1]] = product.a, product.b
@@ -315,7 +348,8 @@ def write_checkpoint(
     return Path(out)
 
 
-def _stock_config(made: LoraCheckpoint, kept: dict[str, Product]) -> LoraConfig:
+def stock_config(made: LoraCheckpoint, kept: dict[str, Product]) -> LoraConfig:
+    """The configuration of a stock LoRA with these of the checkpoint's products."""
     ours = made.config
     settings = {module: (product.rank, product.alpha) for module, product in kept.items()}
     rank, alpha = Counter(settings.values()).most_common(1)[0][0]

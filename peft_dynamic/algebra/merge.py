@@ -156,7 +156,7 @@ def _summed(
     if rank is not None and not isinstance(rank, dict) and not (is_int(rank) and rank >= 1):
         kind = ValueError if is_int(rank) else TypeError
         raise kind(f"rank={rank!r}: must be a whole number of at least 1, or None.")
-    _check_together(read)
+    check_together(read)
     parts: dict[str, list[tuple[Product, float]]] = {}
     for each, weight in zip(read, weights, strict=True):
         for module, product in each.products.items():
@@ -204,7 +204,8 @@ def _sum_of(parts: Sequence[tuple[Product, float]], kind: Product, steps: int, h
     return kind.with_factors(a, b, 1.0)
 
 
-def _check_together(read: Sequence[LoraCheckpoint]) -> None:
+def check_together(read: Sequence[LoraCheckpoint]) -> None:
+    """Raise ValueError for adapters of different base models, whose updates have no sum."""
     first = read[0]
     for each in read[1:]:
         bases = {str(x.config.base_model_name_or_path or "") for x in (first, each)} - {""}

@@ -20,10 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from peft_dynamic.algebra.checkpoint import (
+    SCALES,
     UNTOLD,
     LoraCheckpoint,
     check_apart,
     read_checkpoint,
+    scaled,
     settings_of,
     write_checkpoint,
 )
@@ -141,7 +143,8 @@ def stock_checkpoint(
     method = method_of(read.config)
     if method is None or not method.ranked:
         mixed = {module: replace(product, a=_mixed(product, mixers[module])) for module, product in products.items()}
-        return replace(read, products=mixed)
+        scales = {key: value for key, value in tensors.items() if key.endswith(SCALES)}
+        return replace(read, products=scaled(mixed, scales, read.config, f"adapter={str(adapter)!r}"))
     assert rank is not None
     config = read.config
     if rank not in config.trained_ranks and config.rank_sampling != "full":

@@ -15,6 +15,9 @@ from torch import nn
 
 from peft_dynamic.tuners.factors import viewed_layers
 
+# Parts of the names of what our methods store beside the two factors, and what they show does without.
+NOT_LORA = (".lora_mixer.", ".lora_schedule.", ".lora_scales.")
+
 
 def as_lora(config: Any) -> Any:
     """The configuration as a stock LoRA's, for a function of PEFT that asks for the type. A shallow copy."""
@@ -106,11 +109,10 @@ def as_stock(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Te
     diffusers keeps `lora_A` and `lora_B`, drops all else with a line in its log, takes the rank from their shapes and
     `lora_alpha` as equal to it. So that is what it gets.
     """
-    own = (".lora_mixer.", ".lora_schedule.")
     made = {
         key: value
         for key, value in state_dict.items()
-        if not any(part in key for part in own) and not key.endswith((".cores", ".start"))
+        if not any(part in key for part in NOT_LORA) and not key.endswith((".cores", ".start"))
     }
     layer: Any
     for prefix, layer in viewed_layers(model, adapter_name):

@@ -61,9 +61,12 @@ class LayerState:
 
     Attributes:
         parts: (module that holds the parameter, the parameter's name there, how its weight is made), for A and for B.
+        frozen: whether the stored factors are never trained.
         verified: inside a forward pass of the layer that has compared them.
         in_forward: inside a training forward pass of the layer.
     """
+
+    frozen = False
 
     def __init__(self, parts: tuple[Part, Part]) -> None:
         self.parts = parts
@@ -249,6 +252,13 @@ class ComputedLayer:
     def enable_adapters(self: Any, enabled: bool) -> None:
         super().enable_adapters(enabled)  # type: ignore[misc]  # object has none; LoraLayer has
         enable_also(self, enabled)
+
+    def _freeze_non_trainable_peft_weights(self: Any, *args: Any, **kwargs: Any) -> None:
+        super()._freeze_non_trainable_peft_weights(*args, **kwargs)  # type: ignore[misc]  # as above
+        for state in self.lora_views.values():
+            for factor in state.factors() if state.frozen else ():
+                if factor.is_leaf:
+                    factor.requires_grad_(False)
 
     def get_delta_weight(self: Any, adapter: str, *args: Any, **kwargs: Any) -> Any:
         with reading(self):

@@ -6,13 +6,13 @@ A test never asks which method it has; what differs between methods stands in a 
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model
 from torch import nn
 
-from peft_dynamic.methods import method_of
 from tests import methods
 from tests.stock_cases import CASES as LAYER_KINDS
 from tests.stock_cases import build
@@ -34,7 +34,8 @@ class Case:
         second_adapter: PEFT lets the model have another one.
         difference_quotient: the gradient can be checked against one in double precision.
         mixed_batches: the layers take `adapter_names`.
-        exact_start: a fresh adapter leaves the base output bit for bit, not only up to rounding.
+        base_start: a fresh adapter computes what the base model does.
+        exact_start: it does so bit for bit, not only up to rounding.
         tolerance: absolute, of outputs of order 1 in float32.
     """
 
@@ -48,6 +49,7 @@ class Case:
     second_adapter: bool = True
     difference_quotient: bool = True
     mixed_batches: bool = True
+    base_start: bool = True
     exact_start: bool = True
     tolerance: float = 2e-5
     settings: dict[str, Any] = field(default_factory=dict)
@@ -79,18 +81,24 @@ def perturb(model: nn.Module, seed: int = 1) -> None:
 
 _RANKED = {"r": R, "ranks": [1, 2, 4, 8], "lora_alpha": 16}
 _ONE_RANK = {"r": R, "lora_alpha": 16}
-MAKERS = methods.configs(
-    None,
-    variations=("dylora-paper", "dylora-mixer", "lamda", "loretta-rep-noise"),
-    lora=True,
-    own={
-        "lamda": {"r": 4, "lora_alpha": 16},
-        "dylora": _RANKED,
-        "moslora": _ONE_RANK,
-        # Weight 0: these models have no loss of their own, and a loss made from their outputs would lack the term
-        "density-lora": _ONE_RANK | {"density_weight": 0.0, "include_padding": True},
-    },
-)
+OWN = {
+    "lamda": {"r": 4, "lora_alpha": 16},
+    "dylora": _RANKED,
+    "moslora": _ONE_RANK,
+    # Weight 0: these models have no loss of their own, and a loss made from their outputs would lack the term
+    "density-lora": _ONE_RANK | {"density_weight": 0.0, "include_padding": True},
+    "scalearn": _ONE_RANK,
+}
+
+
+@cache
+def makers(layers: str) -> dict[str, Callable[..., PeftConfig]]:
+    """Method -> a function that makes its configuration, for the model of a kind of layers."""
+    variations = ("dylora-paper", "dylora-mixer", "lamda", "loretta-rep-noise")
+    return methods.configs(None, variations=variations, lora=True, sources=lambda: build(layers)[0], own=OWN)
+
+
+MAKERS = [*makers("linear")]
 
 
 _FACTS: dict[str, dict[str, Any]] = {
@@ -112,11 +120,10 @@ _FACTS: dict[str, dict[str, Any]] = {
 
 # Linear layers only. Its layer norms are trained, of which PEFT does not take several in one batch.
 LINEAR_KINDS = ("linear", "modules_to_save", "bias", "lora_bias", "trainable_tokens", "patterns", "transposed", "llama")
-KINDS_OF = {
-    "loretta-rep": LINEAR_KINDS,
-    "loretta-rep-noise": LINEAR_KINDS,
-    "lamda": [kind for kind in LINEAR_KINDS if kind != "lora_bias"],  # refused: it was not tried
-}
+# Sources are products of two factors, and have no biases.
+PRODUCTS = [layers for layers in LAYER_KINDS if layers != "lora_bias"]
+KINDS: dict[str, Any] = {"LORETTA_REP": LINEAR_KINDS, "SCALEARN": PRODUCTS}
+OF_VARIATIONS = {"lamda": [layers for layers in LINEAR_KINDS if layers != "lora_bias"]}  # refused: it was not tried
 # A density loss counts the outputs of a named module where there are no feed-forward blocks.
 COUNTED = {"convolutions": "c2", "attention": "head", "experts": "first", "llama": None}
 
@@ -125,12 +132,13 @@ COUNTED = {"convolutions": "c2", "attention": "head", "experts": "first", "llama
 _FACTS_OF_METHODS: dict[str, dict[str, Any]] = {
     "dylora-paper": {"prefix": True},
     "loretta-rep-noise": {"exact_start": False},
+    "scalearn": {"base_start": False},
 }
 
 
 def _of_method(name: str, layers: str) -> dict[str, Any]:
     """The facts of a method, and of a method on a kind of layer."""
-    row = method_of(MAKERS[name]())
+    row = methods.method_of(name)
     facts = {"ranked": row.ranked} | _FACTS_OF_METHODS.get(name, {})
     if row.name == "DENSITY_LORA":
         facts["settings"] = {"activation_modules": COUNTED.get(layers, "a")}
@@ -146,10 +154,14 @@ def _case(method: str, layers: str, name: str = "", **settings: Any) -> Case:
         facts["ranks"] = (R,)
     ranks = {"ranks": list(facts["ranks"])} if ranked and "ranks" in facts else {}
     settings = LAYER_KINDS[layers].config | ranks | facts.pop("settings", {}) | settings
-    return Case(f"{name or method}-{layers}", layers, MAKERS[method], settings=settings, **facts)
+    return Case(f"{name or method}-{layers}", layers, makers(layers)[method], settings=settings, **facts)
 
 
-CASES = [_case(method, layers) for method in MAKERS for layers in KINDS_OF.get(method, LAYER_KINDS)]
+CASES = [
+    _case(method, layers)
+    for method in MAKERS
+    for layers in OF_VARIATIONS.get(method) or KINDS.get(methods.method_of(method).name, LAYER_KINDS)
+]
 CASES += [
     _case("dylora-paper", layers, f"dylora-{rule}", scaling=rule)
     for rule in ("alpha/r", "alpha/sqrt(b)", "alpha/sqrt(r*b)")

@@ -121,10 +121,12 @@ def train(method: str, folder: str, resume: bool) -> dict[str, Any]:
         everywhere = [None] * processes
         dist.all_gather_object(everywhere, watch.ranks)
     assert all(ranks == everywhere[0] for ranks in everywhere), everywhere
+    config = in_order(json.loads(Path(out, "adapter_config.json").read_text()))
+    config.pop("adapters", None)  # each process has its sources in a folder of its own
     found = {
         "saved": load_file(f"{out}/adapter_model.safetensors"),
         "files": sorted(path.name for path in Path(out).iterdir()),
-        "config": in_order(json.loads(Path(out, "adapter_config.json").read_text())),
+        "config": config,
         "ranks": watch.ranks,
         "logs": watch.logs,
         "type": trainer.accelerator.distributed_type.value,

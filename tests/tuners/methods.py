@@ -1,29 +1,43 @@
 """Every tuner of ours on a small language model, for tests of what all of them must do."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
+from torch import nn
 
 from tests import methods
 from tests.tuners.common import tiny_llama
 
-METHODS = methods.configs(
-    "all-linear",
-    variations=("dylora-frozen", "dylora-mixer", "lamda", "loretta-rep-noise"),
-    own={
-        "dylora": {"r": 8, "ranks": [1, 2, 4, 8], "rank_sampling": "uniform"},
-        "moslora": {"r": 8},
-        "density-lora": {"r": 8, "density_eps": 1e-4},
-        "loretta-rep": {"target_modules": ["q_proj", "v_proj"]},
-    },
-    task_type="CAUSAL_LM",
-)
+
+def methods_on(base: Callable[[], nn.Module]) -> dict[str, Callable[..., PeftConfig]]:
+    """Name -> a function that makes the configuration, for a model with the names of Llama."""
+    return methods.configs(
+        "all-linear",
+        variations=("dylora-frozen", "dylora-mixer", "lamda", "loretta-rep-noise"),
+        sources=base,
+        own={
+            "dylora": {"r": 8, "ranks": [1, 2, 4, 8], "rank_sampling": "uniform"},
+            "moslora": {"r": 8},
+            "density-lora": {"r": 8, "density_eps": 1e-4},
+            "loretta-rep": {"target_modules": ["q_proj", "v_proj"]},
+            "scalearn": {"r": 8},
+        },
+        task_type="CAUSAL_LM",
+    )
+
+
+METHODS = methods_on(tiny_llama)
 # Refused, since what a block computes is without gradients there: design, not a defect.
 REFUSES_REENTRANT = {"density-lora"}
 # Hooks that read the pass and its mask are not traced; what is between them is.
 COMPILES_IN_PARTS = {"density-lora"}
+# No factors for what their sources did not have: copies of layers among it.
+OF_SOURCES = {"scalearn"}
 
 
 def with_method(name: str, layers: int = 2) -> Any:
     """A PeftModel of the tiny Llama."""
-    return get_peft_model(tiny_llama(layers=layers), METHODS[name]())
+    makers = METHODS if layers == 2 else methods_on(partial(tiny_llama, layers=layers))
+    return get_peft_model(tiny_llama(layers=layers), makers[name]())

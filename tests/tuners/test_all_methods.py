@@ -1,5 +1,6 @@
 """What every tuner does in training: checkpointing, resuming, compiling, quantised bases, transformers' own methods."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from peft_dynamic import export_lora
 from peft_dynamic.hosts.quantization import unpack_bnb_4bit
 from tests.conformance.cases import perturb
 from tests.tuners.common import rows, tiny_llama
-from tests.tuners.methods import COMPILES_IN_PARTS, METHODS, REFUSES_REENTRANT, with_method
+from tests.tuners.methods import COMPILES_IN_PARTS, METHODS, OF_SOURCES, REFUSES_REENTRANT, methods_on, with_method
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning"),
@@ -105,7 +106,7 @@ def test_quantised_bases_train_after_an_evaluation_and_load_again(method: str, b
     wide.hidden_size, wide.intermediate_size, wide.head_dim = 64, 128, 16  # bitsandbytes has blocks of 64
     AutoModelForCausalLM.from_config(wide).save_pretrained(tmp_path / "base")
     base = prepare_model_for_kbit_training(quantized(tmp_path / "base", bits), use_gradient_checkpointing=False)
-    config = METHODS[method]()
+    config = methods_on(partial(AutoModelForCausalLM.from_config, wide))[method]()
     model = get_peft_model(base, config)
     perturb(model)
     expected = {name for name, value in gradients(model, rows(2)).items() if value.abs().sum() > 0}
@@ -146,7 +147,7 @@ def test_transformers_own_adapter_methods(method: str, tmp_path: Path) -> None:
         assert torch.allclose(base(input_ids=rows(2)).logits, tiny_llama().eval()(input_ids=rows(2)).logits, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "loretta-adp"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in {"loretta-adp", *OF_SOURCES}])
 @pytest.mark.parametrize("layers", [[[0, 2], [0, 2]], [[1, 2]]])
 @pytest.mark.filterwarnings("ignore:.*layer_replication.*:UserWarning")
 def test_replicated_layers_are_trained_saved_and_exported(method: str, layers: list, tmp_path: Path) -> None:
