@@ -3,8 +3,6 @@
 A new method is one row here. A suite that needs other settings passes them on; it never lists the methods itself.
 """
 
-import atexit
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -44,6 +42,7 @@ VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "loretta-rep-noise": ("LORETTA_REP", {"init_weights": "noise_removal"}),
+    "scalearn-shared": ("SCALEARN", {"shape": "scalar", "shared": True}),
 }
 QUANTISED = {"QDYLORA"}  # need a quantised base model, and a test of their own
 SOURCED = {"SCALEARN"}  # need finished adapters of the base model, so a suite has to say which that is
@@ -121,28 +120,31 @@ def over_sources(method: Method, base: Callable[[], nn.Module], settings: Mappin
     """A configuration over two LoRA adapters, which share what `settings` say of factors; without dropout of omega."""
     of_sources = {name: settings[name] for name in OF_SOURCES if settings.get(name)}
     rest = {name: value for name, value in settings.items() if name not in OF_SOURCES}
-    made = sources_of(base, of_sources)
-    return method.config(**({"omega_dropout": 0.0, "adapters": made} | rest))
+    with tempfile.TemporaryDirectory() as folder:  # which the adapter does without from then on
+        for name, files in sources_of(base, of_sources).items():
+            Path(folder, name).mkdir()
+            for file, content in files.items():
+                Path(folder, name, file).write_bytes(content)
+        adapters = {name: str(Path(folder, name)) for name in ("first", "second")}
+        return method.config(**({"omega_dropout": 0.0, "adapters": adapters} | rest))
 
 
-_MADE: dict[tuple[Any, str], dict[str, str]] = {}
+_MADE: dict[tuple[Any, str], dict[str, dict[str, bytes]]] = {}
 
 
-def sources_of(base: Callable[[], nn.Module], settings: Mapping[str, Any]) -> dict[str, str]:
-    """Two finished LoRA adapters of a model, with half of each rank: their names and folders. Made once a process."""
+def sources_of(base: Callable[[], nn.Module], settings: Mapping[str, Any]) -> dict[str, dict[str, bytes]]:
+    """Two finished LoRA adapters of a model, with half of each rank: name -> its files. Made once a process."""
     key = (base, repr(sorted(settings.items())))
     if key in _MADE:
         return _MADE[key]
     ranks = {pattern: max(rank // 2, 1) for pattern, rank in settings.get("rank_pattern", {}).items()}
     halved = {"r": settings.get("r", 8) // 2, "rank_pattern": ranks, "init_lora_weights": False}
-    folder = Path(tempfile.mkdtemp(prefix="peft-dynamic-sources-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     _MADE[key] = {}
     for seed, name in enumerate(("first", "second")):
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
             warnings.simplefilter("ignore")  # of PEFT's, which the test that uses the sources is not about
             model = base()
             torch.manual_seed(seed)
-            get_peft_model(model, LoraConfig(**{**settings, **halved})).save_pretrained(str(folder / name))
-        _MADE[key][name] = str(folder / name)
+            get_peft_model(model, LoraConfig(**{**settings, **halved})).save_pretrained(folder)
+            _MADE[key][name] = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
     return _MADE[key]

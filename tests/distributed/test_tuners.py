@@ -9,7 +9,7 @@ import torch
 
 from tests.distributed.gloo import ENGINES
 from tests.processes import python, together
-from tests.tuners.methods import METHODS
+from tests.tuners.methods import EVERY
 
 pytest.importorskip("deepspeed")
 
@@ -27,7 +27,7 @@ Results = dict[str, dict[str, Any]]
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Results:
     out = tmp_path_factory.mktemp("single") / "out.pt"
-    python(SCRIPT, "single", out, *METHODS, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    python(SCRIPT, "single", out, *EVERY, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return torch.load(out)
 
 
@@ -66,7 +66,7 @@ def compare(single: Results, out: Path, engine: str, methods: list[str], process
 
 @pytest.mark.parametrize("engine", TWO)
 def test_two_processes_do_what_one_does(tmp_path: Path, single: Results, engine: str) -> None:
-    compare(single, tmp_path / "out.pt", engine, [*METHODS], processes=2)
+    compare(single, tmp_path / "out.pt", engine, [*EVERY], processes=2)
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
