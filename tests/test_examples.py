@@ -46,6 +46,7 @@ def test_all_examples_are_run_here() -> None:
         "distill_classifier.py",
         "distill_lm.py",
         "exit_early.py",
+        "learn_scales.py",
         "plain_loop.py",
         "ppo_glue.py",
         "ppo_rollout_func.py",
@@ -91,6 +92,16 @@ def test_distill_adapter(tmp_path: Path) -> None:
     *_, taught, teacher = map(float, re.findall(r"accuracy ([\d.]+)", printed))
     assert min(taught, teacher) > 0.85
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LORETTA_REP"
+
+
+def test_learn_scales(tmp_path: Path) -> None:
+    printed = run("learn_scales.py", "--toy", "--shape", "scalar", "--output", tmp_path)
+    assert "2 sources, 22 scales" in printed  # of five modules in each of two layers, and the pooler
+    before, after = map(float, re.findall(r"accuracy ([\d.]+) before, ([\d.]+) after", printed)[0])
+    assert after > before + 0.05
+    assert f"one LoRA of rank 8: accuracy {after:.3f}" in printed
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "SCALEARN"
 
 
 @pytest.mark.parametrize("kind", ["sft", "fid"])

@@ -32,7 +32,27 @@ CASES = [
     ("MultiheadAttention", "MHA", {"target_modules": ["mha"]}),
     ("MultiheadAttention and Linear", "MHA", {"target_modules": ["mha", "lin0"]}),
 ]
-INSERTED = """
+SOURCES = """
+def _over_sources(kind):
+    import tempfile
+
+    class ScaLearnConfig(kind):  # made over two LoRA adapters of the model that PEFT's test names
+        def __init__(self, model_id, target_modules=None, init_lora_weights=True, **kwargs):
+            with tempfile.TemporaryDirectory() as folder:
+                adapters = {}
+                for name in ("first", "second"):
+                    torch.manual_seed(len(adapters))
+                    model = MockTransformerWrapper.from_pretrained(model_id)
+                    config = LoraConfig(r=4, target_modules=target_modules, init_lora_weights=False)
+                    adapters[name] = folder + "/" + name
+                    get_peft_model(model, config).save_pretrained(adapters[name])
+                super().__init__(adapters=adapters, omega_dropout=0.0, **kwargs)
+
+    return ScaLearnConfig
+"""
+INSERTED = (
+    SOURCES
+    + """
 import json as _json, os as _os
 import peft as _peft, peft_dynamic as _ours
 _name = _os.environ["YARDSTICK_CONFIG"]
@@ -45,8 +65,11 @@ if issubclass(_config, LoraConfig):  # PEFT's helper knows LoraConfig's field by
         return {**field, **kwargs}
 
     _common.set_init_weights_false = set_init_weights_false
+if _name == "ScaLearnConfig":
+    _config = _over_sources(_config)
 TEST_CASES = [("yardstick " + n, m, _config, k) for n, m, k in _json.loads(_os.environ["YARDSTICK_CASES"])]
 """
+)
 
 
 # LoRETTA's factors are tensor trains of linear layers; other layers it refuses. These layers are tiny, and a
@@ -64,6 +87,8 @@ LISTED = "or issubclass(config_cls, AdamssConfig)"
 def cases_of(config: str) -> list[tuple[str, str, dict[str, Any]]]:
     if config in LINEAR_ONLY:
         return [(name, model, kwargs | LINEAR_ONLY[config]) for name, model, kwargs in CASES if model == "MLP"]
+    if config == "ScaLearnConfig":
+        return [(name, model, kwargs | {"model_id": model}) for name, model, kwargs in CASES]
     if config != "DensityLoRAConfig":
         return CASES
     settings = {"density_weight": 0.0, "include_padding": True}

@@ -38,15 +38,21 @@ class SourceState(LayerState):
 
     Args:
         parts: as in `LayerState`.
+        scales: omega.
         unread: the configuration was loaded, so that the factors are NaN until its tensors are. Zeros would compute
             the base model, and nobody would know.
+
+    Attributes:
+        dtype: that PEFT made the factors in, the base model's; None with low_cpu_mem_usage, where it is the file's.
     """
 
     frozen = True
 
-    def __init__(self, parts: tuple[Part, Part], unread: bool) -> None:
+    def __init__(self, parts: tuple[Part, Part], scales: Scales, unread: bool) -> None:
         super().__init__(parts)
-        self.unread = unread
+        self.scales, self.unread = scales, unread
+        b = self.factors()[1]
+        self.dtype = None if b.device.type == "meta" else b.dtype
         if unread:
             stored_factor(*parts[1][:2]).data.fill_(torch.nan)
 

@@ -13,6 +13,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from peft_dynamic.functional.scales import start_of_scales
+from peft_dynamic.hosts.saving import stored_name
 from peft_dynamic.tuners.as_lora import is_of_diffusers
 from peft_dynamic.tuners.base import ComputedLoraModel
 from peft_dynamic.tuners.checkpoint import PREFIX
@@ -118,7 +119,7 @@ class ScaLearnModel(ComputedLoraModel):
         factor_a = ComputedFactor(0, rank, groups_a, divisor)
         factor_b = ScaledFactor(rank, groups_b, divisor, scales, rows, config.omega_dropout)
         parts = install(layer, adapter_name, self.method, factor_a, factor_b)
-        attach(layer, adapter_name, SourceState(parts, unread=not config.factors))
+        attach(layer, adapter_name, SourceState(parts, scales, unread=not config.factors))
         self.__dict__["_found"][key] = scales
 
     def _scales_of(self, layer: Any, adapter_name: str, config: Any, sources: int) -> Scales:
@@ -140,6 +141,15 @@ class ScaLearnModel(ComputedLoraModel):
         layer.lora_scales[adapter_name] = scales
         return scales
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        for _, layer in viewed_layers(self.model, adapter_name):
+            state = layer.lora_views[adapter_name]
+            for tensor in (*state.factors(), state.scales.weight):
+                tensor.data = tensor.data.to(state.dtype)
+
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, config: Any, adapter_name: str, **kwargs: Any) -> Any:
         """PEFT's, with the sources: Trainer leaves frozen parameters out of what it gathers from ZeRO-3."""
@@ -147,6 +157,7 @@ class ScaLearnModel(ComputedLoraModel):
         if is_of_diffusers(model):
             return found
         for name, layer in viewed_layers(model, adapter_name):
+            name = stored_name(name)
             for end in _ends(layer, adapter_name):
                 stem, dot, weight = end.partition(".")
                 key, place = f"{name}.{stem}.{adapter_name}{dot}{weight}", _in_file(name, end)
