@@ -102,16 +102,16 @@ def main(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     print(f"one LoRA of rank {PeftConfig.from_pretrained(output / 'lora').r}: accuracy {found['eval_accuracy']:.3f}")
 
 
-def source(text: str) -> tuple[str, str]:
+def named(text: str) -> tuple[str, str]:
     name, equals, folder = text.partition("=")
-    if not equals or not name or not (Path(folder) / "adapter_config.json").is_file():
-        raise argparse.ArgumentTypeError(f"{text}: it must be a name, =, and a folder with an adapter_config.json.")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"{text}: it must be a name, = and a folder.")
     return name, folder
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=source, action="append", default=[], help="NAME=FOLDER of a finished adapter")
+    parser.add_argument("--source", type=named, action="append", default=[], help="NAME=FOLDER of a finished adapter")
     parser.add_argument("--data", help="JSON lines with text and label")
     parser.add_argument("--output", required=True)
     parser.add_argument("--shape", choices=["vector", "scalar"], default="vector")
@@ -130,6 +130,9 @@ if __name__ == "__main__":
     if not args.toy:
         if not args.source or args.data is None:
             parser.error("--source and --data: name both, or pass --toy.")
+        for name, folder in args.source.items():
+            fine = (Path(folder) / "adapter_config.json").is_file()
+            check(parser, fine, "--source", f"{name}={folder}", "a name, = and a folder with an adapter_config.json")
         rows = read_rows(parser, "--data", args.data, ("text", "label"))
         fine = all(type(row["label"]) is int and row["label"] >= 0 for row in rows)
         check(parser, fine, "--data", args.data, "rows whose labels are whole numbers from 0")

@@ -132,11 +132,11 @@ def learn_scales(
 ) -> PeftModel:
     """Turn adapters that are loaded in a model into the sources of a ScaLearn adapter, and train its scales alone.
 
-        model = PeftModel.from_pretrained(base, "runs/nli", adapter_name="nli")
-        model.load_adapter("runs/qa", "qa")
-        model = learn_scales(model, ["nli", "qa"])
-        ...                                     # train it as usual
-        model.merge("target", rank=16)          # one stock LoRA
+        model = PeftModel.from_pretrained(base, "runs/sql", adapter_name="sql")
+        model.load_adapter("runs/chat", "chat")
+        model = learn_scales(model, ["sql", "chat"])
+        ...  # train it as usual
+        model.merge("target", rank=16)  # one stock LoRA
 
     It is `get_peft_model(base, ScaLearnConfig(...))` for adapters that are in memory: a DyLoRA adapter at the rank that
     is set, a LoRETTA_rep adapter of any shape, and one over a quantised base as it is.

@@ -52,7 +52,7 @@ def test_no_block_is_passed_over() -> None:
     assert fences == sum(len(examples(page)) for page in WITH_PYTHON)
     assert fences > 50
     # the words by which the test knows where a page trains
-    assert sum(page.read_text(encoding="utf-8").count("\n# ... train as usual") for page in PAGES) == 5
+    assert sum(page.read_text(encoding="utf-8").count("\n# ... train as usual") for page in PAGES) == 6
 
 
 def test_blocks_that_do_not_run_say_why() -> None:
@@ -205,6 +205,7 @@ def settings_file() -> None:
 PREPARED: dict[str, Callable[[], None]] = {
     "merging.md": adapters,
     "resize.md": adapters,
+    "scalearn.md": adapters,
     "ppo-nlu.md": glue,
     "share.md": hub_folder,
     "train.md": settings_file,

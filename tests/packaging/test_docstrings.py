@@ -51,7 +51,7 @@ BLOCKS = blocks()
 
 def test_the_most_used_have_code_in_their_docstrings() -> None:
     assert set(BLOCKS) >= MOST_USED
-    assert len(BLOCKS) == 22, sorted(BLOCKS)
+    assert len(BLOCKS) == 24, sorted(BLOCKS)
     paths = [*(ROOT / "peft_dynamic").rglob("*.py"), *(ROOT / "trainers").rglob("*.py")]
     fences = [path for path in paths if re.search(r"^ *>>> ", path.read_text(encoding="utf-8"), re.M)]
     assert not fences, "code in a docstring is indented by four more, as everywhere here"
@@ -61,7 +61,7 @@ def test_the_most_used_have_code_in_their_docstrings() -> None:
 def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the code takes for the reader's own, in a folder with the models and adapters that it names."""
     from datasets import Dataset
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM, T5ForConditionalGeneration
     from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 
@@ -81,7 +81,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}]
     public = {name: getattr(peft_dynamic, name) for name in peft_dynamic.__all__}
     public |= {name: getattr(peft_dynamic.trainers, name) for name in peft_dynamic.trainers.__all__}
-    hosts = {each.__name__: each for each in (ModelConfig, ScriptArguments, SFTConfig, SFTTrainer)}
+    hosts = {each.__name__: each for each in (ModelConfig, PeftModel, ScriptArguments, SFTConfig, SFTTrainer)}
     return {
         **public,
         **hosts,

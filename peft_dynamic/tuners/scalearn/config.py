@@ -58,7 +58,7 @@ class ScaLearnConfig(LoraConfig):
     else is trained, but what `modules_to_save`, `bias` and `trainable_token_indices` name. The sum is one LoRA of rank
     sum_t r_t (equation 2 of `functional.scales`), and so an adapter merges, exports and infers like that LoRA.
 
-        config = ScaLearnConfig(adapters={"nli": "runs/nli", "qa": "runs/qa"}, task_type="SEQ_CLS")
+        config = ScaLearnConfig(adapters={"sql": "runs/sql", "chat": "runs/chat"}, task_type="CAUSAL_LM")
         model = get_peft_model(base, config)
 
     The sources are read when the configuration is made, and are kept in the adapter's own checkpoint in float32. So a
