@@ -143,7 +143,7 @@ def scales() -> Figure:
     figure.text(20, 48, "all else is as it was", 13, "start", fill=MUTED)
     x, y = 190, top
     for number, (rank, colour, index) in enumerate(sources):
-        left = 30 + 64 * number
+        left = 30 + 44 * number
         figure.matrix(left, top, 1, 7, cell, lambda *_: ORANGE)
         figure.text(left + cell / 2, top + 164, f"ω{index}", 15)
         figure.matrix(x, top, rank, 7, cell, lambda *_, colour=colour: colour)
@@ -151,7 +151,8 @@ def scales() -> Figure:
         figure.matrix(340, y, 5, rank, cell, lambda *_, colour=colour: colour)
         figure.text(340 + 5 * cell + 16, y + rank * cell / 2 + 5, f"A{index}", 15)
         x, y = x + rank * cell, y + rank * cell
-    figure.text(152, top + 75, "scale rows of", 13)
+    figure.text(142, top + 66, "scale", 13)
+    figure.text(142, top + 84, "rows of", 13)
     figure.text(315, top + 75, "×", 16)
     figure.text(240, 268, "One LoRA: its rank is the sum of the sources' ranks, here 2 + 3.", 13, fill=MUTED)
     figure.text(240, 288, "Each ω has a number for each row of B, or one for all.", 13, fill=MUTED)
