@@ -44,7 +44,7 @@ class Schedule:
             )
 
     @classmethod
-    def parse(cls, value: Schedule | float | str) -> Schedule:
+    def parse(cls, value: Schedule | float | str | None) -> Schedule:
         """A schedule out of a number (which stays what it is), a text, or a schedule.
 
         `"0:0.1 1:1"` goes from 0.1 to 1 in a line; `"steps 0:0 0.78:1"` is 0, and 1 from progress 0.78 on.
@@ -54,7 +54,7 @@ class Schedule:
         """
         if isinstance(value, Schedule):
             return value
-        if is_number(value):
+        if value is not None and is_number(value):
             return cls(((0.0, float(value)),))
         if isinstance(value, str):
             first, *rest = value.split() or [""]
@@ -114,7 +114,7 @@ def stairs(*knots: tuple[float, float]) -> str:
     return str(Schedule(tuple(sorted(kept.items())), stairs=True)) if len(kept) > 1 else repr(float(knots[0][1]))
 
 
-def moving(name: str, value: Schedule | float | str, rule: str, holds: Callable[[float], bool]) -> float | str:
+def moving(name: str, value: Schedule | float | str | None, rule: str, holds: Callable[[float], bool]) -> float | str:
     """A setting that moves, checked at each progress: its text, or a number where it does not move.
 
     Raises:

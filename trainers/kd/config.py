@@ -18,7 +18,8 @@ from peft_dynamic.trainers.kd.noise import KINDS
 _MOVES = "A number, knots such as '0:0.1 1:1', or stairs such as 'steps 0:0 0.78:1' over the progress of the training."
 
 
-# The parser of a union takes the member after the first, so that a command line gives a text.
+# transformers' parser takes the second member of a union of which None is the third: a command line gives a text. None
+# itself is refused.
 @dataclass
 class DistillFields:
     """What `KDConfig` adds to `TrainingArguments`, and `KDSFTConfig` to `SFTConfig`.
@@ -63,11 +64,13 @@ class DistillFields:
         ValueError, TypeError: a value has no meaning, or none beside another.
     """
 
-    kd_weight: float | str = field(
+    kd_weight: float | str | None = field(
         default=0.5, metadata={"help": f"Weight of the teacher's term, 0 to 1; the labels' has the rest. {_MOVES}"}
     )
-    temperature: float | str = field(default=1.0, metadata={"help": f"Temperature of both softmaxes. {_MOVES}"})
-    teacher_scale: float | str = field(default=1.0, metadata={"help": f"Factor of the teacher's logits. {_MOVES}"})
+    temperature: float | str | None = field(default=1.0, metadata={"help": f"Temperature of both softmaxes. {_MOVES}"})
+    teacher_scale: float | str | None = field(
+        default=1.0, metadata={"help": f"Factor of the teacher's logits. {_MOVES}"}
+    )
     divergence: str = field(
         default="forward_kl", metadata={"help": f"How rows are compared: {', '.join(DIVERGENCES)}."}
     )

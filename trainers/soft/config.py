@@ -78,14 +78,14 @@ class SoFTConfig(SFTConfig):
         metadata={"help": "Depths to evaluate, in layers. None for the trained exits."},
     )
 
-    exit_kd: float | str = field(
+    exit_kd: float | str | None = field(
         default=0.0,
         metadata={
             "help": "How much the shallower exits learn from the full depth in place of the labels, 0 to 1: a number, "
             "or a schedule such as '0:0 1:0.5'. 0 for the paper's SoFT."
         },
     )
-    exit_kd_temperature: float | str = field(
+    exit_kd_temperature: float | str | None = field(
         default=1.0, metadata={"help": "Temperature of what exit_kd compares: a number or a schedule."}
     )
 
