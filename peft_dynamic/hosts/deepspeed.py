@@ -83,6 +83,11 @@ def is_parted(tensor: torch.Tensor | None) -> bool:
     return tensor is not None and not tensor.numel() and hasattr(tensor, "ds_id")
 
 
+def is_of_zero3(tensor: torch.Tensor | None) -> bool:
+    """Whether ZeRO-3 has the tensor, in parts or gathered at the moment."""
+    return hasattr(tensor, "ds_id")
+
+
 def steps_over_copies(tensor: torch.Tensor) -> bool:
     """Whether ZeRO, or the float32 copy that it keeps of bfloat16, stands between the optimizer and the tensor."""
     return hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping")

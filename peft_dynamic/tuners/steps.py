@@ -279,7 +279,7 @@ class _EngineSteps:
                     "copies that it does not show: float16 without ZeRO. Set zero_optimization.stage to 1, 2 or 3 in "
                     f"its configuration, or {state.schedule.instead}. Nothing has been updated."
                 )
-            values = [full_value(factor) for factor in factors]
+            values = [full_value(factor) if factor.requires_grad else factor for factor in factors]
             masks = state.moving_parts(values)
             saved.extend(each for each in zip(factors, values, masks, strict=True) if each[0].requires_grad)
         return held, stepped, saved, {state.schedule: state.schedule.updates for state in stepped}

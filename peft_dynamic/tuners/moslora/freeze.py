@@ -13,7 +13,9 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_dynamic.hosts.deepspeed import is_of_zero3
 from peft_dynamic.tuners.computed import ComputedFactor
+from peft_dynamic.tuners.factors import LayerState
 from peft_dynamic.tuners.steps import SteppedState, StepSchedule
 
 
@@ -96,8 +98,30 @@ class FreezingFactor(ComputedFactor):
         return super().compute(full)
 
 
+def check_kept(state: LayerState) -> None:
+    """Raise RuntimeError for a frozen factor that ZeRO-3 has in parts: Trainer would leave it out of what it saves."""
+    if any(is_of_zero3(factor) and not factor.requires_grad for factor in state.stored()):
+        raise RuntimeError(
+            f"DeepSpeed ZeRO-3 holds {state.name or 'a layer'} in parts, and Trainer saves of those the trained ones "
+            "alone: train_a=False leaves lora_A out, and the checkpoint could not be loaded. Use ZeRO-1, ZeRO-2, DDP "
+            "or FSDP2. Nothing has been trained."
+        )
+
+
+class StillState(LayerState):
+    """An adapter in a layer, whose A is never trained, or neither factor."""
+
+    def begin_forward(self, layer: LoraLayer, adapter_name: str) -> None:
+        check_kept(self)
+        super().begin_forward(layer, adapter_name)
+
+
 class FreezingState(SteppedState):
     """An adapter in a layer, of whose B the leading columns stand still, and A whole."""
+
+    def begin_forward(self, layer: LoraLayer, adapter_name: str) -> None:
+        check_kept(self)
+        super().begin_forward(layer, adapter_name)
 
     def moving_parts(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         a, b = values
@@ -122,6 +146,11 @@ def start_spectral(layer: Any, adapter_name: str) -> None:
         ValueError: the weight has fewer than r, or holds NaN.
     """
     a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    if is_of_zero3(layer.get_base_layer().weight):
+        raise ValueError(
+            "init_lora_weights='spectral' reads each weight whole, and DeepSpeed ZeRO-3 has loaded the base model in "
+            "parts. Make the adapter before the TrainingArguments, or use ZeRO-1, ZeRO-2, DDP or FSDP2."
+        )
     weight = dequantize_module_weight(layer.get_base_layer())
     if "meta" in (a.device.type, weight.device.type):  # with low_cpu_mem_usage, until a checkpoint is loaded
         return

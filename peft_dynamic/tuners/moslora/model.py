@@ -18,6 +18,7 @@ from peft_dynamic.tuners.moslora.freeze import (
     FreezeSchedule,
     FreezingFactor,
     FreezingState,
+    StillState,
     check_linear,
     start_spectral,
 )
@@ -67,7 +68,7 @@ class MoSLoRAModel(ComputedLoraModel):
             attach(layer, adapter_name, FreezingState(schedule, parts))
             self._keep_in_state_dict(schedule, layer, adapter_name)
         else:
-            attach(layer, adapter_name, LayerState(parts))
+            attach(layer, adapter_name, (LayerState if config.train_a else StillState)(parts))
         still = (*(() if config.train_a else ("lora_A",)), *(("lora_B",) if config.freeze_b == 0 else ()))
         if still:
             # PEFT's own, of each layer: it goes by them wherever it makes the adapter trained again
