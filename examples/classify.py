@@ -28,6 +28,7 @@ CONFIGS = {
     "lora": lambda: LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16),
     "dylora": lambda: DyLoRAConfig(task_type="SEQ_CLS", r=8, ranks=[1, 2, 4, 8], lora_alpha=16),
     "moslora": lambda: MoSLoRAConfig(task_type="SEQ_CLS", r=8, lora_alpha=16),
+    "lamda": lambda: MoSLoRAConfig.lamda(task_type="SEQ_CLS", r=8, lora_alpha=16),
     "loretta-rep": lambda: LorettaRepConfig(task_type="SEQ_CLS"),
     "loretta-adp": lambda: LorettaAdpConfig(task_type="SEQ_CLS"),
 }
@@ -76,7 +77,7 @@ def main(arguments: argparse.Namespace, files: list[list[dict[str, Any]]]) -> No
     trainer.train()
     print(f"{arguments.method}: accuracy {trainer.evaluate()['eval_accuracy']:.3f}")
     model.save_pretrained(str(arguments.output / "adapter"))
-    if arguments.method in ("dylora", "moslora", "loretta-rep"):
+    if arguments.method in ("dylora", "moslora", "lamda", "loretta-rep"):
         print(f"as a stock LoRA adapter: {export_lora(model, arguments.output / 'lora')}")
 
 

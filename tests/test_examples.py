@@ -144,7 +144,7 @@ def test_citations(tmp_path: Path, kind: str) -> None:
     assert (out / ("adapter_config.json" if kind == "sft" else "config.json")).is_file()
 
 
-@pytest.mark.parametrize("method", ["moslora", "loretta-rep", "loretta-adp"])
+@pytest.mark.parametrize("method", ["moslora", "lamda", "loretta-rep", "loretta-adp"])
 def test_classify(tmp_path: Path, method: str) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
@@ -165,7 +165,7 @@ def test_classify(tmp_path: Path, method: str) -> None:
     printed = run("classify.py", "--model", tmp_path / "tiny", *files, *out)
     assert f"{method}: accuracy 1.000" in printed
     assert (tmp_path / "out/adapter/adapter_config.json").is_file()
-    assert (tmp_path / "out/lora").exists() == (method in ("dylora", "moslora", "loretta-rep"))
+    assert (tmp_path / "out/lora").exists() == (method in ("dylora", "moslora", "lamda", "loretta-rep"))
 
 
 def tiny_language_model(folder: Path) -> Path:

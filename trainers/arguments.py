@@ -111,6 +111,7 @@ class AdapterParser(TrlParser):
     ) -> None:
         super().__init__(dataclass_types, **{"allow_abbrev": False, **kwargs})
         self.task_type, self.default_adapter = task_type, default_adapter
+        self._used = False
         self.add_argument("--adapter", help="The adapter's method, of PEFT's or ours, such as dylora or lora.")
         self._defaults = {action.dest: _default(action) for action in reversed(self._actions)}  # of --x, not of --no_x
         self.given: dict[str, Any] = {}  # what is no default, as a YAML file would have it; from the last call
@@ -133,6 +134,12 @@ class AdapterParser(TrlParser):
         given = _read_config(words)
         adapter = self._adapter(words, given)
         fields = {} if adapter is None else adapter_fields(adapter)
+        if self._used:
+            raise ValueError(
+                "this parser has the options of an adapter from the call before, and would take them for another's. "
+                "Make an AdapterParser for each command line."
+            )
+        self._used = bool(fields)
         self._add(fields)
         self._check_known(words, given, adapter)
         *found, namespace = super().parse_args_and_config(args=words)

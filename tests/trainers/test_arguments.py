@@ -116,3 +116,13 @@ def test_no_setting_of_an_adapter_is_one_of_a_trainer() -> None:
     for name in adapter_names():
         assert not others & {*adapter_fields(name)}, name
     assert len(adapter_names()) == len(PEFT_TYPE_TO_CONFIG_MAPPING)
+
+
+def test_a_parser_takes_one_adapter() -> None:
+    parser = AdapterParser((SFTConfig,))
+    words = ["--output_dir", "out", "--use_cpu"]
+    assert parser.parse_args_and_config(words)[-1] is None
+    assert parser.parse_args_and_config([*words, "--adapter", "dylora", "--ranks", "1,8"])[-1].ranks == [1, 8]
+    for more in (["--adapter", "lora", "--ranks", "1,8"], []):
+        with pytest.raises(ValueError, match="Make an AdapterParser for each command line"):
+            parser.parse_args_and_config([*words, *more])
