@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,15 +15,13 @@ from peft_dynamic.functional.distill import IGNORED, divergence, label_loss, man
 from peft_dynamic.functional.schedule import Schedule
 from peft_dynamic.hosts.blocks import base_model
 from peft_dynamic.hosts.modes import evaluating
-from peft_dynamic.trainers.kd.cache import Cache, vocabulary_of
+from peft_dynamic.trainers.kd.checks import check_noise, check_rows, check_student, check_teacher
 from peft_dynamic.trainers.kd.config import DistillFields, KDConfig
 from peft_dynamic.trainers.kd.features import Features
 from peft_dynamic.trainers.kd.noise import LabelNoise
 from peft_dynamic.trainers.kd.tasks import task_of
 from peft_dynamic.trainers.kd.teachers import (
     CachedTeacher,
-    FullRankTeacher,
-    MeanTeacher,
     ModelTeacher,
     Teacher,
     find_teacher,
@@ -79,6 +77,9 @@ class Distiller:
         processing_class: the student's tokenizer, to compare the teacher's with; None to compare their sizes only.
         teacher_quantization: "nf4" to load a path in 4 bits; None for the type that the file has.
 
+    Attributes:
+        width: how many tokens student and teacher share, where their vocabularies differ in padding; else None.
+
     Raises:
         ValueError, TypeError: before any training: what a teacher or a task cannot do, with the way out.
     """
@@ -97,14 +98,19 @@ class Distiller:
         self.task = task_of(student)
         if teacher_quantization not in (None, "nf4"):
             raise ValueError(f"teacher_quantization={teacher_quantization!r}: must be 'nf4' or None.")
-        self._check_student(teacher)
+        check_student(self, teacher)
         moving = {name: Schedule.parse(getattr(self.config, name)) for name in _MOVING}
         self._weight, self._temperature, self._scale = (moving[name] for name in _MOVING)
-        self._width: int | None = None
+        self.width: int | None = None
         self._checked = False
-        config_ = self.config
+        settings = self.config
         self.teacher = find_teacher(
-            teacher, student, config_.teacher_switches, config_.ema_decay, teacher_quantization, self._check_teacher
+            teacher,
+            student,
+            settings.teacher_switches,
+            settings.ema_decay,
+            teacher_quantization,
+            partial(check_teacher, self),
         )
         idle = self._weight.constant and self._weight.values[0] == 0 and self.config.label_noise is None
         idle = idle and self.config.features is None
@@ -112,8 +118,8 @@ class Distiller:
             raise ValueError(
                 "kd_weight=0 with a teacher: it would run and teach nothing. Leave teacher out to train on the labels."
             )
-        self._check_rows()
-        self._check_noise()
+        check_rows(self)
+        check_noise(self)
         self.features = self._features()
         self.meta = None if self.config.sample_weights is None else MetaWeights(student)
         self.noise: LabelNoise | None = None
@@ -313,7 +319,7 @@ class Distiller:
         elif self.teacher == "manual":
             target_rows = manual_logits(targets, rows.shape[1], self.config.smoothing)
         if target_rows is not None:
-            width = min(rows.shape[1], target_rows.shape[1], self._width or rows.shape[1])
+            width = min(rows.shape[1], target_rows.shape[1], self.width or rows.shape[1])
             both = rows[:, :width], target_rows[:, :width]
             kd = divergence(*both, self.config.divergence, temperature, scale, self.config.margin)
             each = _mixed(ce, kd, weight)
@@ -474,74 +480,6 @@ class Distiller:
                 "your own."
             )
 
-    def _check_student(self, teacher: Any) -> None:
-        base = base_model(self.student)
-        if self.task != "sequence" and any(
-            getattr(each, "is_prompt_learning", False) for each in getattr(self.student, "peft_config", {}).values()
-        ):
-            raise ValueError(
-                "prompt learning puts tokens in front of the student's that the teacher does not have: use an adapter "
-                "in the layers, such as LoRA."
-            )
-        config = base.config
-        if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0):
-            raise ValueError(
-                f"router_aux_loss_coef={config.router_aux_loss_coef}: the loss of the routers is no part of this one; "
-                "set output_router_logits=False in the model's config."
-            )
-        if getattr(config, "problem_type", None) == "multi_label_classification":
-            raise ValueError("problem_type='multi_label_classification': a row must have one label, or a number.")
-        if not self.regression:
-            return
-        if config.num_labels != 1:
-            raise ValueError(f"problem_type='regression' with num_labels={config.num_labels}: must be 1.")
-        if isinstance(teacher, str) and teacher in ("smoothing", "manual"):
-            raise ValueError(f"teacher={teacher!r} is for classes, and the student gives a number.")
-        if self.config.divergence not in ("forward_kl", "mse"):
-            raise ValueError(
-                f"divergence={self.config.divergence!r}: regression has the squared difference; leave it out."
-            )
-        if self.config.temperature != 1.0:
-            raise ValueError(f"temperature={self.config.temperature!r}: a number has none; leave it at 1.")
-
-    def _check_rows(self) -> None:
-        """Raise for weights of single rows where there are no such rows, or no two losses to weigh."""
-        asked = self.config.sample_weights
-        if asked is None:
-            return
-        if self.task != "sequence":
-            raise ValueError(
-                f"sample_weights={asked!r} weighs the rows of a classifier of sequences, and the student's task is "
-                f"{self.task!r}. Leave it out; kd_weight weighs all tokens alike."
-            )
-        if not isinstance(self.teacher, Teacher) or isinstance(self.teacher, FullRankTeacher):
-            full = isinstance(self.teacher, FullRankTeacher)
-            kind = "'full_rank', the student as it is in these passes" if full else repr(self.teacher)
-            raise ValueError(
-                f"sample_weights={asked!r} weighs each row's label against its teacher, and teacher is {kind}. Pass a "
-                "model, a path, a cache, 'base', 'adapter:NAME' or 'ema'."
-            )
-
-    def _check_noise(self) -> None:
-        """Raise for noise in labels that are no classes of whole rows, or where no one teacher judges them."""
-        asked, teacher = self.config.label_noise, self.teacher
-        if asked is None:
-            return
-        if self.task != "sequence" or self.regression:
-            kind = "a number" if self.regression else f"of the task {self.task!r}"
-            raise ValueError(
-                f"label_noise={asked!r} judges the classes of whole rows, and the student's labels are {kind}. Leave "
-                "it and noise_rate out."
-            )
-        moves = isinstance(teacher, FullRankTeacher | MeanTeacher)
-        several = isinstance(teacher, ModelTeacher) and len(teacher.teachers) > 1
-        if not isinstance(teacher, Teacher) or moves or several:
-            kind = "a list" if several else "one that moves" if moves else repr(teacher)
-            raise ValueError(
-                f"label_noise={asked!r}: one teacher judges all labels before the training, and teacher is {kind}. "
-                "Pass a model, a path, a cache, 'base' or 'adapter:NAME'."
-            )
-
     def _features(self) -> Features | None:
         """The further terms, or an error where there are no two models whose layers can be seen."""
         config, teacher = self.config, self.teacher
@@ -560,83 +498,6 @@ class Distiller:
         causal = self.task == "causal"
         model = teacher.at(0.0)
         return Features(self.student, model, config.features, config.layer_map, config.relation_heads, causal)
-
-    def _check_teacher(self, teacher: Any, tokenizer: Any) -> None:
-        """Raise unless the teacher reads the student's tokens and answers in its classes."""
-        if isinstance(teacher, Cache):
-            self._check_cache(teacher)
-            return
-        if task_of(teacher) != self.task:
-            raise ValueError(
-                f"teacher is a {type(base_model(teacher)).__name__} and the student a "
-                f"{type(base_model(self.student)).__name__}: both must have the same task."
-            )
-        one, other = base_model(self.student).config, base_model(teacher).config
-        own, theirs = (config.get_text_config().vocab_size for config in (one, other))
-        tokens = self.processing_class
-        if hasattr(tokens, "get_vocab") and hasattr(tokenizer, "get_vocab"):
-            if tokens.get_vocab() != tokenizer.get_vocab():
-                raise ValueError(
-                    "the teacher's tokenizer has other tokens than the student's, so that their ids mean other words. "
-                    "Across tokenizers use TRL's GOLDTrainer (trl.experimental.gold)."
-                )
-        elif own != theirs:
-            raise ValueError(
-                f"the student has vocab_size {own} and the teacher {theirs}, and there are no two tokenizers to tell "
-                "whether they differ in padding only: pass processing_class, and the teacher as a path with its "
-                "tokenizer."
-            )
-        if self.task in ("sequence", "tokens"):
-            self._check_classes(one, other)
-        elif own != theirs:
-            self._width = min(own, theirs)
-            warnings.warn(
-                f"the student's vocabulary has {own} rows and the teacher's {theirs}, of one tokenizer: the teacher is "
-                f"compared over the first {self._width}.",
-                stacklevel=4,
-            )
-
-    def _check_cache(self, cache: Cache) -> None:
-        said, where = cache.meta, f"teacher='cache:{cache.folder}'"
-        if said["task"] != self.task:
-            raise ValueError(f"{where} was filled by a {said['task']} model, and the student is {self.task}.")
-        own = vocabulary_of(self.processing_class)
-        if own is not None and said["vocabulary"] is not None and own != said["vocabulary"]:
-            raise ValueError(
-                f"{where}: its tokenizer has other tokens than the student's. Fill it with that tokenizer."
-            )
-        config, settings = base_model(self.student).config, self.config
-        if self.task == "sequence":
-            if said["classes"] != config.num_labels:
-                raise ValueError(f"{where} has {said['classes']} classes and the student {config.num_labels}.")
-            return
-        if said["width"] != config.get_text_config().vocab_size and own is None:
-            raise ValueError(
-                f"{where} has a vocabulary of {said['width']} rows and the student one of "
-                f"{config.get_text_config().vocab_size}: pass processing_class to tell whether they differ in padding "
-                "only."
-            )
-        moved = settings.divergence != "forward_kl" or settings.temperature != 1.0 or settings.teacher_scale != 1.0
-        if said["kind"] == "top_k" and moved:
-            raise ValueError(
-                f"{where} has the likeliest tokens alone, which say nothing at another temperature, scale or "
-                f"divergence (temperature={settings.temperature!r}, teacher_scale={settings.teacher_scale!r}, "
-                f"divergence={settings.divergence!r}). Leave them at their defaults, or fill a cache of "
-                "kind='states'."
-            )
-
-    def _check_classes(self, one: Any, other: Any) -> None:
-        if one.num_labels != other.num_labels:
-            raise ValueError(
-                f"num_labels: the student has {one.num_labels} classes and the teacher {other.num_labels}."
-            )
-        names = [[config.id2label[i] for i in range(config.num_labels)] for config in (one, other)]
-        named = all(not all(str(name).startswith("LABEL_") for name in each) for each in names)
-        if named and names[0] != names[1]:
-            raise ValueError(
-                f"id2label: the student's classes are {names[0]} and the teacher's {names[1]}: give both the same "
-                "names in the same order."
-            )
 
 
 _PROJECTION = "projection."
