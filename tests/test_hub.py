@@ -77,7 +77,8 @@ def test_push_of_a_named_adapter_and_of_an_added_one(pushed: dict) -> None:
 
 
 def test_the_tags_say_what_an_adapter_is(tmp_path: Path) -> None:
-    made = methods.configs(quantised=True, task_type="CAUSAL_LM") | {"stock": lambda: LoraConfig(task_type="CAUSAL_LM")}
+    made = methods.configs(quantised=True, task_type="CAUSAL_LM", sources=lambda: build("llama")[0])
+    made["stock"] = lambda: LoraConfig(task_type="CAUSAL_LM")
     tags = {}
     for name, make in made.items():
         make().save_pretrained(str(tmp_path / name))

@@ -142,7 +142,13 @@ def stock_checkpoint(
     mixers = {module: tensors.get(f"{module}.lora_mixer.weight") for module in products}
     method = method_of(read.config)
     if method is None or not method.ranked:
-        mixed = {module: replace(product, a=_mixed(product, mixers[module])) for module, product in products.items()}
+        in_b = not getattr(read.config, "train_a", True)
+        mixed = {
+            module: replace(product, b=product.b @ mixers[module][0].to(product.b))
+            if in_b and mixers[module] is not None
+            else replace(product, a=_mixed(product, mixers[module]))
+            for module, product in products.items()
+        }
         scales = {key: value for key, value in tensors.items() if key.endswith(SCALES)}
         return replace(read, products=scaled(mixed, scales, read.config, f"adapter={str(adapter)!r}"))
     assert rank is not None

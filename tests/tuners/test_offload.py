@@ -40,7 +40,7 @@ def test_an_offloaded_model_computes_the_same(method: str, how: str, rank: int, 
     assert any(p.device.type == "meta" for p in model.parameters())
     for _ in range(2):
         torch.testing.assert_close(logits(model), expected)
-    text = model.generate(input_ids=rows(2), max_new_tokens=3, do_sample=False)
+    text = model.generate(input_ids=rows(2), max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert text.shape[1] == rows(2).shape[1] + 3
 
 
