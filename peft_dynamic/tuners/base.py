@@ -39,7 +39,7 @@ class ComputedLoraModel(CheckedLoading, LoraModel):
         self.__dict__.get("_schedule_holders", set()).discard(adapter_name)
 
     def _new_schedule(self, config: Any) -> Any:
-        """What changes with the optimizer steps, of a method that has such."""
+        """What changes with the optimizer steps; asked of the methods that have such, each of which makes its own."""
         raise NotImplementedError
 
     def _schedule(self, adapter_name: str) -> Any:

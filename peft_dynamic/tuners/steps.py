@@ -65,7 +65,7 @@ class StepSchedule(nn.Module):
 
     @property
     def unmoved(self) -> str:
-        """What goes wrong where no step is seen, for messages."""
+        """What goes wrong where no step is seen, for messages; each method says its own."""
         raise NotImplementedError
 
     def arrive(self) -> None:
@@ -110,7 +110,10 @@ class SteppedState(LayerState):
         return any(factor.requires_grad for factor in self.factors())
 
     def moving_parts(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """For both factors, whose values these are: the mask of what this step trains, where a part stands still."""
+        """For both factors, whose values these are: the mask of what this step trains.
+
+        Asked where the schedule `holds_still`; what stands still is each method's own.
+        """
         raise NotImplementedError
 
     @classmethod

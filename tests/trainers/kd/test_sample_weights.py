@@ -9,6 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, logsigmoid
+from transformers import BertForSequenceClassification
 
 from peft_dynamic.functional.sample_weights import shares, slopes
 from peft_dynamic.trainers import Distiller, KDConfig
@@ -48,7 +49,8 @@ def pair(student: Any, teacher: Any, inputs: dict[str, torch.Tensor], values: An
 
 def halves(count: int = 16) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     whole = batch(count=count)
-    return tuple({name: value[part] for name, value in whole.items()} for part in (slice(0, 8), slice(8, count)))  # type: ignore[return-value]
+    first, second = ({name: value[part] for name, value in whole.items()} for part in (slice(0, 8), slice(8, count)))
+    return first, second
 
 
 def test_it_is_the_derivative_of_a_derivative() -> None:
@@ -200,7 +202,7 @@ def test_rows_without_labels_follow_the_teacher() -> None:
     torch.testing.assert_close(distiller(inputs), ((1 - share) * ce + share * kd).mean())
 
 
-class Drawing(type(classifier(0))):  # type: ignore[misc]
+class Drawing(BertForSequenceClassification):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         found = super().forward(*args, **kwargs)
         found.logits = torch.dropout(found.logits, 0.5, train=True)
