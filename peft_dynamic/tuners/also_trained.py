@@ -11,6 +11,7 @@ from torch import nn
 
 from peft_dynamic.functional.tensor_train import check_shape, factorize
 from peft_dynamic.hosts.blocks import find_classifier_dense, find_heads, find_norms, linear_features, original_modules
+from peft_dynamic.hosts.quantization import quantized_layers
 from peft_dynamic.tuners.tensor_train import TensorTrainLinear
 
 
@@ -35,6 +36,7 @@ class Extras:
         classify = config.task_type == TaskType.SEQ_CLS
         self.heads = find_heads(model) if classify else []
         self.dense = find_classifier_dense(model) if classify and config.tensorize_classifier else None
+        self._check_plain(model, config)
         saved = [*(config.modules_to_save or []), *self.heads]
         self.norms = [
             name
@@ -45,6 +47,22 @@ class Extras:
             features = linear_features(dict(original_modules(model))[self.dense])
             assert features is not None
             check_tt_shape(factorize(*features), *features, config, self.dense)
+
+    def _check_plain(self, model: nn.Module, config: Any) -> None:
+        """Raise ValueError if what would be trained whole is quantised: PEFT's own error names no module."""
+        saved = [f".{name}" for name in config.modules_to_save or []]
+        found = [
+            name
+            for name, module in original_modules(model)
+            if (name in self.whole or f".{name}".endswith(tuple(saved))) and quantized_layers(module)
+        ]
+        packed = sorted(set(found))
+        if packed:
+            raise ValueError(
+                f"{type(config).__name__} trains {', '.join(packed)} whole, which is quantised. Load the model with "
+                f"BitsAndBytesConfig(..., llm_int8_skip_modules={packed!r})"
+                + (", or set tensorize_classifier=False." if packed == [self.dense] else ".")
+            )
 
     @property
     def whole(self) -> list[str]:

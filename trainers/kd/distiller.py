@@ -15,6 +15,7 @@ from peft_dynamic.functional.distill import IGNORED, divergence, label_loss, man
 from peft_dynamic.functional.schedule import Schedule
 from peft_dynamic.hosts.blocks import base_model
 from peft_dynamic.hosts.modes import evaluating
+from peft_dynamic.hosts.quantization import unpack_bnb_4bit
 from peft_dynamic.trainers.kd.checks import check_noise, check_rows, check_student, check_teacher
 from peft_dynamic.trainers.kd.config import DistillFields, KDConfig
 from peft_dynamic.trainers.kd.features import Features
@@ -99,6 +100,7 @@ class Distiller:
         if teacher_quantization not in (None, "nf4"):
             raise ValueError(f"teacher_quantization={teacher_quantization!r}: must be 'nf4' or None.")
         check_student(self, teacher)
+        unpack_bnb_4bit(student)  # it is trained after evaluations
         moving = {name: Schedule.parse(getattr(self.config, name)) for name in _MOVING}
         self._weight, self._temperature, self._scale = (moving[name] for name in _MOVING)
         self.width: int | None = None

@@ -114,6 +114,7 @@ class ModelTeacher(Teacher):
             if not isinstance(found, nn.Module):
                 found, tokenizer = load_teacher(found, self.student, self.quantization)
                 self.check(found, tokenizer)
+            unpack_bnb_4bit(found)  # a student may share its weights
             self.model, self.place = found.requires_grad_(False).eval(), place
         return self.model
 
@@ -169,7 +170,6 @@ class OwnTeacher(Teacher):
     def __init__(self, student: Any, adapter: str | None = None) -> None:
         self.student, self.adapter = student, adapter
         self._decoder: Decoder | None = None
-        unpack_bnb_4bit(student)
 
     @contextmanager
     def inside(self) -> Iterator[None]:

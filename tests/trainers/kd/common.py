@@ -27,7 +27,7 @@ LLAMA = {"vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 32, "num_a
 def classifier(seed: int = 0, layers: int = 1, classes: int = 3, dropout: float = 0.0, **more: Any) -> Any:
     torch.manual_seed(seed)
     rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    config = BertConfig(**BERT, num_hidden_layers=layers, num_labels=classes, **rates, **more)
+    config = BertConfig(**{**BERT, "num_hidden_layers": layers, "num_labels": classes, **rates, **more})
     return _large(BertForSequenceClassification(config))
 
 
@@ -106,7 +106,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def trainer(folder: Path, teacher: Any = None, model: Any = None, task: str = "sequence", **more: Any) -> KDTrainer:
-    names = ("peft_config", "train_dataset", "eval_dataset", "callbacks", "processing_class")
+    names = ("peft_config", "teacher_quantization", "train_dataset", "eval_dataset", "callbacks", "processing_class")
     others = {name: more.pop(name) for name in names if name in more}
     config = more.pop("config", None) or KDConfig(str(folder), **{**SETTINGS, **more})
     data = {"train_dataset": Dataset.from_list(rows(task)), **others}
