@@ -80,24 +80,25 @@ def shown_task(name: str, methods: dict[str, Any]) -> str:
     lines = []
     for method, entry in methods.items():
         counts, score = entry["parameters"], entry["score"]
-        fewer = ""
-        if BASE in methods:
-            of_lora = methods[BASE]["parameters"]
-            fewer = ", ".join(f"{of_lora[key] / counts[key]:.1f}x" for key in ("without_head", "with_head"))
-        size = f"{counts['without_head']:,}, {counts['with_head']:,}"
+        sizes = []
+        for key in ("without_head", "with_head"):
+            fewer = f"{methods[BASE]['parameters'][key] / counts[key]:.1f}x" if BASE in methods else ""
+            sizes += [f"{counts[key]:,}", fewer]
         rate = f"{entry['lr']:g}" if "lr" in entry else ""
         gap = shown_paired(score.get("minus_lora"), unit=100)
-        lines.append([method, size, fewer, rate, shown(score, unit=100), gap, score["seeds"]])
+        lines.append([method, *sizes, rate, shown(score, unit=100), gap, score["seeds"]])
     header = [
         name,
-        "parameters without, with head",
+        "parameters without head",
+        "LoRA's over its own",
+        "with head",
         "LoRA's over its own",
         "rate",
         "score",
         "minus LoRA (95 %)",
         "seeds",
     ]
-    return table(header, lines)
+    return table(header, lines, right=range(1, 9))
 
 
 def ranked(tasks: dict[str, Any]) -> str:

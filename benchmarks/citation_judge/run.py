@@ -83,9 +83,10 @@ def report(record: dict[str, Any], context: Context) -> str:
         for rows, found in sets.items()
         if "auc" in found
     ]
-    cited = [
-        [name, *(", ".join(f"{value:.1f}" for value in found[f"citation_{what}"]) for what in ("recall", "precision"))]
-        for name, found in record.get("citations", {}).items()
-    ]
-    validation = table(["judge", "data", "AUC", "balanced accuracy", "rows"], scores)
-    return validation + "\n\n" + table(["citations", "recall", "precision"], cited)
+    cited = []
+    for name, found in record.get("citations", {}).items():
+        pairs = list(zip(found["citation_recall"], found["citation_precision"], strict=True))
+        for draw, pair in enumerate(pairs, 1):
+            cited.append([f"{name}, draw {draw}" if len(pairs) > 1 else name, *(f"{value:.1f}" for value in pair)])
+    validation = table(["judge", "data", "AUC", "balanced accuracy", "rows"], scores, right=range(2, 5))
+    return validation + "\n\n" + table(["citations", "recall", "precision"], cited, right=(1, 2))

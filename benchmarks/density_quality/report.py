@@ -1,11 +1,11 @@
-"""The table of runs.jsonl, and density.png with the score against the share of active neurons."""
+"""The tables of runs.jsonl, one per task, and density.png with the score against the share of active neurons."""
 
 import statistics
 from typing import Any
 
 from benchmarks.pictures import COLOURS, MARKERS, legend, panels, save
 from benchmarks.study import Context, Row
-from benchmarks.summary import table
+from benchmarks.summary import paired, shown_paired, table
 
 KEYS = ("task", "adapter", "activation", "before", "after", "eps", "lr", "seed")
 WAYS = ("train_cut", "keep", "weight", "stack")
@@ -19,7 +19,8 @@ NAMES = {
     "t5-sst2": "SST-2, T5's decoder",
     "t5-squad": "SQuAD, T5's decoder",
 }
-HEADER = ["task, adapter, activation, steps", "cut", "weight", "seeds", "score", "minus neither", "active", "reduction"]
+SETTINGS = ["adapter", "activation", "steps", "rate", "cut", "weight"]
+SCORES = ["seeds", "score", "points (95 %)", "by seed"]
 Curves = dict[tuple, list[tuple[float, float, float, float]]]
 
 
@@ -41,6 +42,36 @@ def active_of(run: Row, stack: str) -> float:
     return run["exact"] if stack == "model" else run["stacks"][stack]
 
 
+def is_t5(task: str) -> bool:
+    return task.startswith("t5")
+
+
+def settings_of(run: Row) -> list[str]:
+    """Of a T5 with the stack that is cut and has the loss."""
+    cut = f"{100 * run['keep']:g} % kept" if run["keep"] else f"{run['train_cut']:g}"
+    steps, stack = f"{run['before']} + {run['after']}", [run["stack"] or "both"] if is_t5(run["task"]) else []
+    return [run["adapter"], run["activation"], steps, f"{run['lr']:g}", cut, f"{run['weight']:g}", *stack]
+
+
+def scores_of(runs: list[Row], others: list[Row]) -> list[Any]:
+    """Seeds and score, and with loss or cut the points to the runs with neither: their interval, and least and most."""
+    own, base = ({run["seed"]: 100 * run["score"] for run in some} for some in (runs, others))
+    cells: list[Any] = [len(runs), f"{statistics.mean(own.values()):.1f}"]
+    if runs == others:
+        return [*cells, "", ""]
+    changes = [own[seed] - base[seed] for seed in own]
+    by_seed = f"{min(changes):+.1f} to {max(changes):+.1f}" if len(changes) > 1 else ""
+    return [*cells, shown_paired(paired(own, base)), by_seed]
+
+
+def task_table(name: str, lines: list[list[Any]]) -> str:
+    """Of a T5 with the shares of each stack."""
+    t5 = is_t5(name)
+    shares = ["encoder active, %", "fewer, %", "decoder active, %", "fewer, %"] if t5 else ["active, %", "fewer, %"]
+    header = [f"{name}: {SETTINGS[0]}", *SETTINGS[1:], *(["stack"] if t5 else []), *SCORES, *shares]
+    return table(header, lines, right=range(3, len(header)))
+
+
 def report(rows: list[Row], context: Context) -> str:
     """A row for each setting that has its run without loss and cut; drawn are those of three seeds and more."""
     tasks, found = context.settings["tasks"], context.study.lines_of(rows)
@@ -52,35 +83,24 @@ def report(rows: list[Row], context: Context) -> str:
         if start_of(run) in plain:
             groups.setdefault((start_of(run)[:-1], tuple(run[way] for way in WAYS)), []).append(run)
     order = list(dict.fromkeys(key for key, _ in groups))
-    lines, curves = [], Curves()
+    tables, curves = dict[str, list[list[Any]]](), Curves()
     for (key, ways), runs in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
         name, adapter, activation, before, after, _, lr = key
-        cut, keep, weight, stack = ways
         others = [plain[start_of(run)] for run in runs]
         changes = [100 * (run["score"] - other["score"]) for run, other in zip(runs, others, strict=True)]
         actives, less = reductions(runs, others)
         if len(runs) > 2:
-            how = "relu" if activation == "relu" else "keep" if keep else "cut"
+            how = "relu" if activation == "relu" else "keep" if runs[0]["keep"] else "cut"
             if ways != (0, 0, 0, ""):
                 point = (actives[-1], statistics.mean(changes), statistics.stdev(changes), less[-1])
                 curves.setdefault((name, adapter, how, before, after, lr), []).append(point)
-        lines.append(
-            [
-                f"{name}, {adapter}, {activation}, {before} + {after} at {lr:g}",
-                f"{100 * keep:g} % kept" if keep else f"{cut:g}",
-                f"{weight:g}{stack and f', {stack} only'}",
-                len(runs),
-                f"{100 * statistics.mean(run['score'] for run in runs):.1f}",
-                f"{statistics.mean(changes):+.1f} ({', '.join(f'{change:+.1f}' for change in changes)})",
-                ", ".join(f"{active:.1f} %" for active in actives),
-                ", ".join(f"{share:.1f} %" for share in less),
-            ]
-        )
+        shares = [f"{share:.1f}" for pair in zip(actives, less, strict=True) for share in pair]
+        tables.setdefault(name, []).append([*settings_of(runs[0]), *scores_of(runs, others), *shares])
     draw(curves, context)
     left = "".join(
         f"\n- {', '.join(f'{key} {run[key]}' for key in KEYS)}: score {100 * run['score']:.1f}" for run in failed
     )
-    return table(HEADER, lines) + (
+    return "\n\n".join(task_table(name, lines) for name, lines in tables.items()) + (
         left and f"\n\nLeft out, as the task was not learned before loss and cut began:\n{left}"
     )
 

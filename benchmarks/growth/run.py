@@ -211,7 +211,8 @@ def gpu_arithmetic() -> list[list[str]]:
 
 
 def report(record: dict[str, Any], context: Context) -> str:
-    lines, kinds = [], [what for what in SIZES if what in record]
+    lines, by_size, kinds = [], [], [what for what in SIZES if what in record]
+    times = [1, 2, 4, 8, 16, 32]  # every size is twice the one before
     figure, (axes,) = panels(1, 8.5, 4.8)
     exponents = {}
     for number, what in enumerate(kinds):
@@ -219,15 +220,14 @@ def report(record: dict[str, Any], context: Context) -> str:
         sizes, seconds = found["sizes"], found["seconds"]
         mib = found.get("mib")
         grows = f"{exponent(sizes, mib):.2f}" if mib else ""
-        times = ", ".join(f"{second:.3g}" for second in seconds)
-        lines.append([what, ", ".join(map(str, sizes)), times, f"{exponent(sizes, seconds):.2f}", grows])
         exponents[what] = exponent(sizes, seconds)
+        lines.append([what, sizes[0], sizes[-1], f"{exponents[what]:.2f}", grows])
+        by_size.append([what, *(f"{second:.3g}" for second in seconds), *[""] * (len(times) - len(seconds))])
         label = f"{what}, exponent {exponents[what]:.2f}"
         axes.plot([size / sizes[0] for size in sizes], [s / seconds[0] for s in seconds], label=label, **style(number))
     axes.plot([1, 32], [1, 32], color="0.5", linewidth=1, linestyle=":", label="in proportion")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    times = [1, 2, 4, 8, 16, 32]
     axes.set_xticks(times, times)
     axes.set_yticks(times, times)
     axes.set(xlabel="size, times the smallest", ylabel="time, times that of the smallest size")
@@ -236,6 +236,9 @@ def report(record: dict[str, Any], context: Context) -> str:
         f"No method grows much faster than its size: the largest exponent of time is {max(exponents.values()):.2f}"
     )
     save(figure, context.folder / "growth.png", finding)
-    grown = table(["what grows", "sizes", "seconds", "exponent of time", "of memory"], lines)
+    grown = table(["what grows", "from", "to", "exponent of time", "of memory"], lines, right=range(1, 5))
+    seconds_by_size = table(["seconds at, times the smallest size", *times], by_size, right=range(1, 7))
     by_engine = table(["engine", "GPUs", "GiB a GPU", "GiB a GPU sends in a step"], gpu_arithmetic())
-    return f"{grown}\n\n![Time over size, in logarithms](growth.png)\n\n## A 70B model\n\n{by_engine}"
+    return (
+        f"{grown}\n\n{seconds_by_size}\n\n![Time over size, in logarithms](growth.png)\n\n## A 70B model\n\n{by_engine}"
+    )

@@ -475,18 +475,17 @@ def report(record: dict[str, Any], context: "Context") -> str:
             made = found["generation"]
             merged = made["times"]["merged"]["ratio_median"]
             lines = [["time with a merged adapter over that without", f"{merged:.2f}"]]
-            lines += [
-                [what, f"{each:.1e}" if isinstance(each, float) else f"{each['mean']:.1e}, at most {each['max']:.1e}"]
-                for what, each in made.items()
-                if what != "times"
-            ]
-            tables.append(table([f"generation, {model}", ""], lines))
-        shares = [
-            [part, f"{share:.2f} s" if part == "total_seconds" else f"{share:.0%}"]
-            for part, share in found.get("profile of ours", {}).items()
-        ]
-        if shares:
-            tables.append(table([f"profile of ours, {model}", "share"], shares))
+            for what, each in made.items():
+                if isinstance(each, float):
+                    lines.append([what, f"{each:.1e}"])
+                elif what != "times":
+                    lines += [[f"{what}, {kind}", f"{each[kind]:.1e}"] for kind in ("mean", "max")]
+            tables.append(table([f"generation, {model}", "value"], lines))
+        if "profile of ours" in found:
+            shares = dict(found["profile of ours"])
+            seconds = shares.pop("total_seconds")
+            lines = [[part, f"{share:.0%}"] for part, share in shares.items()]
+            tables.append(table([f"profile of ours, {model}", f"share of {seconds:.2f} s"], lines))
     return "\n\n".join(tables)
 
 

@@ -44,8 +44,8 @@ def of_arms(runs: list[Row]) -> str:
         cells += [f"{mean(run['lenient']['score'] for run in some):.3f}"]
         cells += [f"{mean(run['steps'] for run in some):.0f}" if trained else ""]
         cells += [f"{mean(run['train_s'][1] for run in some):.0f}" if trained else ""]
-        lines.append([*cells, ", ".join(str(run["seed"]) for run in some)])
-    return table(HEADER, lines, right=range(5, 9))
+        lines.append([*cells, len(some)])
+    return table(HEADER, lines, right=range(5, 10))
 
 
 def ranked(runs: list[Row]) -> str:

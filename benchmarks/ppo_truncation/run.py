@@ -14,7 +14,7 @@ from peft import LoraConfig
 from transformers import PrinterCallback
 
 from benchmarks.study import Cell, Context, Row
-from benchmarks.summary import table
+from benchmarks.summary import shown, spread, table
 from tests.trainers.ppo.common import LETTERS, tiny_policy, trainer
 
 LAST = 10  # rollouts
@@ -49,12 +49,16 @@ def report(rows: list[Row], context: Context) -> str:
     for row in context.study.lines_of(rows):
         key = (row["max_completion_length"], row["lora"], row["bootstrap_truncated"])
         groups.setdefault(key, []).append(row)
-    lines = []
+    lines, by_seed = [], []
+    seeds = sorted({row["seed"] for found in groups.values() for row in found})
     for (longest, lora, bootstraps), found in sorted(groups.items()):
-        of = {name: mean(row[name] for row in found) for name in ("ended_at_first", "ended", "reward", "value")}
-        rewards = " ".join(f"{row['reward']:.2f}" for row in found)
-        kind = ["LoRA" if lora else "all", "the next value" if bootstraps else "its score"]
-        ended = f"{of['ended_at_first']:.2f}, {of['ended']:.2f}"
-        lines.append([longest, *kind, ended, f"{of['reward']:.2f} ({rewards})", f"{of['value']:.2f}"])
-    header = ["longest", "trained", "cut off is worth", "ended, first and last 10 rollouts", "reward (seeds)", "value"]
-    return table(header, lines)
+        of = {name: mean(row[name] for row in found) for name in ("ended_at_first", "ended", "value")}
+        kind = [longest, "LoRA" if lora else "all", "the next value" if bootstraps else "its score"]
+        reward = shown(spread(row["reward"] for row in found), 2)
+        lines.append([*kind, len(found), reward, *(f"{each:.2f}" for each in of.values())])
+        of_seed = {row["seed"]: f"{row['reward']:.2f}" for row in found}
+        by_seed.append([*kind, *(of_seed.get(seed, "") for seed in seeds)])
+    kind = ["longest", "trained", "cut off is worth"]
+    header = [*kind, "seeds", "reward", f"ended, first {LAST} rollouts", f"ended, last {LAST}", "value"]
+    rewards = table([*kind, *(f"reward, seed {seed}" for seed in seeds)], by_seed, right=range(3, 3 + len(seeds)))
+    return table(header, lines, right=range(3, 8)) + "\n\n" + rewards

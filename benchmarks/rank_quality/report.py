@@ -89,10 +89,12 @@ def tables(task: str, summary: dict[str, Any], ranks: list[int], seeds: int) -> 
                 for text, cell in zip(texts, cells, strict=True)
             ]
             behind = entry[metric].get("behind_dedicated")
-            gap = "" if behind is None or behind["worst"] is None else f"{behind['worst']:+.1f} {behind['unit']}"
+            gap = "" if behind is None or behind["worst"] is None else f"{behind['worst']:+.1f}"
             lines.append([way, *texts, gap])
-        names = [f"r={rank}" for rank in ranks]
-        made.append(table([f"{task}, {metric}", *names, "mean", "worst rank behind its own LoRA"], lines))
+        names, unit_of_gap = [f"r={rank}" for rank in ranks], "%" if metric == "loss" else "points"
+        of_gap = f"worst rank behind its own LoRA, {unit_of_gap}"
+        header = [f"{task}, {metric}{', %' * (metric == 'accuracy')}, {seeds} seeds", *names, "mean", of_gap]
+        made.append(table(header, lines, right=range(1, len(header))))
     return made
 
 

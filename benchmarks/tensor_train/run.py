@@ -105,11 +105,13 @@ def run(cell: Cell, context: Context) -> dict[str, Any]:
 
 
 def report(record: dict[str, Any], context: Context) -> str:
-    lines = [
-        [layer, tokens, *(f"{each[name]['forward']:.0f} / {each[name]['with_backward']:.0f}" for name in WAYS)]
-        for layer, by_tokens in record.get("contraction", {}).items()
-        for tokens, each in by_tokens.items()
-    ]
+    tables = []
+    for what, title in (("forward", "forward, μs"), ("with_backward", "forward and backward, μs")):
+        lines = [
+            [layer, tokens, *(f"{each[name][what]:.0f}" for name in WAYS)]
+            for layer, by_tokens in record.get("contraction", {}).items()
+            for tokens, each in by_tokens.items()
+        ]
+        tables.append(table([title, "tokens", *WAYS], lines, right=range(1, 2 + len(WAYS))))
     steps = [[name, ms] for name, ms in record.get("adamw_step_ms", {}).items()]
-    ways = table(["layer", "tokens", *(f"{way}, μs" for way in WAYS)], lines)
-    return ways + "\n\n" + table(["AdamW, 120 adapters", "ms a step"], steps)
+    return "\n\n".join([*tables, table(["AdamW, 120 adapters", "ms a step"], steps, right=[1])])

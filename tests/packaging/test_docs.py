@@ -1,7 +1,10 @@
 """Pages and tables that are made from the package are up to date."""
 
+import re
 import runpy
 from pathlib import Path
+
+import pytest
 
 from peft_dynamic.engines import ENGINES
 from peft_dynamic.methods import METHODS
@@ -40,3 +43,47 @@ def test_the_figures_are_what_their_script_draws(root: Path) -> None:
     drawn = {f"{name}.svg": draw().svg() for name, draw in script["FIGURES"].items()}
     found = {path.name: path.read_text(encoding="utf-8") for path in (root / "docs" / "figures").iterdir()}
     assert found == drawn
+
+
+# Two numbers with nothing but a comma, a semicolon or " / " between, and no word behind the second.
+NUMBER = r"[-+]?[\d.,]*\d(?:e-?\d+)?(?: ?%|x)?"
+LISTED = re.compile(rf"(?<![\w.-]){NUMBER}(?:[,;]| /) {NUMBER}(?= *(?:[,;/)]|$))")
+
+
+def cells(line: str) -> list[str]:
+    """Of a table's row, without code."""
+    return [cell.strip() for cell in re.sub(r"`[^`]*`", "", line).strip("|").split("|")]
+
+
+@pytest.mark.parametrize(
+    ("cell", "listed"),
+    [
+        ("23.0, 26.6, 25.4", True),
+        ("49.1 %, 41.1 %", True),
+        ("62 / 239", True),
+        ("-0.6 (+2.1, -1.1, -2.6)", True),
+        ("73,728, 74,498", True),
+        ("73,728", False),
+        ("83.6 ± 0.4", False),
+        ("-0.6 (-1.4 to +0.3)", False),
+        ("hidden 64, 4 layers, vocabulary 49152", False),
+        ("ranks 1, 4 and 8", False),
+        ("LoRA for 4/5, cores for 1/5", False),
+    ],
+)
+def test_the_lint_sees_a_cell_that_lists_numbers(cell: str, listed: bool) -> None:
+    assert bool(LISTED.search(cell)) == listed
+
+
+def test_no_cell_of_a_table_lists_numbers(root: Path) -> None:
+    """Each figure has a cell of its own, with its spread or its interval."""
+    pages = [root / "README.md", *root.glob("docs/**/*.md"), *root.glob("benchmarks/**/*.md")]
+    found = [
+        f"{page.relative_to(root)}:{number}: {cell}"
+        for page in pages
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1)
+        if line.startswith("|")
+        for cell in cells(line)
+        if LISTED.search(cell)
+    ]
+    assert not found
