@@ -1,4 +1,4 @@
-"""The tables of runs.jsonl, one per task, and density.png with the score against the share of active neurons."""
+"""The tables of runs.jsonl, and density.png with the score against the share of active neurons."""
 
 import statistics
 from typing import Any
@@ -19,7 +19,6 @@ NAMES = {
     "t5-sst2": "SST-2, T5's decoder",
     "t5-squad": "SQuAD, T5's decoder",
 }
-SETTINGS = ["adapter", "activation", "steps", "rate", "cut", "weight"]
 SCORES = ["seeds", "score", "points (95 %)", "by seed"]
 Curves = dict[tuple, list[tuple[float, float, float, float]]]
 
@@ -46,11 +45,10 @@ def is_t5(task: str) -> bool:
     return task.startswith("t5")
 
 
-def settings_of(run: Row) -> list[str]:
+def ways_of(run: Row) -> list[str]:
     """Of a T5 with the stack that is cut and has the loss."""
     cut = f"{100 * run['keep']:g} % kept" if run["keep"] else f"{run['train_cut']:g}"
-    steps, stack = f"{run['before']} + {run['after']}", [run["stack"] or "both"] if is_t5(run["task"]) else []
-    return [run["adapter"], run["activation"], steps, f"{run['lr']:g}", cut, f"{run['weight']:g}", *stack]
+    return [cut, f"{run['weight']:g}", *([run["stack"] or "both"] if is_t5(run["task"]) else [])]
 
 
 def scores_of(runs: list[Row], others: list[Row]) -> list[Any]:
@@ -64,12 +62,14 @@ def scores_of(runs: list[Row], others: list[Row]) -> list[Any]:
     return [*cells, shown_paired(paired(own, base)), by_seed]
 
 
-def task_table(name: str, lines: list[list[Any]]) -> str:
+def titled_table(key: tuple, lines: list[list[Any]]) -> str:
     """Of a T5 with the shares of each stack."""
+    name, adapter, activation, before, after, _, lr = key
     t5 = is_t5(name)
     shares = ["encoder active, %", "fewer, %", "decoder active, %", "fewer, %"] if t5 else ["active, %", "fewer, %"]
-    header = [f"{name}: {SETTINGS[0]}", *SETTINGS[1:], *(["stack"] if t5 else []), *SCORES, *shares]
-    return table(header, lines, right=range(3, len(header)))
+    header = ["cut", "weight", *(["stack"] if t5 else []), *SCORES, *shares]
+    title = f"**{name}, {ADAPTERS[adapter]}, {activation}, {before} + {after} at {lr:g}**"
+    return f"{title}\n\n{table(header, lines, right=range(len(header)))}"
 
 
 def report(rows: list[Row], context: Context) -> str:
@@ -83,7 +83,7 @@ def report(rows: list[Row], context: Context) -> str:
         if start_of(run) in plain:
             groups.setdefault((start_of(run)[:-1], tuple(run[way] for way in WAYS)), []).append(run)
     order = list(dict.fromkeys(key for key, _ in groups))
-    tables, curves = dict[str, list[list[Any]]](), Curves()
+    tables, curves = dict[tuple, list[list[Any]]](), Curves()
     for (key, ways), runs in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
         name, adapter, activation, before, after, _, lr = key
         others = [plain[start_of(run)] for run in runs]
@@ -95,12 +95,13 @@ def report(rows: list[Row], context: Context) -> str:
                 point = (actives[-1], statistics.mean(changes), statistics.stdev(changes), less[-1])
                 curves.setdefault((name, adapter, how, before, after, lr), []).append(point)
         shares = [f"{share:.1f}" for pair in zip(actives, less, strict=True) for share in pair]
-        tables.setdefault(name, []).append([*settings_of(runs[0]), *scores_of(runs, others), *shares])
+        tables.setdefault(key, []).append([*ways_of(runs[0]), *scores_of(runs, others), *shares])
     draw(curves, context)
     left = "".join(
         f"\n- {', '.join(f'{key} {run[key]}' for key in KEYS)}: score {100 * run['score']:.1f}" for run in failed
     )
-    return "\n\n".join(task_table(name, lines) for name, lines in tables.items()) + (
+    by_task = sorted(tables, key=lambda key: list(NAMES).index(key[0]))
+    return "\n\n".join(titled_table(key, tables[key]) for key in by_task) + (
         left and f"\n\nLeft out, as the task was not learned before loss and cut began:\n{left}"
     )
 
