@@ -82,7 +82,7 @@ def tables(task: str, summary: dict[str, Any], ranks: list[int], seeds: int) -> 
     for metric, (unit, digits) in UNITS.items():
         lines = []
         for way, entry in summary.items():
-            cells = [entry[metric]["by_rank"].get(rank) for rank in ranks] + [entry[metric]["over_ranks"]]
+            cells = [entry[metric]["over_ranks"], *(entry[metric]["by_rank"].get(rank) for rank in ranks)]
             texts = [shown(cell, digits, unit) for cell in cells]
             texts = [
                 text if cell is None or cell["seeds"] == seeds else f"{text} ({cell['seeds']} of {seeds} seeds)"
@@ -90,10 +90,10 @@ def tables(task: str, summary: dict[str, Any], ranks: list[int], seeds: int) -> 
             ]
             behind = entry[metric].get("behind_dedicated")
             gap = "" if behind is None or behind["worst"] is None else f"{behind['worst']:+.1f}"
-            lines.append([way, *texts, gap])
+            lines.append([way, texts[0], gap, *texts[1:]])
         names, unit_of_gap = [f"r={rank}" for rank in ranks], "%" if metric == "loss" else "points"
         of_gap = f"worst rank behind its own LoRA, {unit_of_gap}"
-        header = [f"{task}, {metric}{', %' * (metric == 'accuracy')}, {seeds} seeds", *names, "mean", of_gap]
+        header = [f"{task}, {metric}{', %' * (metric == 'accuracy')}, {seeds} seeds", "mean", of_gap, *names]
         made.append(table(header, lines, right=range(1, len(header))))
     return made
 

@@ -116,7 +116,7 @@ def average_adapters(
         `out`. Biases, trained modules and trained tokens are averaged too.
 
     Raises:
-        As `merge_adapters`; and ValueError where one has other trained modules than the first.
+        ValueError: as `merge_adapters`, and where one has other trained modules than the first.
     """
     if isinstance(adapters, str | os.PathLike) or not isinstance(adapters, Sequence) or not adapters:
         raise TypeError(f"adapters={adapters!r}: must be a list of folders or names.")

@@ -33,7 +33,8 @@ class Page(HTMLParser):
 
 def test_the_site_is_built_strictly_and_its_links_lead_somewhere(root: Path, tmp_path: Path) -> None:
     """One test, since it takes one build: strict, every link and anchor, and nothing loaded from elsewhere."""
-    mkdocs = (sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path)
+    # not --quiet, which hides warnings from --strict
+    mkdocs = (sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path)
     run(*mkdocs, cwd=root, NO_MKDOCS_2_WARNING="1")
     pages = {path: Page(path) for path in tmp_path.rglob("*.html") if path.name != "404.html"}
     assert {tmp_path / name for name in ("index.html", "CHANGELOG.html", "docs/api/trainers.html")} <= set(pages)

@@ -106,7 +106,7 @@ def build_citation_dataset(
     seed: int = 0,
     columns: Mapping[str, str] | None = None,
 ) -> tuple[Any, CitationReport]:
-    """A dataset of questions, passages and answers whose citations are written [1][2] and point to a passage each.
+    """A dataset of questions, passages and answers whose citations are written `[1][2]` and point to a passage each.
 
     The ids of an answer count the passages from 1. Where the passages of a row have an `index` (2, "2" or 2.0), the ids
     are those. For each row, in this order:

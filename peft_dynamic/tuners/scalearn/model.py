@@ -63,7 +63,7 @@ class ScaLearnModel(ComputedLoraModel):
             `out`.
 
         Raises:
-            As `export_lora` and `resize_adapter`.
+            ValueError: as `export_lora` and `resize_adapter`.
         """
         merged: Path = importlib.import_module("peft_dynamic.algebra.scales").merge_scales(
             self.model, out, rank, moments=moments, damping=damping, cut=cut, engine=engine, adapter_name=adapter_name
