@@ -1,5 +1,6 @@
 """LoRA, LoRA-FA, LoRA-XS and LaMDA at equal steps: score, numbers updated, and bytes held for the backward pass."""
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -80,6 +81,7 @@ def held(model: Any, batch: Batch) -> dict[str, int]:
 def run(cell: Cell, context: Context) -> dict[str, Any]:
     task, data = Task(**context.settings["tasks"][cell["task"]]), rows_of(cell["task"], context)
     rows = data.tuning if cell["seed"] == context.settings["tune_seed"] else data.evaluation
+    start = time.process_time()
     model, optimizer = build(task, cell, context)
     freezes = context.settings["arms"][cell["arm"]].get("freeze_b", 0) > 0
     parameters = {"at_first": updated(model), "at_last": updated(model, ("lora_B",) if freezes else ())}
@@ -90,4 +92,5 @@ def run(cell: Cell, context: Context) -> dict[str, Any]:
         "parameters": parameters,
         "held_bytes": memory,
         "step_ms": round(step_ms, 1),
+        "cpu_s": round(time.process_time() - start, 1),
     }

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import tempfile
+import time
 from copy import copy, deepcopy
 from functools import cache
 from pathlib import Path
@@ -133,8 +134,8 @@ def halved_loss(states: torch.Tensor, labels: torch.Tensor, head: Any, lr: float
 def search(model: Any, data: Data, cell: Cell, settings: dict[str, Any]) -> list[float]:
     """Leave the model with the weights that a search without gradients has found, one a source, and return them.
 
-    As in LoRAHub the loss has a penalty of the weights. Here it is of rows that the head was not trained on, since a new
-    head fits a few rows at any weights.
+    As in LoRAHub the loss has a penalty of the weights. A new head fits a few rows at any weights, so here it is the
+    loss of rows that the head was not trained on.
     """
     omega = next(value for name, value in model.named_parameters() if ".lora_scales." in name)
     batches = data.batched(list(data.train[: settings["search_rows"]]))
@@ -175,6 +176,11 @@ def run(cell: Cell, context: Context) -> dict[str, Any]:
     settings, data = context.settings, rows_of(cell["task"], context)
     rows = data.tuning if cell["seed"] == settings["tune_seed"] else data.evaluation
     data = few(data, cell["rows"], cell["seed"])
+    scores = {
+        name: json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        for name, folder in sources(context).items()
+    }
+    start = time.process_time()
     model = build(cell, context)
     named = [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
     trained, head = (sum(n for name, n in named if ("classifier" in name) == of_head) for of_head in (False, True))
@@ -192,8 +198,6 @@ def run(cell: Cell, context: Context) -> dict[str, Any]:
         "most": labels.bincount().max().item() / len(labels),
         "parameters": {"without_head": trained, "head": head},
         "step_ms": round(step_ms, 1),
-        "sources": {
-            name: json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-            for name, folder in sources(context).items()
-        },
+        "cpu_s": round(time.process_time() - start, 1),
+        "sources": scores,
     }
