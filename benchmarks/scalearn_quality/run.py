@@ -48,7 +48,7 @@ def made(name: str, folder: Path, context: Context) -> None:
     settings, data = context.settings, rows_of(name, context)
     seed = settings["source_seed"]
     model = with_head(get_peft_model(base_of(name, seed, context), LoraConfig(**settings["lora"])))
-    train(model, data, settings["source_steps"], settings["source_lr"], seed)
+    train(model, data, settings["source_steps"][name], settings["source_lr"], seed)
     with tempfile.TemporaryDirectory(dir=folder.parent) as part:
         model.save_pretrained(f"{part}/source")
         Path(part, "source", "scores.json").write_text(json.dumps(evaluate(model, data.evaluation)), encoding="utf-8")
