@@ -71,6 +71,21 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[
     )
 
 
+def tries_table(rows: Iterable[dict[str, Any]], by: Sequence[str], tried: str, score: str, unit: float = 100) -> str:
+    """What each value of `tried` gave, the highest in bold; of several rows with one value, such as tasks, the mean."""
+    found: dict[tuple[Any, ...], dict[Any, list[float]]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in by), {}).setdefault(row[tried], []).append(unit * row[score])
+    lines = []
+    for key, values in found.items():
+        means = {value: mean(scores) for value, scores in sorted(values.items())}
+        best = max(means.values())
+        marks = {value: "**" if each == best else "" for value, each in means.items()}
+        texts = [f"{mark}{value}: {means[value]:.1f}{mark}" for value, mark in marks.items()]
+        lines.append([*key, ", ".join(texts)])
+    return table([*by, f"{tried}: {score}, %"], lines)
+
+
 def borda_table(scores: dict[str, dict[str, float]], higher: bool = True, unit: float = 1, digits: int = 1) -> str:
     """The methods by their Borda rank over the tasks, with the mean of the scores beside it."""
     ranked = sorted(borda(scores, higher).items(), key=lambda item: item[1]["rank"])

@@ -26,6 +26,15 @@ from benchmarks.training import adamw, descended, fit
 
 Row = dict[str, Any]
 Batch = dict[str, torch.Tensor]
+TEXTS = (
+    "question",
+    "sentence",
+    "sentence1",
+    "sentence2",
+    "premise",
+    "hypothesis",
+    "passage",
+)  # in their order in a pair
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,7 @@ class Task:
     eval_rows: int | None = None  # the first so many rows of the validation file; None for all
     metric: str = "accuracy"
     tune_rows: int = 0  # more rows that are kept out of training, to choose settings on
+    classes: int = 2  # of a task whose rows have a class
 
 
 def read(path: Path) -> list[Row]:
@@ -74,7 +84,9 @@ def encode(row: Row, tokenizer: Any, max_length: int) -> Row:
         answer = tokenizer(row["output"] + tokenizer.eos_token)["input_ids"]
         # Cut at the front: the options stand at the end.
         return completed(instruction(row, tokenizer)[-(max_length - len(answer)) :], answer, max_length)
-    texts = [row[key] for key in ("question", "sentence", "sentence1", "sentence2") if key in row]
+    if "word" in row:
+        row = {**row, "sentence1": f"{row['word']}: {row['sentence1']}"}
+    texts = [row[key] for key in TEXTS if key in row]
     label = row["label"] / 2.5 - 1 if isinstance(row["label"], float) else row["label"]
     return {**tokenizer(*texts, truncation=True, max_length=max_length), "label": label}
 
@@ -227,9 +239,11 @@ def loss_of(logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean")
     return (mse_loss if labels.is_floating_point() else cross_entropy)(logits, labels, reduction=reduction)
 
 
-def train(model: torch.nn.Module, data: Data, steps: int, lr: float, seed: int) -> float:
-    """Milliseconds per step, the median."""
-    optimizer = adamw(model.parameters(), lr)
+def train(
+    model: torch.nn.Module, data: Data, steps: int, lr: float, seed: int, optimizer: torch.optim.Optimizer | None = None
+) -> float:
+    """Milliseconds per step, the median; without an optimizer it is AdamW at `lr`."""
+    optimizer = optimizer or adamw(model.parameters(), lr)
     schedule = get_linear_schedule_with_warmup(optimizer, round(0.06 * steps), steps)
     model.train()
     taken = fit(
