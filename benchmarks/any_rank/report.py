@@ -22,15 +22,25 @@ WAYS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "loss, shared, few rows": ("the same, 3 % of the rows", [("lora", "loss, shared, few rows"), ("lora", "whole")]),
     "decay": ("LoRA 32 with weight decay, cut plain", [("decay", "plain"), ("decay", "whole")]),
     "refit": ("LoRA 32 for 4/5, cores for 1/5", [("refit", "own"), ("refit", "plain"), ("refit", "whole")]),
+    "steep": ("LoRA 32, its tail shrunk, cut plain", [("steep", "plain"), ("steep", "whole")]),
+    "steep, loss, shared": ("the same, by the loss, one budget", [("steep", "loss, shared"), ("steep", "whole")]),
     "dylora": ("DyLoRA, a lower rank in 1 step of 4", [("dylora", "own")]),
     "dylora, loss": ("DyLoRA, cut by the loss", [("dylora-calibrated", "loss")]),
     "dylora, loss, shared": ("the same, one budget", [("dylora-calibrated", "loss, shared")]),
+    "dylora-half": ("DyLoRA, a lower rank in 1 step of 2", [("dylora-half", "own")]),
     "dylora-paper": ("DyLoRA, the paper's rules", [("dylora-paper", "own")]),
     "matryoshka": ("MatryoshkaLoRA, as released", [("matryoshka", "own")]),
     "matryoshka, cut": ("its gain folded, cut plain", [("matryoshka", "plain"), ("matryoshka", "whole")]),
 }
 DRAWN = ("dedicated", "dylora", "loss, shared", "plain")
-TITLES = {"sst2": "SST-2, MiniLM", "mrpc": "MRPC, MiniLM", "stsb": "STS-B, MiniLM", "e2e_nlg": "E2E NLG, SmolLM2"}
+TITLES = {
+    "sst2": "SST-2, MiniLM",
+    "mrpc": "MRPC, MiniLM",
+    "stsb": "STS-B, MiniLM",
+    "qnli": "QNLI, MiniLM",
+    "e2e_nlg": "E2E NLG, SmolLM2",
+    "dart": "DART, SmolLM2",
+}
 BEST = "loss, shared"
 SCORES = {"accuracy": 100, "pearson_spearman": 100}
 Points = dict[int, dict[int, dict[str, float]]]  # rank -> seed -> metrics

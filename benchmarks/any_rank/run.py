@@ -1,5 +1,6 @@
 """Every rank from one run: what each way of getting it gives, at equal steps, on the same rows and seeds."""
 
+import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,8 +54,12 @@ def gain(ranks: list[int]) -> torch.Tensor:
     return torch.tensor([sum(rank >= i for rank in ranks) / len(ranks) for i in range(1, ranks[-1] + 1)])
 
 
-def descend(model: Any, batches: Iterator[Batch], parameters: list[Any], lr: float, steps: int) -> None:
+def descend(
+    model: Any, batches: Iterator[Batch], parameters: list[Any], lr: float, steps: int, after: Any = None
+) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    if after is not None:
+        optimizer.register_step_post_hook(lambda *_: after())
     schedule = get_linear_schedule_with_warmup(optimizer, round(0.06 * steps), steps)
     model.train()
     fit(optimizer, schedule, batches, lambda batch: descended(loss_of(*logits_and_labels(model, batch))))
@@ -67,6 +72,32 @@ def factors_apart(model: Any, decay: float) -> list[dict[str, Any]]:
         {"params": [p for name, p in named if ".lora_" in name], "weight_decay": decay},
         {"params": [p for name, p in named if ".lora_" not in name], "weight_decay": 0.0},
     ]
+
+
+class Steepening:
+    """In the last fifth of the steps, after every second one: what a cut to a drawn rank would drop shrinks by a share.
+
+    With E_b and F_b of the cut to b, B becomes B (I - share (I - E_b F_b)): the components beyond b lose that share of
+    their singular values, the others keep theirs.
+    """
+
+    def __init__(self, model: Any, share: float, steps: int, ranks: list[int], seed: int) -> None:
+        self.layers, self.share, self.ranks = list(layers(model).values()), share, ranks[:-1]
+        self.first, self.done = round(0.8 * steps), 0
+        self.draw = random.Random(seed)
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        self.done += 1
+        if self.done <= self.first or self.done % 2:
+            return
+        rank = self.draw.choice(self.ranks)
+        for layer in self.layers:
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            gram_a, gram_b = grams(a, b)
+            e, f = bases_of(gram_a[None], gram_b[None])
+            kept = (e[0, :, :rank] @ f[0, :rank]).to(b.dtype)
+            b.lerp_(b @ kept, self.share)
 
 
 @contextmanager
@@ -168,7 +199,8 @@ def run(cell: Cell, context: Context) -> dict[str, Any]:
         with through(model, lambda name, z: z * weights):
             descend(model, batches, parameters, cell["lr"], steps)
     else:
-        descend(model, batches, parameters, cell["lr"], steps)
+        steepening = Steepening(model, cell["strength"], steps, ranks, cell["seed"]) if arm == "steep" else None
+        descend(model, batches, parameters, cell["lr"], steps, steepening)
     seconds = {"train_seconds": round(time.perf_counter() - start, 1)}
     if arm in context.settings["dylora"]:
         return {"curves": ranked_curves(model, data, rows, task, cell, context)} | seconds
@@ -181,6 +213,9 @@ def run(cell: Cell, context: Context) -> dict[str, Any]:
     if arm.startswith("dedicated"):
         return {"curves": curves} | seconds
     curves["plain"] = cut_curve(model, rows, task, ranks, "plain")
+    if arm == "steep":
+        moments = calibrated(model, data, cell, context.settings["calibration_batches"])
+        curves["loss, shared"] = cut_curve(model, rows, task, ranks, "loss, shared", moments=moments)
     if arm == "lora" and not tuned:
         start = time.perf_counter()
         moments = calibrated(model, data, cell, context.settings["calibration_batches"])
