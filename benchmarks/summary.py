@@ -76,14 +76,14 @@ def tries_table(rows: Iterable[dict[str, Any]], by: Sequence[str], tried: str, s
     found: dict[tuple[Any, ...], dict[Any, list[float]]] = {}
     for row in rows:
         found.setdefault(tuple(row[name] for name in by), {}).setdefault(row[tried], []).append(unit * row[score])
+    columns = list(dict.fromkeys(value for values in found.values() for value in values))
     lines = []
     for key, values in found.items():
-        means = {value: mean(scores) for value, scores in sorted(values.items())}
+        means = {value: mean(scores) for value, scores in values.items()}
         best = max(means.values())
-        marks = {value: "**" if each == best else "" for value, each in means.items()}
-        texts = [f"{mark}{value}: {means[value]:.1f}{mark}" for value, mark in marks.items()]
-        lines.append([*key, ", ".join(texts)])
-    return table([*by, f"{tried}: {score}, %"], lines)
+        shown = {value: f"**{each:.1f}**" if each == best else f"{each:.1f}" for value, each in means.items()}
+        lines.append([*key, *(shown.get(value, "") for value in columns)])
+    return table([*by, *(f"{score} at {tried} {value}, %" for value in columns)], lines)
 
 
 def borda_table(scores: dict[str, dict[str, float]], higher: bool = True, unit: float = 1, digits: int = 1) -> str:

@@ -26,15 +26,8 @@ from benchmarks.training import adamw, descended, fit
 
 Row = dict[str, Any]
 Batch = dict[str, torch.Tensor]
-TEXTS = (
-    "question",
-    "sentence",
-    "sentence1",
-    "sentence2",
-    "premise",
-    "hypothesis",
-    "passage",
-)  # in their order in a pair
+# In their order in a pair
+TEXTS = ("question", "sentence", "sentence1", "sentence2", "premise", "hypothesis", "passage")
 
 
 @dataclass(frozen=True)

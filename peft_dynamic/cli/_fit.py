@@ -39,6 +39,7 @@ from peft_dynamic.cli._edge import blame
 from peft_dynamic.cli._given import bad_input, check_model, command_line
 from peft_dynamic.cli._interrupt import Interrupted, Interruption
 from peft_dynamic.cli._kind import check_kind
+from peft_dynamic.hosts.quantization import unpack_bnb_4bit
 
 MORE = (
     "--config takes a YAML file with these names as keys. --help-all --adapter dylora, or another, lists the adapter's "
@@ -307,6 +308,7 @@ def _train(recipe: Recipe, given: Given, settings: dict[str, Any], interruption:
     folder = Path(given.training.output_dir)
     with blame("the settings do not fit the model or the data", "Change what is named, then start again."):
         trainer = recipe.trainer(given)
+    unpack_bnb_4bit(trainer.model)  # Trainer's own evaluations would leave some CPUs without gradients
     _callbacks(given, trainer, interruption)
     if _is_main():
         if given.script.overwrite:

@@ -10,10 +10,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from peft_dynamic.hosts.quantization import unpack_bnb_4bit
+
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; each module's own mode is put back, also after an error."""
+    """Eval mode inside the block; each module's own mode is put back, also after an error.
+
+    4-bit weights stay trainable: on some CPUs a pass in eval mode would leave the model without gradients for good.
+    """
+    unpack_bnb_4bit(model)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -125,6 +125,20 @@ def test_a_base_model_in_4_bits(tmp_path: Path, given: dict[str, Any], adapter: 
     assert "Linear4bit: " in done.stdout
 
 
+def test_a_stock_lora_over_4_bits_trains_on_after_an_evaluation(tmp_path: Path, given: dict[str, Any]) -> None:
+    """CPUs with AVX512-BF16 have a kernel without gradients, which an evaluation would switch on."""
+    pytest.importorskip("bitsandbytes")
+    settings = {name: value for name, value in given.items() if name not in DYLORA} | {"adapter": "lora"}
+    settings |= {"load_in_4bit": True, "eval_data": given["dataset_name"], "eval_strategy": "steps", "eval_steps": 1}
+    settings |= {"max_steps": 3, "logging_steps": 1, "save_steps": 3, "load_best_model_at_end": False}
+    run("sft", tmp_path, output_dir=tmp_path / "out", **settings)
+    log = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+    assert [row["step"] for row in log if "eval_loss" in row] == [1, 2, 3]
+    norms = [row["grad_norm"] for row in log if "grad_norm" in row]
+    assert len(norms) == 3
+    assert min(norms) > 0
+
+
 def test_ppo_refuses_a_stream(given: dict[str, Any]) -> None:
     base = words(model_name_or_path=given["model_name_or_path"], dataset_name=given["dataset_name"])
     result = invoke("ppo", *base, "--dataset_streaming", "true", "--max_steps", "2")

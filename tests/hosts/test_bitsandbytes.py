@@ -5,6 +5,7 @@ import inspect
 import bitsandbytes as bnb
 import torch
 
+from peft_dynamic.hosts.modes import evaluating
 from peft_dynamic.hosts.quantization import is_quantized, quantized_layers, unpack_bnb_4bit
 
 
@@ -29,5 +30,18 @@ def test_a_quantised_layer_is_recognised_and_trains_after_an_evaluation() -> Non
     with torch.no_grad():
         layer.eval()(x)
     layer.train()(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+
+
+def test_our_evaluations_leave_a_quantised_layer_trainable() -> None:
+    """Of a model that no part of ours has prepared, such as a stock LoRA over 4 bits."""
+    layer = four_bit()
+    layer.support_avx512bf16_for_cpu = True  # what bitsandbytes finds out of the CPU
+    x = torch.ones(1, 64, requires_grad=True)
+    with evaluating(torch.nn.Sequential(layer)):
+        assert not layer.support_avx512bf16_for_cpu
+        layer(x)
+    layer(x).sum().backward()
     assert x.grad is not None
     assert x.grad.abs().sum() > 0

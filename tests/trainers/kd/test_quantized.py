@@ -79,10 +79,8 @@ def test_a_shared_base_in_four_bits_trains_after_an_evaluation(kind: str, base: 
     if kind == "folder":
         big = get_peft_model(four(), LoraConfig(r=4, init_lora_weights=False, **TARGETS))
         big.save_pretrained(tmp_path / "big")
-        config, teacher = (
-            LorettaRepConfig(bottleneck=4, tensor_rank=2, train_layer_norms=False, **TARGETS),
-            tmp_path / "big",
-        )
+        config = LorettaRepConfig(bottleneck=4, tensor_rank=2, train_layer_norms=False, **TARGETS)
+        teacher = str(tmp_path / "big")
     model = get_peft_model(four(), config)
     if kind == "adapter:big":
         model.add_adapter("big", LoraConfig(r=4, init_lora_weights=False, **TARGETS))
