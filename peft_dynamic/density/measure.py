@@ -13,7 +13,6 @@ from peft_dynamic.density.report import DensityReport, DensityRow
 from peft_dynamic.density.structure import Activation
 from peft_dynamic.functional.density import count_active
 from peft_dynamic.hosts.modes import evaluating
-from peft_dynamic.hosts.quantization import unpack_bnb_4bit
 from peft_dynamic.rules import is_finite
 
 
@@ -97,7 +96,6 @@ def watch(
             seen.add(layer.name)
             count(layer, fitted, mask)
 
-    unpack_bnb_4bit(model)  # it may be trained after this
     collector = Collector(model, activation_modules, lambda _: True, see, lambda done, output: None)
     try:
         with evaluating(model):

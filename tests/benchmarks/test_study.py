@@ -14,7 +14,7 @@ pytest.importorskip("scipy")
 
 from benchmarks.__main__ import selected, value_of
 from benchmarks.study import HERE, Lines, Record, Study, load, names
-from benchmarks.summary import borda, paired, shown, shown_paired, spread, table
+from benchmarks.summary import borda, paired, shown, shown_paired, spread, table, tries_table
 
 ROOT = HERE.parent
 
@@ -197,3 +197,21 @@ def test_what_is_missing_is_named(
 def test_without_a_name_the_studies_are_listed() -> None:
     done = subprocess.run([sys.executable, "-m", "benchmarks"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert set(names()) <= {line.split(" ")[0] for line in done.stdout.splitlines()}
+
+
+def test_tries_have_a_column_for_each_value() -> None:
+    """The mean over the tasks; the best of each arm in bold; nothing where a value was not tried."""
+    rows = [
+        {"arm": "a", "lr": 0.1, "accuracy": 0.5},
+        {"arm": "a", "lr": 0.1, "accuracy": 0.7},
+        {"arm": "a", "lr": 0.2, "accuracy": 0.55},
+        {"arm": "b", "lr": 0.2, "accuracy": 0.4},
+    ]
+    lines = tries_table(rows, ["arm"], "lr", "accuracy").splitlines()
+    assert [cell.strip() for cell in lines[0].strip("|").split("|")] == [
+        "arm",
+        "accuracy at lr 0.1, %",
+        "accuracy at lr 0.2, %",
+    ]
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert found == [["a", "**60.0**", "55.0"], ["b", "", "**40.0**"]]

@@ -29,7 +29,6 @@ from peft_dynamic.functional.exit_loss import IGNORED
 from peft_dynamic.functional.kd_loss import Head, States, TopK
 from peft_dynamic.hosts.blocks import base_model
 from peft_dynamic.hosts.modes import evaluating
-from peft_dynamic.hosts.quantization import unpack_bnb_4bit
 from peft_dynamic.trainers.kd.load import load_model
 from peft_dynamic.trainers.kd.states import decoder_states, found_decoder
 from peft_dynamic.trainers.kd.tasks import task_of
@@ -74,7 +73,6 @@ def cache_teacher(
             on more than their own tokens (an encoder-decoder's, a masked language model's).
     """
     model, tokenizer = (teacher, None) if isinstance(teacher, nn.Module) else load_model(teacher)
-    unpack_bnb_4bit(model)
     task = task_of(model)
     kind = _check_kind(kind, task, top_k, dtype)
     meta = {

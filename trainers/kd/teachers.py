@@ -20,7 +20,6 @@ from peft_dynamic.functional.kd_loss import States, TopK
 from peft_dynamic.hosts.blocks import base_model
 from peft_dynamic.hosts.deepspeed import is_parted
 from peft_dynamic.hosts.modes import evaluating
-from peft_dynamic.hosts.quantization import unpack_bnb_4bit
 from peft_dynamic.hosts.switch import depends_on_trained, switched
 from peft_dynamic.trainers.kd.cache import Cache, keyed_rows
 from peft_dynamic.trainers.kd.load import load_teacher
@@ -114,7 +113,6 @@ class ModelTeacher(Teacher):
             if not isinstance(found, nn.Module):
                 found, tokenizer = load_teacher(found, self.student, self.quantization)
                 self.check(found, tokenizer)
-            unpack_bnb_4bit(found)  # a student may share its weights
             self.model, self.place = found.requires_grad_(False).eval(), place
         return self.model
 
