@@ -134,7 +134,8 @@ made = trainer({str(tmp_path / "out")!r}, "cache:" + {str(tmp_path / "cache")!r}
 made.train()
 print("found", [log["kd"] for log in made.state.log_history if "kd" in log])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    root = Path(__file__).parents[3]  # where `tests` is found
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=root)
     assert done.returncode == 0, done.stderr
     live = trainer(tmp_path / "live", teacher, max_steps=2)
     live.train()

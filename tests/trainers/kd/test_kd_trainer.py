@@ -266,7 +266,8 @@ for name in ("teacher", "adapter"):
     found[name] = metrics["eval_teacher_ce"]
 print("found", json.dumps(found))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    root = Path(__file__).parents[3]  # where `tests` is found
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=root)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.rpartition("found")[2])
     assert found["teacher"] == pytest.approx(first["eval_teacher_ce"], rel=1e-5)
