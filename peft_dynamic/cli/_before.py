@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,18 @@ LAST = "true"  # of --resume_from_checkpoint: whichever is the last
 SAVED = ("adapter_config.json", "model.safetensors", "model.safetensors.index.json", "checkpoint-*")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# The packages of loggers, one of which has to be there
-_ALIKE = ("wandb", "trackio", "mlflow", "comet_ml", "clearml", "swanlab", "dvclive", "codecarbon")
-LOGGERS: dict[str, tuple[str, ...]] = {"tensorboard": ("tensorboard", "tensorboardX")}
-LOGGERS |= {name: (name,) for name in _ALIKE}
+# The packages that a logger needs; of two with a bar between them, one
+_ALIKE = ("wandb", "trackio", "mlflow", "comet_ml", "clearml", "swanlab", "dvclive", "codecarbon", "neptune")
+LOGGERS = {name: [name] for name in _ALIKE} | {
+    "tensorboard": ["tensorboard|tensorboardX"],
+    "azure_ml": ["azureml.core"],
+    "dagshub": ["dagshub", "mlflow"],
+    "flyte": ["flytekit"],
+    "kubeflow": [],
+}
+PIP_NAMES = {"azureml.core": "azureml-sdk"}
+# What the environment must say: transformers' callback fails on it after the model is loaded.
+LOGGERS_ENVIRONMENT = {"kubeflow": "KUBEFLOW_TRAINER_SERVER_URL", "dagshub": "MLFLOW_TRACKING_URI"}
 
 
 def numbers(text: str | None, name: str) -> list[int]:
@@ -97,17 +106,25 @@ def check_data(verb: str, given: Any) -> None:
 
 
 def check_loggers(training: Any) -> None:
-    """Raise for a logger that is not known, or not installed."""
+    """Raise for a logger that is not known, not installed or not set up."""
     for name in training.report_to:
         if name not in INTEGRATION_TO_CALLBACK:
             raise ValueError(
                 f"--report_to {name}: there is no such logger. Pass none, all, or of "
                 f"{', '.join(INTEGRATION_TO_CALLBACK)}."
             )
-        packages = LOGGERS.get(name, ())
-        if packages and not any(map(has_package, packages)):
+        for package in LOGGERS.get(name, []):
+            one, *_ = alike = package.split("|")
+            if not any(map(has_package, alike)):
+                raise ValueError(
+                    f"--report_to {name}: {one} is not installed. pip install {PIP_NAMES.get(one, one)}, or pass "
+                    "--report_to none."
+                )
+        variable = LOGGERS_ENVIRONMENT.get(name)
+        if variable and not os.environ.get(variable):
             raise ValueError(
-                f"--report_to {name}: {name} is not installed. pip install {packages[0]}, or pass --report_to none."
+                f"--report_to {name}: the environment has no {variable}, which {name} needs. Set it, or pass "
+                "--report_to none."
             )
 
 

@@ -70,6 +70,8 @@ def has_package(name: str) -> bool:
     """Whether a package can be imported."""
     try:
         return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # what it is a part of
+        return False
     except ValueError:  # in sys.modules without a spec
         return name in sys.modules
 

@@ -359,18 +359,49 @@ STREAM = ["--dataset_streaming", "true"]
         ),
         ([*BASE, "--report_to", "wandb"], "--report_to wandb: wandb is not installed. pip install wandb, or pass"),
         ([*BASE, "--report_to", "trackio"], "--report_to trackio: trackio is not installed. pip install trackio"),
+        (
+            [*BASE, "--report_to", "azure_ml"],
+            "--report_to azure_ml: azureml.core is not installed. pip install azureml-sdk",
+        ),
+        ([*BASE, "--report_to", "neptune"], "--report_to neptune: neptune is not installed. pip install neptune, or"),
+        ([*BASE, "--report_to", "flyte"], "--report_to flyte: flytekit is not installed. pip install flytekit, or"),
+        ([*BASE, "--report_to", "dagshub"], "--report_to dagshub: dagshub is not installed. pip install dagshub, or"),
+        (
+            [*BASE, "--report_to", "kubeflow"],
+            "the environment has no KUBEFLOW_TRAINER_SERVER_URL, which kubeflow needs.",
+        ),
         ([*BASE, "--report_to", "wndb"], "--report_to wndb: there is no such logger. Pass none, all, or of azure_ml,"),
     ],
 )
 def test_a_slip_is_told_before_a_model_is_loaded(given: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from peft_dynamic.cli import _before
 
+    away = ("wandb", "trackio", "azureml.core", "neptune", "flytekit", "dagshub")
     installed = _before.has_package
-    monkeypatch.setattr(_before, "has_package", lambda name: name not in ("wandb", "trackio") and installed(name))
+    monkeypatch.setattr(_before, "has_package", lambda name: name not in away and installed(name))
+    monkeypatch.delenv("KUBEFLOW_TRAINER_SERVER_URL", raising=False)
     result = invoke("sft", *given)
     assert result.exit_code == 2, result.output
     assert said in message(result)
     assert not Path("trainer_output").exists()
+
+
+def test_what_dagshub_needs_beside_its_package_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft_dynamic.cli import _before
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(_before, "has_package", lambda name: name != "mlflow")
+    assert "dagshub: mlflow is not installed" in message(invoke("sft", *BASE, "--report_to", "dagshub"))
+    monkeypatch.setattr(_before, "has_package", lambda name: True)
+    assert "the environment has no MLFLOW_TRACKING_URI" in message(invoke("sft", *BASE, "--report_to", "dagshub"))
+
+
+def test_what_each_logger_of_transformers_needs_is_known() -> None:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    from peft_dynamic.cli._before import LOGGERS
+
+    assert {*LOGGERS} == {*INTEGRATION_TO_CALLBACK}
 
 
 def test_a_folder_with_another_run_is_left_alone(tmp_path: Path) -> None:
