@@ -49,6 +49,25 @@ def _over_sources(kind):
                 super().__init__(adapters=adapters, omega_dropout=0.0, **kwargs)
 
     return ScaLearnConfig
+
+
+class _Drawn(str):  # a mixer that starts at random, where PEFT's test wants an adapter that is not the base model
+    pass
+
+
+def _lamda(kind):
+    from peft_dynamic.tuners import mixer
+
+    start = mixer._initialize
+    mixer._initialize = lambda matrix, how: matrix.data.normal_() if isinstance(how, _Drawn) else start(matrix, how)
+
+    class LaMDAConfig(kind):
+        def __init__(self, *args, init_lora_weights=True, **kwargs):
+            spectral = {"train_a": False, "freeze_b": 0.3, "total_steps": 100, "init_lora_weights": "spectral"}
+            zero = "zero" if init_lora_weights is True else _Drawn("zero")
+            super().__init__(*args, mixer_init=zero, **spectral, **kwargs)
+
+    return LaMDAConfig
 """
 INSERTED = (
     SOURCES
@@ -56,7 +75,8 @@ INSERTED = (
 import json as _json, os as _os
 import peft as _peft, peft_dynamic as _ours
 _name = _os.environ["YARDSTICK_CONFIG"]
-_config = getattr(_ours, _name, None) or getattr(_peft, _name)
+_of = {"LaMDAConfig": "MoSLoRAConfig"}
+_config = getattr(_ours, _of.get(_name, _name), None) or getattr(_peft, _name)
 if issubclass(_config, LoraConfig):  # PEFT's helper knows LoraConfig's field by the exact class
     from . import testing_common as _common
 
@@ -67,6 +87,8 @@ if issubclass(_config, LoraConfig):  # PEFT's helper knows LoraConfig's field by
     _common.set_init_weights_false = set_init_weights_false
 if _name == "ScaLearnConfig":
     _config = _over_sources(_config)
+if _name == "LaMDAConfig":
+    _config = _lamda(_config)
 TEST_CASES = [("yardstick " + n, m, _config, k) for n, m, k in _json.loads(_os.environ["YARDSTICK_CASES"])]
 """
 )
@@ -74,7 +96,11 @@ TEST_CASES = [("yardstick " + n, m, _config, k) for n, m, k in _json.loads(_os.e
 
 # LoRETTA's factors are tensor trains of linear layers; other layers it refuses. These layers are tiny, and a
 # larger alpha makes one of PEFT's tests diverge, which steps by plain gradients at a rate made for LoRA.
-LINEAR_ONLY = {"LorettaRepConfig": {"bottleneck": 4, "tensor_rank": 2, "lora_alpha": 2, "train_layer_norms": False}}
+# LaMDA's are singular vectors of the weight, so its rank is at most the smaller side of these layers.
+LINEAR_ONLY: dict[str, dict[str, Any]] = {
+    "LorettaRepConfig": {"bottleneck": 4, "tensor_rank": 2, "lora_alpha": 2, "train_layer_norms": False},
+    "LaMDAConfig": {"r": 2},
+}
 # A density loss counts the output of a named module where there are no blocks. Its weight is 0: PEFT's loops make their
 # loss from the outputs, where the term would be missing, and so are refused.
 COUNTED = {"MHA": "lin0", "EmbConv1D": "lin0"}
@@ -116,6 +142,7 @@ def run(cell: Cell, context: Context) -> dict[str, Any]:
         target = tests / "test_custom_models.py"
         target.write_text(changed(target.read_text(encoding="utf-8")), encoding="utf-8")
         environment = os.environ | {"YARDSTICK_CONFIG": config, "YARDSTICK_CASES": json.dumps(cases)}
+        environment["HF_HUB_OFFLINE"] = "1"  # these tests need nothing of the Hub, and would wait for it
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-W", "ignore"]
         # in PEFT's own order: in a random one some of them disturb each other
