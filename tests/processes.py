@@ -6,6 +6,7 @@ process that never imports it never saw it. Tests of importing itself, and of th
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import multiprocessing
@@ -50,6 +51,7 @@ def prepare() -> None:
 
 def _child(code: str, words: list[str], cwd: str, env: dict[str, str], out: str, err: str) -> None:
     """Become `python code words...`, where code is a script's path or, after -c, its text."""
+    gc.freeze()  # what the hosts made on import is not looked through by each collection
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "utf-8", write_through=True)
