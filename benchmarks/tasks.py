@@ -49,13 +49,21 @@ def read(path: Path) -> list[Row]:
     """Of a file of JSON lines, or of the compressed one beside its place."""
     packed = path.with_name(path.name + ".gz")
     if packed.exists():
-        return [json.loads(line) for line in gzip.decompress(packed.read_bytes()).decode().splitlines()]
+        with gzip.open(packed, "rt", encoding="utf-8") as lines:  # splitlines would part at U+2028, too
+            return [json.loads(line) for line in lines]
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
 def completed(prompt: list[int], answer: list[int], max_length: int) -> Row:
-    return {"input_ids": (prompt + answer)[:max_length], "answer": len(answer)}
+    """Cut at the end; "answer" is how many of the last tokens are the answer's, 0 where the prompt fills the length."""
+    tokens = (prompt + answer)[:max_length]
+    return {"input_ids": tokens, "answer": max(len(tokens) - len(prompt), 0)}
+
+
+def is_asked(row: Row) -> bool:
+    """Whether anything of a row is in the loss."""
+    return row.get("answer") != 0
 
 
 def instruction(row: Row, tokenizer: Any) -> list[int]:
@@ -159,11 +167,11 @@ class Data:
             by_task.setdefault(row.get("task", ""), []).append(row)
         each = None if task.eval_rows is None else task.eval_rows // len(by_task)
         random.Random(123).shuffle(raw)
-        self.train = [encode(row, tokenizer, task.max_length) for row in raw[held:]]
+        self.train = [made for row in raw[held:] if is_asked(made := encode(row, tokenizer, task.max_length))]
         evaluated = [row for rows in by_task.values() for row in rows[:each]] + raw[: task.extra_eval]
         as_evaluated = encode_choice if "instruction" in raw[0] else encode
         self.evaluation, self.tuning = (
-            self.batched([as_evaluated(row, tokenizer, task.max_length) for row in rows])
+            self.batched([made for row in rows if is_asked(made := as_evaluated(row, tokenizer, task.max_length))])
             for rows in (evaluated, raw[task.extra_eval : held])
         )
 

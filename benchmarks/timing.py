@@ -22,7 +22,9 @@ WARM_UP = 2  # rounds that are not counted
 def batch(model: Path, size: int, length: int) -> torch.Tensor:
     """(size, length) ids of real text, the data set that the package ships."""
     data = Path(__file__).parents[1] / "peft_dynamic/data/e2e_nlg_train.jsonl"
-    text = " ".join(" ".join(map(str, json.loads(row).values())) for row in data.read_text().splitlines()[:200])
+    text = " ".join(
+        " ".join(map(str, json.loads(row).values())) for row in data.read_text(encoding="utf-8").split("\n")[:200]
+    )
     ids = AutoTokenizer.from_pretrained(model)(text)["input_ids"]
     return torch.tensor(ids[: size * length]).view(size, length)
 
