@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftMixedModel, PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -40,12 +41,28 @@ class AdapterMoments:
         return f"AdapterMoments({len(self.inputs)} modules, {what}, {self.tokens:,} tokens)"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write them as safetensors, with the number of tokens in the header."""
+        """Write them as safetensors, with the number of tokens in the header; a file that is there stays on an error.
+
+        Raises:
+            FileExistsError: the path is a folder.
+            NotADirectoryError, PermissionError: nothing can be written there.
+        """
         path = Path(path)
+        if path.is_dir():
+            raise FileExistsError(f"path={str(path)!r} is a folder; pass the name of a file.")
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+        if not above.is_dir():
+            raise NotADirectoryError(f"path={str(path)!r}: {above} is a file, so there can be nothing in it.")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise PermissionError(f"path={str(path)!r}: nothing can be written in {above}. Pass another path.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {f"inputs.{name}": value for name, value in self.inputs.items()}
-        tensors |= {f"losses.{name}": value for name, value in self.losses.items()}
-        save_file(tensors, path, metadata={"adapter_moments": json.dumps({"tokens": self.tokens})})
+        kinds = (("inputs", self.inputs), ("losses", self.losses))
+        tensors = {f"{kind}.{name}": value for kind, part in kinds for name, value in part.items()}
+        whole = {name: value.contiguous().clone() for name, value in tensors.items()}  # no tensor twice
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as work:
+            made = Path(work) / path.name
+            save_file(whole, made, metadata={"adapter_moments": json.dumps({"tokens": self.tokens})})
+            os.replace(made, path)
         return path
 
     @classmethod
@@ -100,24 +117,27 @@ def adapter_moments(
         The moments, for `resize_adapter(..., moments=)`.
 
     Raises:
+        TypeError: `batches` is one batch, or a batch is no dict of tensors.
         ValueError: the model has no such adapter; it has a layer whose z no module gives, such as experts or a
-            convolution, or one that no batch reached; there are no batches; a batch has no loss; or a mask does not
-            fit what a module sees, as in the decoder of an encoder-decoder.
+            convolution, or one that no batch reached; there are no batches; a batch has no loss, or one that is not
+            finite; or a mask does not fit what a module sees, as in the decoder of an encoder-decoder.
     """
-    layers = _layers(model, adapter_name)
-    prefix = "" if isinstance(model, PeftModel) else PREFIX
-    found = _Sums({prefix + name: layer.scaling[adapter] for name, (layer, adapter) in layers.items()})
+    _check_batches(batches)
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    adapter, layers = _layers(model, adapter_name)
+    found = _Sums({name: layer.scaling[adapter] for name, layer in layers.items()})
     handles = []
-    for name, (layer, adapter) in layers.items():
+    for name, layer in layers.items():
         if adapter in layer.lora_embedding_A:
-            handles.append(layer.register_forward_hook(found.embedding_hook(prefix + name, adapter)))
+            handles.append(layer.register_forward_hook(found.embedding_hook(name, adapter)))
         else:
-            handles.append(layer.lora_A[adapter].register_forward_hook(found.hook(prefix + name)))
+            handles.append(layer.lora_A[adapter].register_forward_hook(found.hook(name)))
     two_streams = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     unpack_bnb_4bit(model)
     try:
         with eval_mode(model), torch.set_grad_enabled(loss):
             for batch in batches:
+                _check_batch(batch)
                 found.begin(batch, two_streams)
                 output = model(**batch)
                 if loss:
@@ -126,38 +146,68 @@ def adapter_moments(
         for handle in handles:
             handle.remove()
     if not found.tokens:
-        raise ValueError("batches is empty: pass at least one batch.")
+        raise ValueError("batches is empty, or has padding alone: pass at least one batch with a token.")
     unseen = [name for name in found.scales if name not in found.inputs]
     if unseen:
         raise ValueError(
-            f"{unseen[0]} ran in no batch: it is merged, its module computes with the factors in another way, or it is "
-            "an expert that got no token. Unmerge the adapter, pass more batches, or resize without moments."
+            f"{unseen[0]} ran in no batch: it is merged, disabled or not active, its module computes with the factors "
+            "in another way, or it is an expert that got no token. Unmerge or activate the adapter, pass more batches, "
+            "or resize without moments."
         )
     return found.moments(loss)
 
 
-def _layers(model: nn.Module, adapter_name: str | None) -> dict[str, tuple[Any, str]]:
-    layers: dict[str, tuple[Any, str]] = {}
-    for name, module in model.named_modules():
-        layer: Any = module
-        if not hasattr(layer, "lora_A") or not hasattr(layer, "active_adapters"):
-            continue
-        names = [adapter_name] if adapter_name is not None else list(layer.active_adapters)
-        for adapter in names:
-            if adapter not in layer.lora_A and adapter not in layer.lora_embedding_A:
-                continue
-            reason = ""
-            if isinstance(layer, ParamWrapper):
-                reason = "adapts a parameter: PEFT adds the update to the weight, and no module gives z of an expert"
-            elif adapter in layer.lora_A and layer.lora_A[adapter].weight.dim() > 2:
-                reason = "is a convolution, which sees places and not tokens"
-            if reason:
-                raise ValueError(f"{name} {reason}. Leave it out of the adapter, or resize without moments.")
-            layers[name] = (layer, adapter)
-            break
-    if not layers:
+def _check_batches(batches: Any) -> None:
+    """Stop at what is one batch, and no list of them."""
+    if isinstance(batches, Mapping | torch.Tensor | str) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches must be a list, or another iterable, of batches, each a dict of the model's arguments; got a "
+            f"{type(batches).__name__}. Pass [batch] for one."
+        )
+
+
+def _check_batch(batch: Any) -> None:
+    if not isinstance(batch, Mapping) or not any(isinstance(value, torch.Tensor) for value in batch.values()):
+        what = f"{type(batch).__name__} of {[*batch]}" if isinstance(batch, Mapping) else type(batch).__name__
+        raise TypeError(
+            f"batches: a batch must be a dict of tensors, such as input_ids, attention_mask and labels, got a {what}."
+        )
+
+
+def _in_file(model: nn.Module, name: str) -> str:
+    """A module's name as the adapter's file has it: of the PeftModel inside what is around it, DataParallel say."""
+    for key, module in model.named_modules():
+        if isinstance(module, PeftModel | PeftMixedModel):
+            return name.removeprefix(f"{key}.")
+    return PREFIX + name
+
+
+def _layers(model: nn.Module, adapter_name: str | None) -> tuple[str, dict[str, Any]]:
+    """The adapter, and its layers by their names in its file."""
+    there: dict[str, Any] = {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A") and hasattr(module, "active_adapters")
+    }
+    known = {name for each in there.values() for name in (*each.lora_A, *each.lora_embedding_A)}
+    active = dict.fromkeys(name for each in there.values() for name in each.active_adapters)
+    wanted = [adapter_name] if adapter_name is not None else [*active]
+    adapter = next((name for name in wanted if name in known), None)
+    if adapter is None:
         raise ValueError(f"adapter_name={adapter_name!r}: the model has no LoRA layer with it, or with an active one.")
-    return layers
+    layers: dict[str, Any] = {}
+    for name, layer in there.items():
+        if adapter not in layer.lora_A and adapter not in layer.lora_embedding_A:
+            continue
+        reason = ""
+        if isinstance(layer, ParamWrapper):
+            reason = "adapts a parameter: PEFT adds the update to the weight, and no module gives z of an expert"
+        elif adapter in layer.lora_A and layer.lora_A[adapter].weight.dim() > 2:
+            reason = "is a convolution, which sees places and not tokens"
+        if reason:
+            raise ValueError(f"{name} {reason}. Leave it out of the adapter, or resize without moments.")
+        layers[_in_file(model, name)] = layer
+    return adapter, layers
 
 
 class _Sums:
@@ -180,7 +230,8 @@ class _Sums:
                 "the model is an encoder-decoder, whose attention_mask is of the encoder's tokens alone. Pass batches "
                 "without padding and without attention_mask."
             )
-        first = batch.get("input_ids", next(iter(batch.values())))
+        tensors = (value for value in batch.values() if isinstance(value, torch.Tensor))
+        first = batch.get("input_ids", next(tensors))
         self.tokens += first.numel() if self.mask is None else int(self.mask.sum())
 
     def hook(self, name: str) -> Any:
@@ -209,7 +260,15 @@ class _Sums:
 
     def backward(self, loss: Any) -> None:
         if not isinstance(loss, torch.Tensor):
-            raise ValueError("a batch gives no loss: pass labels in it, or loss=False to measure the inputs alone.")
+            raise ValueError(
+                "a batch gives no loss: pass labels in it, and a model whose output has a loss, or loss=False to "
+                "measure the inputs alone."
+            )
+        if not bool(loss.isfinite().all()):
+            raise ValueError(
+                f"a batch has the loss {loss.detach()}: all its labels are -100, or the model overflows. Leave the "
+                "batch out, or pass loss=False to measure the inputs alone."
+            )
         if not self.seen:
             return
         gradients = torch.autograd.grad(loss, [output for _, output, _ in self.seen], allow_unused=True)

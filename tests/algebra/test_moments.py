@@ -161,6 +161,75 @@ def test_bad_moments_and_batches_are_named(tmp_path: Path) -> None:
         adapter_moments(model, batches(1))
 
 
+def test_what_is_no_list_of_batches_is_named() -> None:
+    batch = batches(1)[0]
+    for given in (batch, batch["input_ids"], None):
+        with pytest.raises(TypeError, match=r"batches must be a list.* Pass \[batch\] for one"):
+            adapter_moments(adapted(), given)  # type: ignore[arg-type]  # what a user may do
+    lists = {name: value.tolist() for name, value in batch.items()}
+    for odd in (batch["input_ids"], {}, lists):
+        with pytest.raises(TypeError, match="a batch must be a dict of tensors"):
+            adapter_moments(adapted(), [odd])  # type: ignore[list-item]
+
+
+def test_a_loss_of_nothing_is_no_measurement() -> None:
+    model, batch = adapted().train(), batches(1)[0]
+    with pytest.raises(ValueError, match="a batch has the loss nan: all its labels are -100"):
+        adapter_moments(model, [batch, {**batch, "labels": torch.full_like(batch["labels"], -100)}])
+    assert all(module.training for module in model.modules())
+    padding = {**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}
+    with pytest.raises(ValueError, match="batches is empty, or has padding alone"):
+        adapter_moments(model, [padding])
+
+
+def test_of_several_active_adapters_the_first_is_measured() -> None:
+    model = adapted(target_modules=["q_proj"])
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    model.base_model.set_adapter(["default", "other"])
+    assert {name.rpartition(".")[2] for name in adapter_moments(model, batches(1)).inputs} == {"q_proj"}
+    model.base_model.set_adapter(["other", "default"])
+    assert {len(moment) for moment in adapter_moments(model, batches(1)).inputs.values()} == {2}
+
+
+@pytest.mark.parametrize("around", ["compile", "parallel", "mixed"])
+def test_the_names_are_the_file_s_whatever_is_around_the_model(around: str) -> None:
+    plain = adapted()
+    wanted = adapter_moments(plain, batches(1))
+    if around == "mixed":
+        config = LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS)
+        model: Any = get_peft_model(tiny_llama(), config, mixed=True)
+    else:
+        model = torch.compile(plain, backend="eager") if around == "compile" else nn.DataParallel(plain)
+    assert adapter_moments(model, batches(1)).inputs.keys() == wanted.inputs.keys()
+
+
+def test_a_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = adapter_moments(adapted(), batches(1))
+    path = moments.save(tmp_path / "some.moments")
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match="is a folder; pass the name of a file"):
+        moments.save(tmp_path)
+    with pytest.raises(NotADirectoryError, match="is a file, so there can be nothing in it"):
+        moments.save(path / "inner")
+
+    def full(tensors: Any, filename: Path, **more: Any) -> None:
+        Path(filename).write_bytes(b"half of it")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("peft_dynamic.tuners.moments.save_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        moments.save(path)
+    assert path.read_bytes() == before
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_moments_that_share_a_tensor_are_saved(tmp_path: Path) -> None:
+    one = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    read = AdapterMoments.load(AdapterMoments({"a": one, "b": one.mT}, {}, 3).save(tmp_path / "some.moments"))
+    assert torch.equal(read.inputs["a"], one)
+    assert torch.equal(read.inputs["b"], one.mT)
+
+
 @pytest.mark.parametrize("scale", [None, 3.0])
 def test_an_embedding_s_moments_are_those_of_the_columns_of_its_tokens(scale: float | None) -> None:
     """Gemma's embedding multiplies what it looks up, and PEFT the update with it."""
