@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean, stdev
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its types are a pa
 from peft_dynamic.functional.ranks import usual_ranks
 from peft_dynamic.hosts.modes import adapters_disabled, evaluating
 from peft_dynamic.reports.curve import Curve, direction, measured_samples
-from peft_dynamic.rules import is_finite, is_number, plain
+from peft_dynamic.rules import is_finite, is_int, is_number, plain
 from peft_dynamic.tuners.dylora.budget import budget_ranks, parameters_in_use
 from peft_dynamic.tuners.dylora.layer import ranked_layers
 from peft_dynamic.tuners.dylora.model import active_ranked_adapter, at_rank, held
@@ -355,6 +355,8 @@ def _settings(
         )
     if ranks is None:
         ranks = () if budgets is not None else _usual_ranks(model.peft_config[name], layers, name)
+    _check_list("ranks", ranks, is_int, "ints from 1 on")
+    _check_list("budgets", () if budgets is None else budgets, is_number, "counts of at least 1, or shares as floats")
     wanted: list[tuple[RankRow, int | dict[str, int]]] = []
     for rank in sorted({plain(rank) for rank in ranks}):
         wanted.append((RankRow(rank, {}), rank))
@@ -362,11 +364,16 @@ def _settings(
     for budget in (shares[key] for key in sorted(shares, key=lambda key: (not key[0], key[1]))):
         wanted.append((RankRow(None, {}, budget=budget), budget_ranks(model, budget, name)))
     if not wanted:
-        raise ValueError("ranks=[]: pass at least one rank, or None for the trained ones.")
+        raise ValueError("ranks=[]: pass at least one rank or budget, or None for the trained ranks.")
     for _, rank in wanted:
         with at_rank(model, rank, name):
             pass
     return wanted
+
+
+def _check_list(name: str, values: Any, holds: Callable[[Any], bool], rule: str) -> None:
+    if isinstance(values, str | Mapping) or not isinstance(values, Iterable) or not all(map(holds, values)):
+        raise TypeError(f"{name}={values!r}: must be a list of {rule}.")
 
 
 def _usual_ranks(config: Any, layers: list[Any], name: str) -> Sequence[int]:

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,6 +133,15 @@ def test_what_is_no_dict_of_numbers_is_refused(returned: object) -> None:
 def test_bad_ranks_are_refused_before_anything_is_evaluated(ranks: list) -> None:
     with pytest.raises(ValueError, match="rank"):
         rank_curve(adapted()[0], lambda m: pytest.fail("evaluated"), ranks=ranks, progress=False)
+
+
+@pytest.mark.parametrize(
+    "given", [{"ranks": 4}, {"ranks": "12"}, {"ranks": [1, "2"]}, {"budgets": 0.5}, {"budgets": [0.5, "x"]}]
+)
+def test_what_is_no_list_of_ranks_or_budgets_names_itself(given: dict[str, Any]) -> None:
+    name = next(iter(given))
+    with pytest.raises(TypeError, match=rf"^{name}=.*: must be a list of "):
+        rank_curve(stock()[0], lambda m: pytest.fail("evaluated"), progress=False, **given)
 
 
 def test_the_progress_bar_counts_the_evaluations(capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,13 +181,15 @@ def allocate(values: Mapping[str, Sequence[float]], costs: Mapping[str, int], bu
     return ranks
 
 
-def nothing_left(values: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int, name: str) -> str:
+def nothing_left(
+    values: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int | float, name: str
+) -> str:
     """What to say where `allocate` gives no layer a component.
 
     Args:
         values: as there.
         costs: as there.
-        budget: as there.
+        budget: as it was given.
         name: of the argument.
     """
     if not any(value > 0 for row in values.values() for value in row):

@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import nn
 
 from peft_dynamic.functional.products import allocate, nothing_left, spectrum
-from peft_dynamic.rules import is_finite, is_int, is_number
+from peft_dynamic.rules import is_finite, is_int, is_number, plain
 from peft_dynamic.tuners.checkpoint import PREFIX
 from peft_dynamic.tuners.dylora.layer import ranked_layers
 from peft_dynamic.tuners.dylora.model import active_ranked_adapter, held
@@ -53,7 +53,7 @@ def budget_ranks(model: nn.Module, parameters: int | float, adapter_name: str | 
         numbers = numbers_of_budget(parameters, whole)
         taken = allocate(values, costs, numbers)
         if not any(taken.values()):
-            raise ValueError(nothing_left(values, costs, numbers, "parameters"))
+            raise ValueError(nothing_left(values, costs, parameters, "parameters"))
         return {
             exactly(key): taken[first] * states[key].parts[0][2].divisor
             for first, group in groups.items()
@@ -92,6 +92,7 @@ def numbers_of_budget(parameters: int | float, whole: int) -> int:
     Raises:
         ValueError, TypeError: it is neither.
     """
+    parameters = plain(parameters)
     if isinstance(parameters, float) and is_finite(parameters) and 0 < parameters <= 1:
         return int(parameters * whole)
     if is_int(parameters) and parameters >= 1:
