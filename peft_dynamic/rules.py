@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from numbers import Integral, Real
@@ -43,6 +44,24 @@ def or_none(text: str, holds: Callable[[Any], bool]) -> Rule:
 
 FLAG: Rule = ("True or False", lambda value: isinstance(value, bool))
 TEXT = or_none("a text", lambda value: isinstance(value, str))
+
+
+def is_expression(value: Any) -> bool:
+    """Whether it is a text that `re` takes as a regular expression."""
+    try:
+        return isinstance(value, str) and bool(re.compile(value))
+    except re.error:
+        return False
+
+
+def check_patterns(name: str, patterns: Iterable[Any]) -> None:
+    """Raise ValueError where a dict's keys are no names of modules and no regular expressions."""
+    for pattern in patterns:
+        if not is_expression(pattern):
+            raise ValueError(
+                f"{name}: the key {pattern!r} must be the end of a module's name or a regular expression, as in "
+                "rank_pattern."
+            )
 
 
 def default_of(field: Field) -> Any:
@@ -104,8 +123,12 @@ def check_target(save_directory: str | Path) -> Path:
         FileExistsError: it is a file, or holds an adapter that is more than a stock LoRA.
         NotADirectoryError: a folder above it is a file.
         PermissionError: nothing can be written there.
+        ValueError: it is an empty text.
     """
+    check_path("save_directory", save_directory)
     named = f"save_directory={str(save_directory)!r}"
+    if not os.fspath(save_directory):
+        raise ValueError(f"{named}: must be a folder. For the current one pass '.'.")
     target = Path(os.path.realpath(save_directory))  # ".." has no name to put files under, and a link is no place
     if target.is_symlink():
         raise FileExistsError(f"{named} is a link to itself; pass a folder.")
@@ -130,9 +153,17 @@ def check_target(save_directory: str | Path) -> Path:
     return target
 
 
+def check_path(name: str, value: Any) -> None:
+    """Raise TypeError for what is no path."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name}={value!r}: must be a path, as a text or a Path.")
+
+
 def check_apart(adapters: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str]) -> None:
     """Raise FileExistsError where the result would replace one of the adapters that it is made of."""
+    check_path("out", out)
     for adapter in adapters:
+        check_path("adapter", adapter)
         folder = Path(adapter).expanduser()
         if folder.is_dir() and os.path.realpath(folder) == os.path.realpath(out):
             raise FileExistsError(

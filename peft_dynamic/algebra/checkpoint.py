@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,11 +35,12 @@ from peft_dynamic.functional.ranks import alpha_at
 from peft_dynamic.functional.scales import scale_columns
 from peft_dynamic.methods import METHODS, method_of
 from peft_dynamic.rules import check_apart as check_apart  # here before
-from peft_dynamic.rules import check_target
-from peft_dynamic.tuners.lora_fields import check_product
+from peft_dynamic.rules import check_path, check_target
+from peft_dynamic.tuners.lora_fields import check_file_fields, check_product
 
 _ENDS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
 SCALES = ".lora_scales.weight"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What a file does not tell, beside the fields that make an adapter more than a product.
 UNTOLD = {
     "layer_replication": "its layers are copies that the file does not name. Merge it into the base model",
@@ -103,14 +104,20 @@ def read_checkpoint(adapter: str | os.PathLike[str]) -> LoraCheckpoint:
         tensors = load_file(folder / "adapter_model.safetensors")
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{name}: adapter_model.safetensors is damaged ({error}). Take another copy.") from error
-    broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    broken = [key for key, tensor in tensors.items() if not _is_finite(tensor)]
     if broken:
         raise ValueError(f"{name} has NaN or infinite values in {broken[0]}. Take an earlier checkpoint.")
     return _parted(str(adapter), config, tensors, name)
 
 
+def _is_finite(tensor: torch.Tensor) -> bool:
+    wide = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor  # of eight bits
+    return bool(wide.isfinite().all())
+
+
 def folder_of(adapter: str | os.PathLike[str]) -> Path:
     """The folder of an adapter, fetched from the Hub if it is a name there; FileNotFoundError if it is neither."""
+    check_path("adapter", adapter)
     folder = Path(adapter).expanduser()
     if folder.is_dir():
         return folder
@@ -136,6 +143,8 @@ def _config(written: Mapping[str, Any], folder: Path, name: str) -> Any:
         raise ValueError(f"{name} is a {kind} adapter, which is no product of two factors. There are: {known}.")
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
+        if kind == "LORA":  # ours check themselves
+            check_file_fields(config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: adapter_config.json does not make a configuration ({error}).") from error
     check_product(config, name, UNTOLD)
@@ -165,6 +174,15 @@ def _parted(shown: str, config: Any, tensors: dict[str, torch.Tensor], name: str
             products[module] = _mixed(product, mixer, module, name)
     products = scaled(products, {key: others.pop(key) for key in [*others] if key.endswith(SCALES)}, config, name)
     others = {key: value for key, value in others.items() if ".lora_schedule." not in key}
+    for key in others:
+        module, found_part, _ = key.partition(".lora_")
+        if key.endswith(tuple(ends[1] for ends in _ENDS)):
+            raise ValueError(f"{name} has {key} and no A beside it. The file is incomplete.")
+        if found_part and module in products:
+            raise ValueError(
+                f"{name} has {key}, which is more than a product of two factors, and its configuration does not say "
+                "what it is for. Merge it into its base model."
+            )
     return LoraCheckpoint(shown, config, products, others)
 
 
@@ -250,6 +268,11 @@ def _check_shapes(product: Product, config: Any, module: str, name: str) -> None
     a, b, count = product.a, product.b, product.experts
     rank = settings_of(config, product.keys[0])[0]
     fits = a.dim() >= 2 and b.dim() >= 2 and product.rank == rank
+    if fits and not (a.dtype in _DTYPES and b.dtype in _DTYPES):
+        raise ValueError(
+            f"{name}: {module} has factors of {a.dtype} and {b.dtype}, in which sums would be lost to rounding. Save "
+            "the adapter in bfloat16, float16 or float32."
+        )
     fits = fits and len(a) == b.shape[1] * product.groups == rank * count and len(b) % product.groups == 0
     if not fits or b[0, 0].numel() != 1:
         raise ValueError(
@@ -296,6 +319,12 @@ def _renamed(kept: Mapping[str, Product]) -> dict[str, Product]:
     return {named.get(module, module): product for module, product in kept.items()}
 
 
+def _unwrapped(key: str, left_out: Collection[str]) -> str:
+    """The name of a tensor whose module may have no adapter any more: a saved embedding, say."""
+    module, found, end = key.partition(".base_layer.")
+    return f"{module}.{end}" if found and module in left_out else key
+
+
 def write_checkpoint(
     made: LoraCheckpoint,
     out: str | os.PathLike[str],
@@ -325,11 +354,17 @@ def write_checkpoint(
     if made.config.bias != "none":  # PEFT looks for a module's trained bias where its adapter is
         kept = {module: product if product.rank else product.zeros() for module, product in made.products.items()}
     config = stock_config(made, kept)
-    tensors = dict(made.others)
+    tensors = {_unwrapped(key, made.products.keys() - kept): value for key, value in made.others.items()}
     for module, product in _renamed(kept).items():
         tensors[module + product.ends[0]], tensors[module + product.ends[1]] = product.a, product.b
     ranks = {module: (product.rank, product.alpha) for module, product in kept.items()}
     tensors, config = fit(tensors, config, engine, None, ranks)
+    huge = next((key for key, value in tensors.items() if not _is_finite(value)), None)
+    if huge is not None:
+        raise ValueError(
+            f"out={str(out)!r}: {huge} would be too large for {tensors[huge].dtype}. Pass smaller weights, or save the "
+            "adapters in float32 or bfloat16."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     place = target if target.is_dir() else target.parent
     with tempfile.TemporaryDirectory(dir=place, prefix=f".{target.name}-") as work:

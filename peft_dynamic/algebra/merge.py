@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,12 @@ def merge_adapters(
             raise ValueError(f"adapters: the weight of {name!r} must be a finite number, got {weight!r}.")
     check_apart(adapters, out)
     read = [read_checkpoint(name) for name in adapters]
-    whole = [each.name for each in read if each.others]
-    if whole and len(read) > 1:
+    whole = next((each for each in read if each.others), None)
+    if whole is not None:
         raise ValueError(
-            f"adapters: {whole[0]!r} has trained modules, biases or tokens beside its factors, of which there is no "
-            "weighted sum. Merge adapters without them, or average checkpoints of one run with average_adapters."
+            f"adapters: {whole.name!r} has trained modules, biases or tokens beside its factors "
+            f"({next(iter(whole.others))}), of which there is no weighted sum. Merge adapters without them, average "
+            "checkpoints of one run with average_adapters, or cut one adapter with resize_adapter."
         )
     seen = None if moments is None else _own_moments(dict(zip(adapters, read, strict=True)), moments, rank, damping)
     return write_checkpoint(_summed(read, [float(weight) for weight in adapters.values()], rank, seen, damping), out)
@@ -164,7 +166,9 @@ def _summed(
     # the kind of each sum; one file may tell apart what another does not
     kinds = {module: min((p for p, _ in of_one), key=lambda p: len(p.keys)) for module, of_one in parts.items()}
     kinds = {module: replace(kinds[module], a=of_one[0][0].a, b=of_one[0][0].b) for module, of_one in parts.items()}
-    made = replace(read[0], products=kinds, others={})
+    made = replace(read[0], config=copy(read[0].config), products=kinds, others={})
+    named = (each.config.base_model_name_or_path for each in read)
+    made.config.base_model_name_or_path = next((base for base in named if base), None)
     steps = _steps(made, parts, rank)
     made.products = {}
     for module, of_one in parts.items():
@@ -174,7 +178,6 @@ def _summed(
             how = ((pooled([part.matrices[0][0] for part, _ in of_one], seen)[None], None), damping)
         made.products[module] = _sum_of(of_one, kinds[module], steps[module], how)
     if parts.keys() != read[0].products.keys():  # the rule that chose the first one's modules chooses too few
-        made.config = copy(made.config)
         for name, value in targets_of(made.products).items():
             setattr(made.config, name, value)
     return made
@@ -201,24 +204,27 @@ def _sum_of(parts: Sequence[tuple[Product, float]], kind: Product, steps: int, h
     a, b = weighted_sum([part.matrices for part, _ in parts], [part.scale * weight for part, weight in parts])
     if len(parts) > 1 or steps < a.shape[1]:
         a, b = cut(a, b, steps, *how)
-    return kind.with_factors(a, b, 1.0)
+    dtypes = [factor.dtype for part, _ in parts for factor in (part.a, part.b)]
+    widest = reduce(torch.promote_types, dtypes)  # of float16 and bfloat16 float32: neither holds the other
+    return replace(kind, a=kind.a.to(widest), b=kind.b.to(widest)).with_factors(a, b, 1.0)
 
 
 def check_together(read: Sequence[LoraCheckpoint]) -> None:
     """Raise ValueError for adapters of different base models, whose updates have no sum."""
-    first = read[0]
-    for each in read[1:]:
-        bases = {str(x.config.base_model_name_or_path or "") for x in (first, each)} - {""}
-        if len(bases) > 1:
+    first = next((each for each in read if each.config.base_model_name_or_path), read[0])
+    shapes: dict[str, tuple[str, object]] = {}  # module -> the first adapter that has it, and its shape there
+    for each in read:
+        base = each.config.base_model_name_or_path
+        if base and base != first.config.base_model_name_or_path:
             raise ValueError(
-                f"adapters: {each.name!r} is of the base model {each.config.base_model_name_or_path!r}, and "
-                f"{first.name!r} of {first.config.base_model_name_or_path!r}. Their updates have no sum."
+                f"adapters: {each.name!r} is of the base model {base!r}, and {first.name!r} of "
+                f"{first.config.base_model_name_or_path!r}. Their updates have no sum."
             )
         for module, product in each.products.items():
-            other = first.products.get(module)
-            if other is not None and product.kind != other.kind:
+            name, kind = shapes.setdefault(module, (each.name, product.kind))
+            if product.kind != kind:
                 raise ValueError(
-                    f"adapters: {module} is of another shape in {each.name!r} than in {first.name!r}: they are of "
+                    f"adapters: {module} is of another shape in {each.name!r} than in {name!r}: they are of "
                     "different base models."
                 )
     wrapped: dict[str, tuple[str, object]] = {}  # module -> the first adapter of its parameters, and which they are

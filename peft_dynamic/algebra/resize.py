@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from peft.utils.other import get_pattern_key
 from torch import nn
 
@@ -19,7 +20,7 @@ from peft_dynamic.algebra.product import Product
 from peft_dynamic.engines import check_engine
 from peft_dynamic.functional.products import allocate, nothing_left, singular_values
 from peft_dynamic.functional.products import cut as cut_to
-from peft_dynamic.rules import is_finite, is_int, is_number
+from peft_dynamic.rules import check_patterns, is_finite, is_int, is_number, plain
 from peft_dynamic.tuners.dylora.weigh import check_cut
 from peft_dynamic.tuners.moments import AdapterMoments
 
@@ -78,6 +79,7 @@ def resize_adapter(
                 f"engine={engine!r}: must be 'peft' for an adapter in a model. Resize its folder for others."
             )
         budget = {"rank": rank, "parameters": parameters, "bytes": bytes}
+        adapter = getattr(adapter, "_orig_mod", adapter)  # torch.compile's wrapper
         return _resize_loaded(adapter, str(out), **budget, moments=moments, damping=damping, cut=cut)
     check_apart([adapter], out)
     read = read_checkpoint(adapter)
@@ -121,18 +123,33 @@ def _resize_loaded(model: Any, name: str, **budget: Any) -> str:
     configs = getattr(model, "peft_config", {})
     if name in configs:
         raise ValueError(f"out={name!r} is an adapter of the model already. Pass the name of a new one.")
-    active = getattr(model, "active_adapter", None)
+    if not name or "." in name:
+        raise ValueError(f"out={name!r}: must be the name of a new adapter of the model, without a dot.")
+    if not isinstance(model, PeftModel):
+        raise TypeError(
+            f"adapter: must be a folder or a PeftModel, got a {type(model).__name__}. Write its adapter with "
+            "export_lora, and pass that folder."
+        )
+    active = model.active_adapter
     kind = getattr(configs.get(active), "peft_type", None)
     if kind != "LORA":
         raise ValueError(
             f"adapter: the model's active adapter is of type {getattr(kind, 'value', kind)}, and a PeftModel holds "
             "adapters of one type. Write it with export_lora, and pass that folder."
         )
+    if configs[active].bias != "none":
+        raise ValueError(
+            f"adapter: the adapter {active!r} has bias={configs[active].bias!r}, and a PeftModel holds one adapter "
+            "with trained biases. Write it with save_pretrained, and pass that folder."
+        )
+    modes = {module: module.training for module in model.modules()}
     with tempfile.TemporaryDirectory() as work:
         model.save_pretrained(work, selected_adapters=[active])
         whole = Path(work) if active == "default" else Path(work) / str(active)
         resize_adapter(whole, Path(work) / "resized", **budget)
         model.load_adapter(str(Path(work) / "resized"), adapter_name=name)
+    for module in model.modules():  # PEFT has put the whole model into eval mode
+        module.training = modes.get(module, modes[model])
     return name
 
 
@@ -197,6 +214,7 @@ def wanted_ranks(
     weights: Mapping[str, tuple[Any, ...]] | None = None,
 ) -> dict[str, int]:
     """Module -> the rank that the arguments of `resize_adapter` ask for."""
+    rank, parameters = plain(rank), plain(parameters)
     given = {"rank": rank, "parameters": parameters, "bytes": bytes}
     set_ones = [name for name, value in given.items() if value is not None]
     if len(set_ones) != 1:
@@ -205,17 +223,21 @@ def wanted_ranks(
         return _by_rank(read, rank)
     if bytes is not None:
         _check(is_int(bytes) and bytes > 0, "bytes", bytes, "a whole number of at least 1")
-        return _within(read, int(bytes), weights, in_bytes=True)
+        return _within(read, int(bytes), weights, bytes, in_bytes=True)
     if isinstance(parameters, float):
         _check(is_finite(parameters) and 0 < parameters <= 1, "parameters", parameters, "a share above 0 and at most 1")
-        return _within(read, int(parameters * read.size), weights)
+        return _within(read, int(parameters * read.size), weights, parameters)
     count = parameters if is_int(parameters) and parameters is not None else 0
     _check(count > 0, "parameters", parameters, "a count of at least 1, or a share as a float up to 1.0")
-    return _within(read, int(count), weights)
+    return _within(read, int(count), weights, count)
 
 
 def _within(
-    read: LoraCheckpoint, budget: int, weights: Mapping[str, tuple[Any, ...]] | None, in_bytes: bool = False
+    read: LoraCheckpoint,
+    budget: int,
+    weights: Mapping[str, tuple[Any, ...]] | None,
+    given: int | float,
+    in_bytes: bool = False,
 ) -> dict[str, int]:
     """Ranks for a budget of numbers or bytes; what shares a rank is one item, at the sums of worth and cost."""
     alone = spectra(read, weights)
@@ -227,7 +249,7 @@ def _within(
         costs[first] = sum(p.cost * (p.a.element_size() if in_bytes else 1) for p in products)
     found = allocate(values, costs, budget)
     if not any(found.values()):
-        raise ValueError(nothing_left(values, costs, budget, "bytes" if in_bytes else "parameters"))
+        raise ValueError(nothing_left(values, costs, given, "bytes" if in_bytes else "parameters"))
     return {module: found[group[0]] * read.products[module].groups for group in read.shared for module in group}
 
 
@@ -240,6 +262,7 @@ def _by_rank(read: LoraCheckpoint, rank: int | Mapping[str, int]) -> dict[str, i
         wanted = {module: min(int(rank), has) for module, has in ranks.items()}
         check_groups(read.products, wanted, f"rank={rank!r}")
         return wanted
+    check_patterns(f"rank={rank!r}", rank)
     used: set[str] = set()
     for module, has in ranks.items():
         product = read.products[module]

@@ -117,6 +117,7 @@ def _weights(adapters: list[str]) -> dict[str, float]:
     weights: dict[str, float] = {}
     for word in adapters:
         name, found, weight = word.rpartition("=")
+        require(name not in weights, "ADAPTERS", word, "an adapter that is named once: add its weights up")
         try:
             weights[name] = float(weight) if found else float("nan")
         except ValueError:

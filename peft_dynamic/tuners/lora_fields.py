@@ -5,7 +5,6 @@ PEFT checks few of them when a configuration is made; the rest fails in the midd
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from types import MappingProxyType
@@ -15,7 +14,18 @@ from peft import LoraConfig, TaskType
 from peft.tuners.lora import config as lora_config
 
 from peft_dynamic.methods import REFUSED, VARIANTS, method_of
-from peft_dynamic.rules import FLAG, TEXT, Rule, check_rules, default_of, is_finite, is_int, or_none, plain
+from peft_dynamic.rules import (
+    FLAG,
+    TEXT,
+    Rule,
+    check_rules,
+    default_of,
+    is_expression,
+    is_finite,
+    is_int,
+    or_none,
+    plain,
+)
 
 MOST = 2**31 - 1  # of a size that torch takes
 # init_lora_weights values whose start leaves the base weights alone and does not count on the product B A.
@@ -26,20 +36,13 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list | tuple | set | frozenset) and all(isinstance(item, str) and item for item in value)
 
 
-def _is_expression(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and bool(re.compile(value))
-    except re.error:
-        return False
-
-
 def _is_ints(value: Any) -> bool:
     return isinstance(value, list | tuple | set) and all(map(is_int, value))
 
 
 def _is_pattern(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: (
-        isinstance(value, Mapping) and all(_is_expression(key) and check(item) for key, item in value.items())
+        isinstance(value, Mapping) and all(is_expression(key) and check(item) for key, item in value.items())
     )
 
 
@@ -62,7 +65,7 @@ def _part(name: str, holds: Callable[[Any], Any] = bool) -> Rule:
     )
 
 
-NAMES = or_none("a list of names, a regular expression", lambda value: _is_expression(value) or _is_names(value))
+NAMES = or_none("a list of names, a regular expression", lambda value: is_expression(value) or _is_names(value))
 LISTED = or_none("a list of names", _is_names)
 INDICES = or_none("an int, a list of ints", lambda value: is_int(value) or _is_ints(value))
 TASK = or_none(
@@ -119,6 +122,27 @@ RULES: dict[str, Rule] = COMMON | {
     "alora_invocation_tokens": or_none("a list of token ids", lambda value: _is_tokens(value)),
     "runtime_config": ("a LoraRuntimeConfig", lambda value: isinstance(value, lora_config.LoraRuntimeConfig)),
 }
+
+
+# What a file's configuration must tell before its factors can be read. A negative alpha turns an update around.
+_OF_FILES: dict[str, Rule] = {
+    "r": ("an int of at least 1", lambda value: is_int(value) and value >= 1),
+    "lora_alpha": ("a finite number", is_finite),
+    "rank_pattern": RULES["rank_pattern"],
+    "alpha_pattern": or_none("a dict from names to finite numbers", _is_pattern(is_finite)),
+    "target_modules": NAMES,
+    "target_parameters": LISTED,
+    "modules_to_save": LISTED,
+}
+
+
+def check_file_fields(config: LoraConfig) -> None:
+    """Check what a stock LoRA's file says of its factors: PEFT reads it as it stands.
+
+    Raises:
+        TypeError, ValueError: a field holds what has no meaning.
+    """
+    check_rules(config, _OF_FILES)
 
 
 def check_lora_fields(config: Any, skip: tuple[str, ...] = ()) -> None:
@@ -191,10 +215,11 @@ NO_PRODUCT = {
     "use_dora": "its magnitudes belong to the norm of one merged weight. Merge it into the base model",
     "lora_bias": "it has a bias beside its factors. Train without lora_bias, or merge it into the base model",
 }
-# What leaves the update the product of the factors: a scale, a parallel layout, and starts that set the factors alone.
+# What leaves the update the product of the factors: a scale, a parallel layout, starts that set the factors alone, and
+# the choice of modules.
 _HARMLESS = (
     *("use_rslora", "megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-    "target_parameters",
+    *("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
 )
 
 

@@ -261,6 +261,10 @@ def test_moments_are_kept_for_their_adapter(tiny: Path, tmp_path: Path, monkeypa
         (["merge", "out", "ADAPTER=1", "--rank", 2, "--parameters", 0.5], "--parameters: 0.5: must be left out where"),
         (["merge", "out", "ADAPTER=1", "--parameters", 1.5], "--parameters: 1.5: must be a share above 0"),
         (["merge", "out", "ADAPTER=1", "--rank", 2, "--moments", "gone"], "--moments: gone: must be a file"),
+        (
+            ["merge", "out", "ADAPTER=0.5", "ADAPTER=0.5"],
+            "=0.5: must be an adapter that is named once: add its",
+        ),
         (["merge", "out", "ADAPTER=much"], "must be ADAPTER=WEIGHT"),
         (["average", "out", "nowhere", "other"], "is no folder and no name on the Hub"),
         (["average", "out", "ADAPTER"], "one adapter has no mean. The folder to write comes first"),

@@ -12,7 +12,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from peft_dynamic.rules import is_int
+from peft_dynamic.rules import check_patterns, is_int
 from peft_dynamic.tuners.base import ComputedLoraModel
 from peft_dynamic.tuners.dylora.config import DyLoRAConfig
 from peft_dynamic.tuners.dylora.layer import make_ranked, ranked_adapters, ranked_layers, set_layer_rank
@@ -124,7 +124,10 @@ def adapters_with_ranks(model: nn.Module, adapter_name: str | None, stock: bool 
             )
         return list(active)
     if adapter_name not in known:
-        raise ValueError(f"adapter_name={adapter_name!r} is no DyLoRA adapter of the model; it has {sorted(known)}.")
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is no DyLoRA adapter of the model, and no stock LoRA; it has "
+            f"{sorted(known)}."
+        )
     return [adapter_name]
 
 
@@ -147,6 +150,7 @@ def ranks_of_layers(
     """Module name -> rank asked for, checked in whole before anything is changed."""
     layers = dict(ranked_layers(model, adapter_name)) if layers is None else layers
     if isinstance(rank, dict):
+        check_patterns(f"rank={rank!r}", rank)
         _check_untied(model, adapter_name, f"rank={rank!r}")
         wanted = {}
         used = set()
