@@ -120,7 +120,8 @@ def check_target(save_directory: str | Path) -> Path:
     """The folder to write, with "..", "." and links followed, if an export may go there.
 
     Raises:
-        FileExistsError: it is a file, or holds an adapter that is more than a stock LoRA.
+        FileExistsError: it is a file, holds an adapter that is more than a stock LoRA, or has a README.md and no
+            adapter.
         NotADirectoryError: a folder above it is a file.
         PermissionError: nothing can be written there.
         ValueError: it is an empty text.
@@ -141,8 +142,14 @@ def check_target(save_directory: str | Path) -> Path:
         raise PermissionError(f"{named}: nothing can be written in {there}. Pass another folder, or change its rights.")
     try:
         kind = json.loads((target / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
-    except (FileNotFoundError, ValueError, AttributeError, RecursionError):
-        return target  # no adapter, or none that could be loaded
+    except FileNotFoundError as error:
+        if (target / "README.md").exists():
+            raise FileExistsError(
+                f"{named} has a README.md and no adapter: it would be replaced. Pass another folder, or move it."
+            ) from error
+        return target
+    except (ValueError, AttributeError, RecursionError):
+        return target  # an adapter that could not be loaded
     except IsADirectoryError as error:
         raise FileExistsError(f"{named} has a folder named adapter_config.json; pass another folder.") from error
     if kind != "LORA":

@@ -5,11 +5,13 @@ Notable: only safetensors are read. A pickle runs what it likes when it is loade
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import shutil
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
@@ -148,6 +150,14 @@ def _config(written: Mapping[str, Any], folder: Path, name: str) -> Any:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: adapter_config.json does not make a configuration ({error}).") from error
     check_product(config, name, UNTOLD)
+    known = {each.name for each in dataclasses.fields(config)}
+    unknown = [field for field, value in written.items() if field not in known and value not in (None, False, {}, [])]
+    if unknown:  # PEFT says so too, where the command shows it to nobody
+        warnings.warn(
+            f"{name}: adapter_config.json has {', '.join(unknown)}, of a newer PEFT or another program. It is not "
+            "known here, and is left out: where it changes what the adapter computes, the result is another.",
+            stacklevel=1,
+        )
     return config
 
 

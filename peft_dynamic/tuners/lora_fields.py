@@ -133,6 +133,7 @@ _OF_FILES: dict[str, Rule] = {
     "target_modules": NAMES,
     "target_parameters": LISTED,
     "modules_to_save": LISTED,
+    "base_model_name_or_path": TEXT,
 }
 
 

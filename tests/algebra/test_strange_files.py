@@ -64,6 +64,7 @@ def test_however_its_modules_were_chosen_it_is_a_product(how: str, tmp_path: Pat
         ({"rank_pattern": ["q_proj"]}, r"rank_pattern must be a dict .*got \['q_proj'\]"),
         ({"rank_pattern": {"[": 4}}, "rank_pattern must be a dict"),
         ({"alpha_pattern": {"q_proj": "5"}}, "alpha_pattern must be a dict from names to finite numbers"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path must be a text"),
         ({"target_parameters": 5}, "target_parameters must be a list of names"),
     ],
 )
@@ -223,3 +224,50 @@ def test_models_that_cannot_hold_a_second_adapter_say_what_to_do() -> None:
     biased = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"], bias="lora_only"))
     with pytest.raises(ValueError, match="has bias='lora_only', and a PeftModel holds one adapter with trained biases"):
         resize_adapter(biased, "small", rank=2)
+
+
+def test_what_another_program_wrote_into_a_configuration_is_told(tmp_path: Path) -> None:
+    whole = with_config(saved(tmp_path / "whole", target_modules=["q_proj"]), use_newest=True, use_newer=False)
+    with pytest.warns(UserWarning, match="use_newest") as told:
+        read_checkpoint(whole)
+    ours = [str(each.message) for each in told if each.filename.endswith("checkpoint.py")]
+    assert len(ours) == 1
+    assert "adapter_config.json has use_newest, of a newer PEFT or another program" in ours[0]
+
+
+def test_a_readme_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    whole = saved(tmp_path / "whole", target_modules=["q_proj"])
+    model = PeftModel.from_pretrained(tiny_llama(), whole)
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "README.md").write_text("# My project")
+    for call in (lambda: resize_adapter(whole, project, rank=2), lambda: export_lora(model, project)):
+        with pytest.raises(FileExistsError, match=r"has a README.md and no adapter: it would be replaced"):
+            call()
+    assert (project / "README.md").read_text() == "# My project"
+    assert len([*project.iterdir()]) == 1
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_failed_write_leaves_what_was_there(there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = saved(tmp_path / "whole", target_modules=["q_proj"])
+    out = tmp_path / "out"
+    if there:
+        resize_adapter(whole, out, rank=4)
+    before = {path.name: path.read_bytes() for path in out.glob("*")}
+
+    def full(*args: Any, **more: Any) -> None:
+        raise OSError("no space left on device")
+
+    for step in ("save_file", "write_model_card"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"peft_dynamic.algebra.checkpoint.{step}", full)
+            for call in (
+                lambda: resize_adapter(whole, out, rank=2),
+                lambda: merge_adapters({str(whole): 0.5}, out),
+                lambda: average_adapters([whole, whole], out),
+            ):
+                with pytest.raises(OSError, match="no space left"):
+                    call()
+        assert {path.name: path.read_bytes() for path in out.glob("*")} == before
+        assert {path.name for path in tmp_path.iterdir()} == {"whole"} | ({"out"} if there else set())
