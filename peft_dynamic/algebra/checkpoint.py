@@ -121,7 +121,7 @@ def folder_of(adapter: str | os.PathLike[str]) -> Path:
     """The folder of an adapter, fetched from the Hub if it is a name there; FileNotFoundError if it is neither."""
     check_path("adapter", adapter)
     folder = Path(adapter).expanduser()
-    if folder.is_dir():
+    if adapter != "" and folder.is_dir():  # which Path takes for the current one
         return folder
     if isinstance(adapter, str) and REPO_ID.fullmatch(adapter) and "/" in adapter and not folder.exists():
         patterns = ["adapter_config.json", "adapter_model.safetensors"]
@@ -150,8 +150,8 @@ def _config(written: Mapping[str, Any], folder: Path, name: str) -> Any:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: adapter_config.json does not make a configuration ({error}).") from error
     check_product(config, name, UNTOLD)
-    known = {each.name for each in dataclasses.fields(config)}
-    unknown = [field for field, value in written.items() if field not in known and value not in (None, False, {}, [])]
+    fields = {each.name for each in dataclasses.fields(config)}
+    unknown = [key for key, value in written.items() if key not in fields and value not in (None, False, {}, [])]
     if unknown:  # PEFT says so too, where the command shows it to nobody
         warnings.warn(
             f"{name}: adapter_config.json has {', '.join(unknown)}, of a newer PEFT or another program. It is not "

@@ -76,7 +76,7 @@ def ranks_of(text: str, what: str) -> list[int | None]:
 def check_adapter(adapter: str, option: str = "ADAPTER") -> None:
     """Stop unless this is the folder of an adapter, or may be the name of one on the Hub."""
     folder = Path(adapter).expanduser()
-    if folder.is_dir():
+    if adapter and folder.is_dir():
         if not (folder / "adapter_config.json").is_file():
             raise typer.BadParameter(
                 f"{adapter} has no adapter_config.json. Pass a folder that save_pretrained wrote.",
@@ -84,7 +84,8 @@ def check_adapter(adapter: str, option: str = "ADAPTER") -> None:
             )
     elif folder.exists() or not HUB_NAME.fullmatch(adapter):
         raise typer.BadParameter(
-            f"{adapter} is no folder and no name on the Hub. Pass the folder of a saved adapter, or user/name.",
+            f"{adapter or repr(adapter)} is no folder and no name on the Hub. Pass the folder of a saved adapter, or "
+            "user/name.",
             param_hint=option,
         )
 

@@ -256,6 +256,7 @@ def test_moments_are_kept_for_their_adapter(tiny: Path, tmp_path: Path, monkeypa
         (["resize", "ADAPTER", "out", "--rank", 2, "--model", "m"], "--model: without --data no base model is loaded"),
         (["inspect", "ADAPTER", "--plot", "x.txt"], "--plot: x.txt: must be a file that ends in .png, .svg, .pdf"),
         (["inspect", "ADAPTER/.."], "has no adapter_config.json"),
+        (["resize", "", "out", "--rank", 2], "ADAPTER: '' is no folder and no name on the Hub"),
         (["resize", "nowhere", "out", "--rank", 2], "is no folder and no name on the Hub"),
         (["merge", "out", "ADAPTER"], "must be ADAPTER=WEIGHT"),
         (["merge", "out", "ADAPTER=1", "--rank", 2, "--parameters", 0.5], "--parameters: 0.5: must be left out where"),
