@@ -355,12 +355,12 @@ def _settings(
         )
     if ranks is None:
         ranks = () if budgets is not None else _usual_ranks(model.peft_config[name], layers, name)
-    _check_list("ranks", ranks, is_int, "ints from 1 on")
-    _check_list("budgets", () if budgets is None else budgets, is_number, "counts of at least 1, or shares as floats")
+    ranks = _listed("ranks", ranks, is_int, "ints from 1 on")
+    budgets = _listed("budgets", () if budgets is None else budgets, is_number, "counts from 1 on, or shares as floats")
     wanted: list[tuple[RankRow, int | dict[str, int]]] = []
     for rank in sorted({plain(rank) for rank in ranks}):
         wanted.append((RankRow(rank, {}), rank))
-    shares = {(isinstance(each, float), each): each for each in map(plain, () if budgets is None else budgets)}
+    shares = {(isinstance(each, float), each): each for each in map(plain, budgets)}
     for budget in (shares[key] for key in sorted(shares, key=lambda key: (not key[0], key[1]))):
         wanted.append((RankRow(None, {}, budget=budget), budget_ranks(model, budget, name)))
     if not wanted:
@@ -371,9 +371,11 @@ def _settings(
     return wanted
 
 
-def _check_list(name: str, values: Any, holds: Callable[[Any], bool], rule: str) -> None:
-    if isinstance(values, str | Mapping) or not isinstance(values, Iterable) or not all(map(holds, values)):
+def _listed(name: str, values: Any, holds: Callable[[Any], bool], rule: str) -> list[Any]:
+    listed = None if isinstance(values, str | Mapping) or not isinstance(values, Iterable) else [*values]
+    if listed is None or not all(map(holds, listed)):
         raise TypeError(f"{name}={values!r}: must be a list of {rule}.")
+    return listed
 
 
 def _usual_ranks(config: Any, layers: list[Any], name: str) -> Sequence[int]:

@@ -177,6 +177,11 @@ def weights_of(
                 f"{name}: they are of another adapter, and have none of rank {product.rank} for {module}. Measure "
                 "them of this adapter with adapter_moments."
             )
+        if not moments.may_be_of(module, *(factor[0] for factor in product.matrices)):
+            raise ValueError(
+                f"{name}: they were measured with other factors of {module}: of another adapter, or before it was "
+                "trained on. Measure them of this adapter with adapter_moments."
+            )
         if not all(bool(moment.isfinite().all()) for moment in pair if moment is not None):
             raise ValueError(f"{name}: those of {module} are not finite. Measure again, without the batch that did it.")
         weights[module] = (pair, float(damping))

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,35 @@ class AdapterMoments:
         inputs: E[z z^T], (r, r) float64, with z = A x over the tokens that are no padding.
         losses: E[d d^T] / s^2, (r, r) float64, with d = dL/dz and s the module's scale; empty if it was not measured.
         tokens: how many tokens there were.
+        marks: (2, r) float64, by which the factors are known again; empty for moments that `adapter_moments` did not
+            make, and for factors that were in parts.
     """
 
     inputs: dict[str, torch.Tensor]
     losses: dict[str, torch.Tensor]
     tokens: int
+    marks: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         what = "inputs and gradients" if self.losses else "inputs"
         return f"AdapterMoments({len(self.inputs)} modules, {what}, {self.tokens:,} tokens)"
+
+    def may_be_of(self, name: str, a: torch.Tensor, b: torch.Tensor) -> bool:
+        """Whether a module's factors can be those that were measured, up to a hundredth: files round them.
+
+        Args:
+            name: of the module, as in `inputs`.
+            a: (r, in).
+            b: (out, r).
+        """
+        there = self.marks.get(name)
+        if there is None:
+            return True
+        own = mark_of(a, b)
+        if own is None or own.shape != there.shape:
+            return own is None
+        size = torch.maximum(own.norm(dim=1), there.norm(dim=1))
+        return bool(((own - there).norm(dim=1) <= 1e-2 * size).all())
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write them as safetensors, with the number of tokens in the header; a file that is there stays on an error.
@@ -56,7 +76,7 @@ class AdapterMoments:
         if not os.access(above, os.W_OK | os.X_OK):
             raise PermissionError(f"path={str(path)!r}: nothing can be written in {above}. Pass another path.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        kinds = (("inputs", self.inputs), ("losses", self.losses))
+        kinds = (("inputs", self.inputs), ("losses", self.losses), ("marks", self.marks))
         tensors = {f"{kind}.{name}": value for kind, part in kinds for name, value in part.items()}
         whole = {name: value.contiguous().clone() for name, value in tensors.items()}  # no tensor twice
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as work:
@@ -76,7 +96,7 @@ class AdapterMoments:
         fix = "Pass what AdapterMoments.save wrote, or measure again with adapter_moments."
         if not Path(path).is_file():
             raise FileNotFoundError(f"path={str(path)!r} is no file. {fix}")
-        parts: dict[str, dict[str, torch.Tensor]] = {"inputs": {}, "losses": {}}
+        parts: dict[str, dict[str, torch.Tensor]] = {"inputs": {}, "losses": {}, "marks": {}}
         try:
             with safe_open(path, framework="pt") as file:
                 about = json.loads((file.metadata() or {}).get("adapter_moments", "null"))
@@ -87,14 +107,35 @@ class AdapterMoments:
             for name, tensor in tensors.items():
                 kind, _, module = name.partition(".")
                 parts[kind][module] = tensor
-            sizes = [{name: tuple(tensor.shape) for name, tensor in part.items()} for part in parts.values()]
+            squares = (parts["inputs"], parts["losses"])
+            sizes = [{name: tuple(tensor.shape) for name, tensor in part.items()} for part in squares]
             if not sizes[0] or any(len(shape) != 2 or shape[0] != shape[1] for shape in sizes[0].values()):
                 raise ValueError("it has no square matrices of inputs")
             if sizes[1] and sizes[1] != sizes[0]:
                 raise ValueError("its matrices of inputs and losses differ")
         except (SafetensorError, ValueError, TypeError, KeyError, OSError) as error:
             raise ValueError(f"path={str(path)!r} holds no moments ({error}). {fix}") from error
-        return cls(parts["inputs"], parts["losses"], tokens)
+        return cls(parts["inputs"], parts["losses"], tokens, parts["marks"])
+
+
+def mark_of(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
+    """A v and B^T u, (2, r), with v and u fixed; None for factors of which a process has a part.
+
+    Args:
+        a: (r, in).
+        b: (out, r).
+    """
+    if any(factor.dim() != 2 or hasattr(factor, "placements") or not factor.numel() for factor in (a, b)):
+        return None
+    wide = [factor.detach().to("cpu", torch.float64) for factor in (a, b.mT)]
+    return torch.stack([factor @ torch.arange(factor.shape[1], dtype=torch.float64).cos() for factor in wide])
+
+
+def factors_of(layer: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (r, in) and B (out, r) of a layer as it computes with them."""
+    if adapter in layer.lora_embedding_A:
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
 
 def adapter_moments(
@@ -154,7 +195,10 @@ def adapter_moments(
             "in another way, or it is an expert that got no token. Unmerge or activate the adapter, pass more batches, "
             "or resize without moments."
         )
-    return found.moments(loss)
+    moments = found.moments(loss)
+    marks = {name: mark_of(*factors_of(layer, adapter)) for name, layer in layers.items()}
+    moments.marks = {name: mark for name, mark in marks.items() if mark is not None}
+    return moments
 
 
 def _check_batches(batches: Any) -> None:

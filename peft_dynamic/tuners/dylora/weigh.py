@@ -13,7 +13,7 @@ from peft_dynamic.functional.products import damped
 from peft_dynamic.rules import is_finite, is_number
 from peft_dynamic.tuners.dylora.layer import ranked_layers
 from peft_dynamic.tuners.dylora.ranks import AdapterRanks, layers_of
-from peft_dynamic.tuners.moments import AdapterMoments
+from peft_dynamic.tuners.moments import AdapterMoments, factors_of
 
 
 def check_cut(moments: Any, damping: float, cut: str) -> None:
@@ -48,7 +48,7 @@ def weigh(model: nn.Module, adapter_name: str, moments: Any, damping: float = 0.
         cut: "inputs", "loss", or "auto" for what the moments have.
 
     Raises:
-        ValueError: they are of another adapter, or not finite.
+        ValueError: they are of another adapter, or of this one before further training, or not finite.
     """
     check_cut(moments, damping, cut)
     layers = dict(ranked_layers(model, adapter_name))
@@ -56,6 +56,13 @@ def weigh(model: nn.Module, adapter_name: str, moments: Any, damping: float = 0.
     check_svd(states, adapter_name, "a calibration")
     grams, names = {}, {}
     for key, state in states.items():
+        a, b = factors_of(layers[key], adapter_name)
+        named = next((name for name in (key, f"base_model.model.{key}") if name in moments.marks), key)
+        if len(a) == state.max_rank and not moments.may_be_of(named, a, b):
+            raise ValueError(
+                f"moments: they were measured with other factors of {key}: of another adapter, or before it was "
+                "trained on. Measure them of this adapter with adapter_moments."
+            )
         by_loss = moments.losses and cut != "inputs"
         pair = (_of_module(moments.inputs, key, state), _of_module(moments.losses, key, state) if by_loss else None)
         names[state.order] = key.removeprefix("base_model.model.")
