@@ -116,8 +116,12 @@ def taken_from(cls: type, args: Any) -> Any:
     return cls(**{each.name: getattr(args, each.name) for each in fields(args) if each.init})
 
 
-def check_target(save_directory: str | Path) -> Path:
+def check_target(save_directory: str | Path, name: str = "save_directory") -> Path:
     """The folder to write, with "..", "." and links followed, if an export may go there.
+
+    Args:
+        save_directory: the folder.
+        name: what messages call it.
 
     Raises:
         FileExistsError: it is a file, holds an adapter that is more than a stock LoRA, or has a README.md and no
@@ -126,8 +130,8 @@ def check_target(save_directory: str | Path) -> Path:
         PermissionError: nothing can be written there.
         ValueError: it is an empty text.
     """
-    check_path("save_directory", save_directory)
-    named = f"save_directory={str(save_directory)!r}"
+    check_path(name, save_directory)
+    named = f"{name}={str(save_directory)!r}"
     if not os.fspath(save_directory):
         raise ValueError(f"{named}: must be a folder. For the current one pass '.'.")
     target = Path(os.path.realpath(save_directory))  # ".." has no name to put files under, and a link is no place

@@ -357,7 +357,7 @@ def write_checkpoint(
         ValueError: no module is left, or the engine would compute something else.
         FileExistsError, NotADirectoryError, PermissionError: as in `export_lora`.
     """
-    target = check_target(os.fspath(out))
+    target = check_target(os.fspath(out), "out")
     kept = {module: product for module, product in made.products.items() if product.rank}
     if not kept:
         raise ValueError(f"out={str(out)!r}: no module would be left. Pass a larger rank or budget.")

@@ -25,7 +25,7 @@ def check_place(out: Path, *read: str | Path) -> Path:
     Raises:
         FileExistsError, NotADirectoryError, PermissionError: nothing can be written there.
     """
-    target = check_target(out)
+    target = check_target(out, "out")
     check_apart(read, out)
     return target
 

@@ -184,7 +184,7 @@ def test_what_is_no_path_is_named(tmp_path: Path) -> None:
         ("adapter=1: must be a path", lambda: average_adapters([1, 2], tmp_path / "out")),  # type: ignore[list-item]
         ("save_directory=None: must be a path", lambda: export_lora(model, None)),  # type: ignore[arg-type]
         ("save_directory='': must be a folder", lambda: export_lora(model, "")),
-        ("save_directory='': must be a folder", lambda: resize_adapter(whole, "", rank=2)),
+        ("out='': must be a folder", lambda: resize_adapter(whole, "", rank=2)),
     ]
     for message, call in calls:
         with pytest.raises((TypeError, ValueError), match=message):

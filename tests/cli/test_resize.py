@@ -247,7 +247,7 @@ def test_moments_are_kept_for_their_adapter(tiny: Path, tmp_path: Path, monkeypa
         (["resize", "ADAPTER", "out", "--rank", 0], "--rank: 0: must be at least 1"),
         (["resize", "ADAPTER", "out", "--rank", 9], "--rank: rank=9: must be at most 8"),
         (["resize", "ADAPTER", "out", "--parameters", 1.5], "--parameters: 1.5: must be a share above 0"),
-        (["resize", "ADAPTER", "ADAPTER/README.md", "--rank", 2], "OUT: save_directory="),
+        (["resize", "ADAPTER", "ADAPTER/README.md", "--rank", 2], "OUT: out="),
         (["resize", "ADAPTER", "out", "--rank", 2, "--cut", "loss"], "--cut: loss needs --data, or --moments"),
         (["resize", "ADAPTER", "out", "--rank", 2, "--damping", -1], "--damping: -1.0: must be at least 0"),
         (["resize", "ADAPTER", "out", "--rank", 2, "--moments", "gone"], "--moments: gone is not there, and without"),
