@@ -16,11 +16,13 @@ def style(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number], "marker": MARKERS[number], "ms": 5.5, "lw": 1.5}
 
 
-def panels(count: int, width: float, height: float, **kwargs: Any) -> tuple[Figure, list[Any]]:
-    """A figure with one row of axes, without frames above and on the right."""
+def panels(count: int, width: float, height: float, rows: int = 1, **kwargs: Any) -> tuple[Figure, list[Any]]:
+    """A figure with so many axes in rows, without frames above and on the right."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = list(figure.subplots(1, count, squeeze=False, **kwargs)[0])
-    for axis in axes:
+    axes = list(figure.subplots(rows, -(-count // rows), squeeze=False, **kwargs).flat)
+    for axis in axes[count:]:
+        axis.remove()
+    for axis in (axes := axes[:count]):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes

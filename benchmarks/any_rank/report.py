@@ -40,6 +40,7 @@ TITLES = {
     "qnli": "QNLI, MiniLM",
     "e2e_nlg": "E2E NLG, SmolLM2",
     "dart": "DART, SmolLM2",
+    "gsm8k": "GSM8K, SmolLM2",
 }
 BEST = "loss, shared"
 SCORES = {"accuracy": 100, "pearson_spearman": 100}
@@ -126,7 +127,8 @@ def goals(found: dict[str, dict[str, Points]], way: str) -> str:
         if way not in ways:
             continue
         own, dedicated = ways[way], ways["dedicated"]
-        by_rank = {r: relative(of(own, r, "loss"), of(dedicated, r, "loss")) for r in own}
+        below = [r for r in own if r < max(own)]  # at the largest the two are one run
+        by_rank = {r: relative(of(own, r, "loss"), of(dedicated, r, "loss")) for r in below}
         worst = max(by_rank, key=lambda r: by_rank[r]["mean"] if by_rank[r] else -1)
         cells = [f"{shown_paired(by_rank[worst], 2)} at {worst}"]
         cells.append(shown_paired(relative(over_ranks(own, "loss"), over_ranks(dedicated, "loss")), 2))
@@ -170,21 +172,27 @@ def draw(axis: Any, task: str, found: dict[str, Points]) -> None:
 
 
 def plot(tasks: dict[str, dict[str, Points]], context: Context) -> None:
-    """One picture with an axis for each task; its title names where the cut is behind."""
+    """One picture with an axis for each task; its title names where the cut is behind or ahead."""
     tasks = {task: tasks[task] for task in TITLES if task in tasks}
-    figure, axes = panels(len(tasks), 3.7 * len(tasks), 4.3)
-    behind = []
+    rows = -(-len(tasks) // 4)
+    columns = -(-len(tasks) // rows)
+    figure, axes = panels(len(tasks), 3.7 * columns, 0.9 + 3.4 * rows, rows)
+    apart: dict[str, list[str]] = {"behind": [], "ahead": []}
     for axis, (task, found) in zip(axes, tasks.items(), strict=True):
         draw(axis, task, found)
         for rank in found["dedicated"]:
             less = paired(of(found[BEST], rank, "loss"), of(found["dedicated"], rank, "loss"))
-            if less and less.get("interval_95", [0])[0] > 0:
-                behind.append(f"{TITLES[task].partition(',')[0]} at rank {rank}")
-    axes[0].set_ylabel("held-out loss (lower is better)")
+            low, high = (less or {}).get("interval_95", (0, 0))
+            if low > 0 or high < 0:
+                apart["behind" if low > 0 else "ahead"].append(f"{TITLES[task].partition(',')[0]} at rank {rank}")
+    for axis in axes[::columns]:
+        axis.set_ylabel("held-out loss (lower is better)")
     note = "mean and standard error of the seeds; level: the 95 % interval of the difference holds 0"
     legend(figure, axes, len(DRAWN), note)
-    but = f", but for {' and '.join(behind)}" if behind else ""
-    finding = f"One LoRA, cut to each rank by the loss, is level with six LoRAs, one per rank{but}"
+    but = " and ".join(f"{word} on {', '.join(where)}" for word, where in apart.items() if where)
+    finding = "One LoRA, cut to each rank by the loss, is level with six LoRAs, one per rank" + (
+        but and f"; it is {but}"
+    )
     save(figure, context.folder / "ranks.png", finding)
 
 
