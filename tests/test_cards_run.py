@@ -15,7 +15,7 @@ from transformers import LlamaForSequenceClassification
 
 from peft_dynamic import DyLoRAConfig, at_rank
 from peft_dynamic.hub import push_adapter
-from tests import hub_server
+from tests import hub_server, methods
 from tests.conformance.cases import perturb
 from tests.hub_server import Hub
 from tests.processes import ROOT, python
@@ -52,13 +52,17 @@ def causal() -> nn.Module:
     return build("llama")[0]
 
 
-CASES: dict[str, tuple[Any, Any, dict[str, Any], list[int]]] = {  # base, configuration, push, each block's rank
+# base, configuration, push, each block's rank; None for all that the adapter is
+CASES: dict[str, tuple[Any, Any, dict[str, Any], list[int | None]]] = {
     "dylora": (causal, DyLoRAConfig(**RANKED), {"ranks": [2, 4]}, [8, 4]),
     "dylora-below-a-lora": (causal, DyLoRAConfig(**RANKED), {"ranks": [], "lora_rank": 2}, [2, 8]),
     "lora": (causal, LoraConfig(**SETTINGS), {"ranks": [4]}, [8, 4]),
     "no-task": (causal, DyLoRAConfig(**RANKED | {"task_type": None}), {"ranks": []}, [8]),
     "classifier": (classifier, DyLoRAConfig(**RANKED | {"task_type": "SEQ_CLS"}), {"ranks": [2]}, [8, 2]),
 }
+for name, make in methods.configs(sources=causal, task_type="CAUSAL_LM").items():
+    twins = [4] if methods.method_of(name).engines else []  # of a LoRA with something more the rank that is all of it
+    CASES[f"all-{name}"] = (causal, make, {"ranks": twins}, [None] * (1 + len(twins)))
 
 
 def run(code: str, folder: Path) -> torch.Tensor:
@@ -72,7 +76,7 @@ def run(code: str, folder: Path) -> torch.Tensor:
 def test_the_python_of_a_card_gives_the_adapter(hub: Hub, tmp_path: Path, case: str) -> None:
     base, config, settings, ranks = CASES[case]
     base().save_pretrained(tmp_path / "me" / "base")
-    model = get_peft_model(base(), copy.deepcopy(config))
+    model = get_peft_model(base(), config() if callable(config) else copy.deepcopy(config))
     perturb(model)
     model.eval()
     push_adapter(model, "me/poet", base_model="me/base", **settings)
@@ -92,7 +96,9 @@ def test_the_python_of_a_card_gives_the_adapter(hub: Hub, tmp_path: Path, case: 
             torch.testing.assert_close(run(code, tmp_path), expected, rtol=1e-5, atol=1e-6)
 
 
-def logits_at(model: Any, rank: int) -> torch.Tensor:
+def logits_at(model: Any, rank: int | None) -> torch.Tensor:
     """The logits at a rank; of a stock LoRA the smaller rank is the best one, which `set_rank` gives."""
+    if rank is None:
+        return compute(model, build("llama")[1])
     with at_rank(model, rank):
         return compute(model, build("llama")[1])

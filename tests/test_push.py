@@ -134,9 +134,12 @@ def test_a_stock_lora_at_the_top(hub: Hub, tmp_path: Path) -> None:
     assert (config(hub, repo="me/stock")["r"], folders(hub, "me/stock")) == (8, ["rank-2"])
 
 
-@pytest.mark.parametrize("method", methods.configs(lora=True))
+OURS = methods.configs(lora=True, sources=lambda: build("llama")[0], task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize("method", OURS)
 def test_every_lora_of_ours_has_twins(hub: Hub, tmp_path: Path, method: str) -> None:
-    model = get_peft_model(build("llama")[0], methods.configs()[method](task_type="CAUSAL_LM"))
+    model = get_peft_model(build("llama")[0], OURS[method]())
     perturb(model)
     push_adapter(model.eval(), "me/poet", ranks=[2, 4])
     inputs = build("llama")[1]
