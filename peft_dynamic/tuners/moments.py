@@ -119,14 +119,15 @@ class AdapterMoments:
 
 
 def mark_of(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
-    """A v and B^T u, (2, r), with v and u fixed; None for factors of which a process has a part.
+    """A v and B^T u, (2, r), with v and u fixed; None for factors that are not here whole.
 
     Args:
         a: (r, in).
         b: (out, r).
     """
-    if any(factor.dim() != 2 or hasattr(factor, "placements") or not factor.numel() for factor in (a, b)):
-        return None
+    for factor in (a, b):
+        if factor.dim() != 2 or factor.is_meta or hasattr(factor, "placements") or not factor.numel():
+            return None
     wide = [factor.detach().to("cpu", torch.float64) for factor in (a, b.mT)]
     return torch.stack([factor @ torch.arange(factor.shape[1], dtype=torch.float64).cos() for factor in wide])
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from peft_dynamic import AdapterMoments, DyLoRAConfig, adapter_moments, merge_adapters, rank_curve, resize_adapter
+from peft_dynamic.tuners.moments import mark_of
 from tests.conformance.cases import perturb
 from tests.tuners.common import tiny_llama
 
@@ -86,6 +87,17 @@ def test_a_lower_rank_of_dylora_has_moments_of_its_own(tmp_path: Path) -> None:
     perturb(model)
     with pytest.raises(ValueError, match=OTHER):
         rank_curve(model, lambda model: {"loss": 1.0}, ranks=[1, 2], moments=moments)
+
+
+def test_factors_that_are_not_here_have_no_mark_and_are_let_through() -> None:
+    """Offloaded, in parts, or of a convolution."""
+    a, b = torch.ones(2, 3), torch.ones(4, 2)
+    there = AdapterMoments({}, {}, 1, {"q": mark_of(a, b)})  # type: ignore[dict-item]  # it is one
+    assert there.may_be_of("q", a, b)
+    assert not there.may_be_of("q", a, -b)
+    for one, other in ((a.to("meta"), b), (a[:0], b), (torch.ones(2, 3, 1, 1), b)):
+        assert mark_of(one, other) is None
+        assert there.may_be_of("q", one, other)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
