@@ -16,13 +16,14 @@ LAST = "true"  # of --resume_from_checkpoint: whichever is the last
 SAVED = ("adapter_config.json", "model.safetensors", "model.safetensors.index.json", "checkpoint-*")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# The packages that a logger needs; of two with a bar between them, one
+# The packages that a logger needs, of those in one tuple one
 _ALIKE = ("wandb", "trackio", "mlflow", "comet_ml", "clearml", "swanlab", "dvclive", "codecarbon", "neptune")
-LOGGERS = {name: [name] for name in _ALIKE} | {
-    "tensorboard": ["tensorboard|tensorboardX"],
-    "azure_ml": ["azureml.core"],
-    "dagshub": ["dagshub", "mlflow"],
-    "flyte": ["flytekit"],
+LOGGERS: dict[str, list[tuple[str, ...]]] = {
+    **{name: [(name,)] for name in _ALIKE},
+    "tensorboard": [("tensorboard", "tensorboardX")],
+    "azure_ml": [("azureml.core",)],
+    "dagshub": [("dagshub",), ("mlflow",)],
+    "flyte": [("flytekit",)],
     "kubeflow": [],
 }
 PIP_NAMES = {"azureml.core": "azureml-sdk"}
@@ -113,11 +114,10 @@ def check_loggers(training: Any) -> None:
                 f"--report_to {name}: there is no such logger. Pass none, all, or of "
                 f"{', '.join(INTEGRATION_TO_CALLBACK)}."
             )
-        for package in LOGGERS.get(name, []):
-            one, *_ = alike = package.split("|")
-            if not any(map(has_package, alike)):
+        for first, *others in LOGGERS.get(name, []):
+            if not any(map(has_package, (first, *others))):
                 raise ValueError(
-                    f"--report_to {name}: {one} is not installed. pip install {PIP_NAMES.get(one, one)}, or pass "
+                    f"--report_to {name}: {first} is not installed. pip install {PIP_NAMES.get(first, first)}, or pass "
                     "--report_to none."
                 )
         variable = LOGGERS_ENVIRONMENT.get(name)

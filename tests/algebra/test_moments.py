@@ -163,13 +163,15 @@ def test_bad_moments_and_batches_are_named(tmp_path: Path) -> None:
 
 def test_what_is_no_list_of_batches_is_named() -> None:
     batch = batches(1)[0]
-    for given in (batch, batch["input_ids"], None):
+    wrong: list[Any] = [batch, batch["input_ids"], None]
+    for given in wrong:
         with pytest.raises(TypeError, match=r"batches must be a list.* Pass \[batch\] for one"):
-            adapter_moments(adapted(), given)  # type: ignore[arg-type]  # what a user may do
+            adapter_moments(adapted(), given)
     lists = {name: value.tolist() for name, value in batch.items()}
-    for odd in (batch["input_ids"], {}, lists):
+    wrong = [batch["input_ids"], {}, lists]
+    for odd in wrong:
         with pytest.raises(TypeError, match="a batch must be a dict of tensors"):
-            adapter_moments(adapted(), [odd])  # type: ignore[list-item]
+            adapter_moments(adapted(), [odd])
 
 
 def test_a_loss_of_nothing_is_no_measurement() -> None:

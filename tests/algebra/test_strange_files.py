@@ -178,11 +178,13 @@ def test_a_pattern_that_is_no_expression_is_named(pattern: Any, tmp_path: Path) 
 def test_what_is_no_path_is_named(tmp_path: Path) -> None:
     whole = saved(tmp_path / "whole", target_modules=["q_proj"])
     model = PeftModel.from_pretrained(tiny_llama(), whole)
+    nothing: Any = None  # what a user may pass
+    numbers: Any = [1, 2]
     calls: list[tuple[str, Callable[[], Any]]] = [
-        ("adapter=None: must be a path", lambda: resize_adapter(None, tmp_path / "out", rank=2)),  # type: ignore[arg-type]
-        ("out=None: must be a path", lambda: resize_adapter(whole, None, rank=2)),  # type: ignore[arg-type]
-        ("adapter=1: must be a path", lambda: average_adapters([1, 2], tmp_path / "out")),  # type: ignore[list-item]
-        ("save_directory=None: must be a path", lambda: export_lora(model, None)),  # type: ignore[arg-type]
+        ("adapter=None: must be a path", lambda: resize_adapter(nothing, tmp_path / "out", rank=2)),
+        ("out=None: must be a path", lambda: resize_adapter(whole, nothing, rank=2)),
+        ("adapter=1: must be a path", lambda: average_adapters(numbers, tmp_path / "out")),
+        ("save_directory=None: must be a path", lambda: export_lora(model, nothing)),
         ("save_directory='': must be a folder", lambda: export_lora(model, "")),
         ("out='': must be a folder", lambda: resize_adapter(whole, "", rank=2)),
     ]

@@ -92,7 +92,9 @@ def test_a_lower_rank_of_dylora_has_moments_of_its_own(tmp_path: Path) -> None:
 def test_factors_that_are_not_here_have_no_mark_and_are_let_through() -> None:
     """Offloaded, in parts, or of a convolution."""
     a, b = torch.ones(2, 3), torch.ones(4, 2)
-    there = AdapterMoments({}, {}, 1, {"q": mark_of(a, b)})  # type: ignore[dict-item]  # it is one
+    mark = mark_of(a, b)
+    assert mark is not None
+    there = AdapterMoments({}, {}, 1, {"q": mark})
     assert there.may_be_of("q", a, b)
     assert not there.may_be_of("q", a, -b)
     for one, other in ((a.to("meta"), b), (a[:0], b), (torch.ones(2, 3, 1, 1), b)):
